@@ -1,0 +1,1 @@
+"""A packed, quantized KV cache for Hugging Face transformers and the attention over it."""

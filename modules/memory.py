@@ -1,0 +1,159 @@
+"""What a KIVI cache takes: counted from its tensors, and by arithmetic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+FULL_PRECISION_BITS = 16
+METADATA_BITS = 32  # a scale and a minimum, float16 each
+
+
+def nominal_bits(tokens: int, bits: float, residual_length: int) -> float:
+    """Bits an element by the usual table, `(R*16 + (T-R)*bits) / T`: codes and window, no metadata."""
+    window = min(tokens, residual_length)
+    return (window * 16 + (tokens - window) * bits) / tokens if tokens else 0.0
+
+
+def stored_bits(bits: int, group_size: int) -> float:
+    """Bits a quantized element takes with its share of scale and minimum: 3.0 at 2 bits and groups of 32."""
+    return FULL_PRECISION_BITS if bits == FULL_PRECISION_BITS else bits + METADATA_BITS / group_size
+
+
+def cache_bytes(
+    tokens: int,
+    *,
+    num_hidden_layers: int,
+    num_key_value_heads: int,
+    head_dim: int,
+    k_bits: int = 2,
+    v_bits: int = 2,
+    group_size: int = 32,
+    residual_length: int = 128,
+    sink_length: int = 4,
+    element_bytes: int = 2,
+    batch_size: int = 1,
+) -> dict[str, float]:
+    """Bytes of a cache of `tokens` tokens a sequence by arithmetic: codes and metadata, sinks, window; without slack.
+
+    Returns:
+        `packed`, `full_precision`, `total` and, for the same tokens unquantized, `dense`, in bytes; `ratio` is
+        `dense / total`.
+    """
+    elements = batch_size * num_hidden_layers * num_key_value_heads * head_dim  # of one side, a token
+    packed = max(0, tokens - sink_length - residual_length) // group_size * group_size
+    side_bits = [8 * element_bytes if bits == FULL_PRECISION_BITS else stored_bits(bits, group_size) for bits in (k_bits, v_bits)]
+    packed_bytes = elements * packed * sum(side_bits) / 8
+    full = 2 * elements * element_bytes * (sink_length + residual_length + group_size)
+    dense = 2 * elements * element_bytes * tokens
+    total = packed_bytes + full
+    return {"packed": packed_bytes, "full_precision": full, "total": total, "dense": dense, "ratio": dense / total}
+
+
+def _storage_bytes(tensors: list[torch.Tensor]) -> int:
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
+    return sum(storages.values())
+
+
+def cache_report(cache: Any) -> dict[str, Any]:
+    """What `KIVICache.get_cache_info()` returns; bytes are those of the tensors' storages.
+
+    Keys:
+        seq_length: columns seen, padding included (tokens); batch_size: sequences; num_layers; backend.
+        tokens: `sinks`, `packed`, `window` of the longest sequence, and `lengths` of all.
+        bytes: `codes`, `metadata`, `full_precision` (sinks, window and 16-bit sides), `slack` (allocated, unused, of the
+            codes and metadata), `other_layers` (sliding windows), `total`; `dense` is the same tokens in the model's
+            dtype; `ratio` is `dense / total`.
+        bits: an element's, `stored` (all bytes over all stored elements), `packed` (codes and metadata alone), `nominal`
+            (the table's `(R*16 + (T-R)*bits)/T`).
+        options: those of the cache, by name.
+    """
+    layers = [layer.state for layer in cache.kivi_layers if layer.state is not None]
+    info: dict[str, Any] = {
+        "type": type(cache).__name__,
+        "seq_length": cache.get_seq_length(),
+        "batch_size": layers[0].batch_size if layers else 0,
+        "num_layers": len(cache.layers),
+        "backend": layers[0].backend if layers else None,
+        "options": {name: getattr(cache.options, name) for name in cache.options.names()},
+    }
+    lengths = list(layers[0].lengths) if layers else []
+    longest = max(range(len(lengths)), key=lengths.__getitem__) if lengths else None
+    sinks = min(lengths[longest], layers[0].sink_length) if layers else 0
+    packed = layers[0].packed[longest] if layers else 0
+    window = lengths[longest] - sinks - packed if layers else 0
+    info["tokens"] = {"sinks": sinks, "packed": packed, "window": window, "lengths": lengths}
+
+    codes = metadata = full = slack = dense = elements = packed_elements = packed_used = 0
+    for layer in layers:
+        for side in layer.sides:
+            side_packed = side.codes.numel() * side.codes.element_size()
+            side_meta = sum(t.numel() * t.element_size() for t in (side.scale, side.minimum) if t is not None)
+            used = sum(layer.packed) / (len(layer.packed) * side.capacity) if side.capacity else 0.0
+            per_token = side.sinks.shape[1] * side.sinks.shape[3]
+            elements += per_token * sum(layer.lengths)
+            dense += per_token * sum(layer.lengths) * side.sinks.element_size()
+            slack += round((side_packed + side_meta) * (1 - used))
+            if side.scale is None:
+                full += side_packed
+            else:
+                codes, metadata = codes + side_packed, metadata + side_meta
+                packed_elements += per_token * sum(layer.packed)
+                packed_used += (side_packed + side_meta) * used
+            full += _storage_bytes([side.sinks, side.window])
+    total = _storage_bytes([t for layer in layers for t in layer.tensors().values()])
+    other = _storage_bytes(
+        [
+            t
+            for layer in cache.layers
+            if layer not in cache.kivi_layers
+            for t in (getattr(layer, "keys", None), getattr(layer, "values", None))
+            if t is not None
+        ]
+    )
+    info["bytes"] = {
+        "codes": codes,
+        "metadata": metadata,
+        "full_precision": full,
+        "slack": slack,
+        "other_layers": other,
+        "total": total + other,
+        "dense": dense + other,
+        "ratio": (dense + other) / (total + other) if total + other else 0.0,
+    }
+    tokens = lengths[longest] if layers else 0
+    bits = [bits for layer in cache.kivi_layers for bits in layer.bits]
+    info["bits"] = {
+        "stored": 8 * total / elements if elements else 0.0,
+        "packed": 8 * packed_used / packed_elements if packed_elements else 0.0,
+        "nominal": nominal_bits(tokens, sum(bits) / len(bits), cache.options.residual_length) if bits else 0.0,
+    }
+    return info
+
+
+def _megabytes(count: float) -> str:
+    return f"{count / 1e6:,.3f} MB"
+
+
+def format_report(info: dict[str, Any]) -> str:
+    """`cache_report` as a table of text."""
+    tokens, size, bits, options = info["tokens"], info["bytes"], info["bits"], info["options"]
+    rows = [
+        ("layers, sequences, columns", f"{info['num_layers']}, {info['batch_size']}, {info['seq_length']}"),
+        ("bits of keys, values", f"{options['k_bits']}, {options['v_bits']}" if options["use_kivi"] else "16, 16"),
+        ("group, window, sinks (tokens)", f"{options['group_size']}, {options['residual_length']}, {options['sink_length']}"),
+        ("attention", str(info["backend"])),
+        ("tokens in sinks / packed / window", f"{tokens['sinks']} / {tokens['packed']} / {tokens['window']}"),
+        ("codes", _megabytes(size["codes"])),
+        ("scales and minima", _megabytes(size["metadata"])),
+        ("full precision", _megabytes(size["full_precision"])),
+        ("of these unused (room to grow)", _megabytes(size["slack"])),
+        ("total", _megabytes(size["total"])),
+        ("the same tokens unquantized", f"{_megabytes(size['dense'])}: {size['ratio']:.2f} times as much"),
+        ("bits an element, all stored", f"{bits['stored']:.2f}"),
+        ("bits an element, packed part", f"{bits['packed']:.2f}"),
+        ("bits an element, nominal", f"{bits['nominal']:.2f}"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join([f"{info['type']}"] + [f"  {name:<{width}}  {value}" for name, value in rows])

@@ -1,0 +1,206 @@
+"""Attention of new tokens over one packed layer: sinks, codes, window and the new tokens under one softmax.
+
+Backends are functions of the same signature, `attend(query, key, value, layer, scaling, new_lengths)`; the torch one is
+here, runs on any device and is what the others are tested against.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from modules.packed_state import PackedLayer, PackedSide
+from modules.quantization import Quantized
+
+_PLANE_ELEMENTS = 1 << 17  # floats of one plane of codes at a time: 512 KiB stays in a core's cache
+_SCORE_ELEMENTS = 1 << 20  # floats of scores held at a time
+_MIN_BLOCKS = 10  # so that a block of a short cache stays small beside the cache
+
+
+def packed_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layer: PackedLayer,
+    scaling: float,
+    new_lengths: list[int] | None = None,
+) -> torch.Tensor:
+    """Attend with new tokens over what `layer` stores and, causally, over the new tokens themselves.
+
+    Args:
+        query: `[B, num_attention_heads, q, D]`, rotated.
+        key, value: states of the new tokens, `[B, num_key_value_heads, q, D]`, not yet in `layer`.
+        layer: the stored past, `layer.lengths[b]` tokens of sequence `b`.
+        scaling: factor on the scores.
+        new_lengths: how many of the `q` tokens of each sequence are real, from the left; None means all.
+
+    Returns:
+        `[B, q, num_attention_heads, D]` in the dtype of `query`; zeros where a token is not real.
+    """
+    if new_lengths is None:
+        new_lengths = [query.shape[2]] * query.shape[0]
+    return _ATTEND[layer.backend](query, key, value, layer, scaling, new_lengths)
+
+
+def pick_backend(wanted: str, layer: PackedLayer) -> str:
+    """The backend that attends over `layer`: `wanted`, or with "auto" the fastest there is for its device.
+
+    Raises:
+        ValueError: where the backend asked for cannot run here.
+    """
+    if wanted in ("auto", "torch"):
+        return "torch"
+    raise ValueError(f"backend={wanted!r} is not available here; use 'auto' or 'torch'.")
+
+
+def _attend_torch(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: PackedLayer, scaling: float, new_lengths: list[int]
+) -> torch.Tensor:
+    batch, heads, length, head_dim = query.shape
+    kv_heads = key.shape[1]
+    out = query.new_zeros(batch, length, heads, head_dim)
+    grouped = query.unflatten(1, (kv_heads, heads // kv_heads))
+    for rows, count in layer.uniform_rows(new_lengths):
+        if not count:
+            continue
+        attended = _attend_rows(grouped[rows, ..., :count, :], key[rows, :, :count], value[rows, :, :count], layer, rows, scaling)
+        out[rows, :count] = attended.flatten(1, 2).transpose(1, 2).to(query.dtype)
+    return out
+
+
+def _attend_rows(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: PackedLayer, rows: slice, scaling: float
+) -> torch.Tensor:
+    """Equally long sequences: query `[b, Hkv, g, q, D]` to `[b, Hkv, g, q, D]`, float32."""
+    batch, kv_heads, group, length, head_dim = query.shape
+    folded = (query.float() * scaling).flatten(2, 3)  # the queries of one KV head share each load
+    softmax = _OnlineSoftmax()
+    row = rows.start or 0
+
+    keys, values = (
+        torch.cat(
+            [side.sinks[rows, :, : min(layer.lengths[row], layer.sink_length)].float()]
+            + [side.window[rows, :, slot].float() for slot in layer.window_slots(row)]
+            + [new.float()],
+            dim=2,
+        )
+        for side, new in ((layer.key, key), (layer.value, value))
+    )
+    scores = folded @ keys.transpose(-1, -2)
+    if length > 1:
+        scores.masked_fill_(_future(length, group, keys.shape[2], query.device), -torch.inf)
+    softmax.add(softmax.weights(scores) @ values)
+
+    for start, stop in _blocks(layer, row, batch * kv_heads, group * length, head_dim):
+        weights = softmax.weights(_scores(folded, layer.key, rows, start, stop))
+        softmax.add(_weighted_sum(weights, layer.value, rows, start, stop))
+    return softmax.result().unflatten(2, (group, length))
+
+
+def _future(length: int, group: int, keys: int, device: torch.device) -> torch.Tensor:
+    """True where a new token would look at a later one: `[group * length, keys]`, the last `length` keys being new."""
+    hidden = torch.ones(length, length, dtype=torch.bool, device=device).triu_(1)
+    return torch.nn.functional.pad(hidden, (keys - length, 0)).repeat(group, 1)
+
+
+def _blocks(layer: PackedLayer, row: int, heads: int, queries: int, head_dim: int) -> list[tuple[int, int]]:
+    """Ranges of packed tokens for which a plane of codes, as floats, and the scores stay within bounds."""
+    packed, planes = layer.packed[row], min(layer.key.planes, layer.value.planes)
+    tokens = min(
+        _PLANE_ELEMENTS * planes // (heads * head_dim),
+        _SCORE_ELEMENTS // (heads * queries),
+        packed * planes // _MIN_BLOCKS,
+    )
+    step = max(layer.group_size, tokens // layer.group_size * layer.group_size)
+    return [(start, min(start + step, packed)) for start in range(0, packed, step)]
+
+
+def _plane(codes: torch.Tensor, bits: int, number: int) -> torch.Tensor:
+    """Plane `number` of packed codes less `_middle(bits)`, float32 `[b, H, T, D*bits/8]`.
+
+    Codes about zero keep float32 exact where the parts with and without codes nearly cancel.
+    """
+    shifted = codes >> (bits * number) if number else codes
+    last = number == 8 // bits - 1
+    return (shifted if last else shifted & ((1 << bits) - 1)).float().sub_(_middle(bits))
+
+
+def _middle(bits: int) -> float:
+    return ((1 << bits) - 1) / 2
+
+
+def _offsets(stored: Quantized, bits: int) -> torch.Tensor:
+    """What goes with codes about zero: `x ≈ scale * (code - middle) + offset`, float32."""
+    return torch.add(stored.minimum.float(), stored.scale.float(), alpha=_middle(bits))
+
+
+def _scores(query: torch.Tensor, side: PackedSide, rows: slice, start: int, stop: int) -> torch.Tensor:
+    """`query` `[b, H, n, D]` on packed keys: `q·k = (q∘scale)·code + q·offset`, float32 `[b, H, n, T]`."""
+    stored = side.stored(rows, start, stop)
+    if isinstance(stored, torch.Tensor):
+        return query @ stored.float().transpose(-1, -2)
+    scores = (query @ _offsets(stored, side.bits).transpose(-1, -2)).repeat_interleave(side.group_size, dim=-1)
+    scale, width = stored.scale.unsqueeze(-2), stored.codes.shape[-1]
+    for number in range(side.planes):
+        channels = slice(number * width, (number + 1) * width)
+        plane = _plane(stored.codes, side.bits, number)
+        plane.unflatten(2, (-1, side.group_size)).mul_(scale[..., channels])
+        scores += query[..., channels] @ plane.transpose(-1, -2)
+    return scores
+
+
+def _weighted_sum(weights: torch.Tensor, side: PackedSide, rows: slice, start: int, stop: int) -> torch.Tensor:
+    """`weights` `[b, H, n, T]` of packed values: `Σ p v = Σ (p·scale) code + Σ p·offset`, float32 `[b, H, n, D]`."""
+    stored = side.stored(rows, start, stop)
+    if isinstance(stored, torch.Tensor):
+        return weights @ stored.float()
+    width, parts, scaled_by, scaled = stored.codes.shape[-1], [], -1, weights
+    segment = math.gcd(width, side.group_size)  # channels of one plane and one group
+    for number in range(side.planes):
+        plane = _plane(stored.codes, side.bits, number)
+        for first in range(0, width, segment):
+            group = (number * width + first) // side.group_size
+            if group != scaled_by:
+                scaled, scaled_by = weights * stored.scale[..., group].unsqueeze(-2), group
+            parts.append(scaled @ plane[..., first : first + segment])
+    offsets = weights @ _offsets(stored, side.bits)
+    return torch.cat(parts, dim=-1).unflatten(-1, (-1, side.group_size)).add_(offsets.unsqueeze(-1)).flatten(-2)
+
+
+class _OnlineSoftmax:
+    """softmax(scores) values over blocks of keys, with a running maximum (Milakov & Gimelshein, arXiv 1805.02867).
+
+    Every query must see a key of the first block.
+    """
+
+    def __init__(self) -> None:
+        self.maximum: torch.Tensor | None = None
+        self.total: torch.Tensor | None = None
+        self.sum: torch.Tensor | None = None
+
+    def weights(self, scores: torch.Tensor) -> torch.Tensor:
+        """Unnormalized weights `[b, H, n, T]` of the next block, in place of its scores."""
+        highest = scores.amax(-1, keepdim=True)
+        if self.maximum is None:
+            self.maximum = highest
+            weights = scores.sub_(highest).exp_()
+            self.total = weights.sum(-1, keepdim=True)
+            return weights
+        maximum = torch.maximum(self.maximum, highest)
+        weights = scores.sub_(maximum).exp_()
+        decay = self.maximum.sub_(maximum).exp_()
+        self.total.mul_(decay).add_(weights.sum(-1, keepdim=True))
+        self.sum.mul_(decay)
+        self.maximum = maximum
+        return weights
+
+    def add(self, weighted_values: torch.Tensor) -> None:
+        """The values `[b, H, n, D]` of that block, summed with those weights."""
+        self.sum = weighted_values if self.sum is None else self.sum.add_(weighted_values)
+
+    def result(self) -> torch.Tensor:
+        return self.sum / self.total
+
+
+_ATTEND = {"torch": _attend_torch}

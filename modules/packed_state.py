@@ -1,0 +1,341 @@
+"""What one layer stores: sinks, packed groups and a full-precision window, and how tokens move between them.
+
+Token `i` of a sequence has index `i` whatever the padding. The first `sink_length` are sinks; of the rest, counted from
+there, the first `packed` are codes and the others lie in a ring of `residual_length + group_size` slots, token `t` in
+slot `t mod ring`. Groups therefore lie in contiguous slots and nothing is ever shifted.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+
+from modules.quantization import (
+    FLOAT16_MAX,
+    Quantized,
+    dequantize_keys,
+    dequantize_values,
+    quantize_keys,
+    quantize_values,
+)
+
+FULL_PRECISION_BITS = 16
+_SLACK = 20  # capacity grows by a twentieth: at most 5 % of the packed part is unused
+_CAST_TOKENS = 1024  # codes are dequantized this many tokens at a time
+
+
+@dataclasses.dataclass
+class PackedSide:
+    """The keys or the values of one layer, for `B` sequences, `H` KV heads of `D` channels.
+
+    Attributes:
+        what: "keys" (a scale per channel and group of tokens) or "values" (per token and group of channels).
+        bits: 2, 4, 8, or 16 for full precision; then `codes` has the model's dtype and there is no metadata.
+        codes: uint8 `[B, H, C, D*bits/8]` (or `[B, H, C, D]` at 16 bits); `C` is the capacity in tokens.
+        scale, minimum: float16, keys `[B, H, C/G, D]`, values `[B, H, C, D/G]`; None at 16 bits.
+        sinks: `[B, H, sink_length, D]` in the model's dtype.
+        window: `[B, H, residual_length + G, D]` in the model's dtype, a ring.
+    """
+
+    what: str
+    bits: int
+    group_size: int
+    method: str
+    codes: torch.Tensor
+    scale: torch.Tensor | None
+    minimum: torch.Tensor | None
+    sinks: torch.Tensor
+    window: torch.Tensor
+
+    TENSORS = ("codes", "scale", "minimum", "sinks", "window")
+    PACKED = ("codes", "scale", "minimum")
+
+    @classmethod
+    def empty(cls, what: str, bits: int, method: str, like: torch.Tensor, options) -> PackedSide:
+        """No tokens yet, for states shaped `[B, H, *, D]` as `like`."""
+        batch, heads, _, head_dim = like.shape
+        full = bits == FULL_PRECISION_BITS
+        metadata = head_dim if what == "keys" else head_dim // options.group_size
+        none = None if full else like.new_empty(batch, heads, 0, metadata, dtype=torch.float16)
+        return cls(
+            what=what,
+            bits=bits,
+            group_size=options.group_size,
+            method=method,
+            codes=like.new_empty(batch, heads, 0, head_dim if full else head_dim * bits // 8, dtype=None if full else torch.uint8),
+            scale=none,
+            minimum=None if none is None else none.clone(),
+            sinks=like.new_zeros(batch, heads, options.sink_length, head_dim),
+            window=like.new_zeros(batch, heads, options.residual_length + options.group_size, head_dim),
+        )
+
+    @property
+    def capacity(self) -> int:
+        """Packed tokens there is room for."""
+        return self.codes.shape[2]
+
+    @property
+    def planes(self) -> int:
+        """Codes of one byte; 1 at 16 bits."""
+        return max(1, 8 // self.bits)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors this side owns, by name."""
+        return {name: t for name in self.TENSORS if (t := getattr(self, name)) is not None}
+
+    def grow(self, capacity: int) -> None:
+        """Make room for `capacity` packed tokens; what is there is copied once, as it is."""
+        for name in self.PACKED:
+            old = getattr(self, name)
+            if old is None:
+                continue
+            per_group = self.what == "keys" and name != "codes"
+            size = capacity // self.group_size if per_group else capacity
+            new = old.new_zeros(*old.shape[:2], size, old.shape[3])
+            new[:, :, : old.shape[2]] = old
+            setattr(self, name, new)
+
+    def quantize(self, x: torch.Tensor) -> Quantized | torch.Tensor:
+        """Whole groups `[b, H, T, D]` as they are stored."""
+        if self.bits == FULL_PRECISION_BITS:
+            return x
+        quantize = quantize_keys if self.what == "keys" else quantize_values
+        return quantize(x, self.bits, self.group_size, self.method)
+
+    def write(self, rows: slice, start: int, packed: Quantized | torch.Tensor) -> None:
+        """Store quantized groups at packed tokens `start…` of the sequences `rows`."""
+        if isinstance(packed, torch.Tensor):
+            self.codes[rows, :, start : start + packed.shape[2]] = packed
+            return
+        for name, part in zip(self.PACKED, packed):
+            target = getattr(self, name)
+            first = self._row(name, start)
+            target[rows, :, first : first + part.shape[2]] = part
+
+    def _row(self, name: str, token: int) -> int:
+        """Row of `codes`, `scale` or `minimum` at which `token` starts."""
+        return token // self.group_size if self.what == "keys" and name != "codes" else token
+
+    def stored(self, rows: slice, start: int, stop: int) -> Quantized | torch.Tensor:
+        """Views of the packed tokens `start…stop`, multiples of the group size, of the sequences `rows`."""
+        views = [
+            getattr(self, name)[rows, :, self._row(name, start) : self._row(name, stop)]
+            for name in (self.PACKED if self.scale is not None else ("codes",))
+        ]
+        return Quantized(*views) if self.scale is not None else views[0]
+
+    def read(self, rows: slice, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+        """The packed tokens `start…stop` `[b, H, stop - start, D]`, dequantized; both multiples of the group size."""
+        stored = self.stored(rows, start, stop)
+        if isinstance(stored, torch.Tensor):
+            return stored.to(dtype)
+        dequantize = dequantize_keys if self.what == "keys" else dequantize_values
+        return dequantize(stored, self.bits, self.group_size, dtype)
+
+
+@dataclasses.dataclass
+class PackedLayer:
+    """One layer of the cache: keys, values and how many tokens of each sequence are stored.
+
+    Attributes:
+        key, value: the two sides.
+        group_size, residual_length, sink_length: in tokens.
+        max_length: tokens a sequence may reach, allocated at once; None grows as needed.
+        lengths: tokens of each sequence, in all its parts.
+        packed: packed tokens of each sequence.
+        backend: what attends over the layer: "torch", "numba" or "triton".
+    """
+
+    key: PackedSide
+    value: PackedSide
+    group_size: int
+    residual_length: int
+    sink_length: int
+    max_length: int | None
+    lengths: list[int]
+    packed: list[int]
+    backend: str = "torch"
+
+    @classmethod
+    def empty(cls, key: torch.Tensor, bits: tuple[int, int], options, max_length: int | None = None) -> PackedLayer:
+        """No tokens yet, for states shaped `[B, H, *, D]` as `key`."""
+        options.check_head_dim(key.shape[-1])
+        layer = cls(
+            key=PackedSide.empty("keys", bits[0], options.k_range, key, options),
+            value=PackedSide.empty("values", bits[1], options.v_range, key, options),
+            group_size=options.group_size,
+            residual_length=options.residual_length,
+            sink_length=options.sink_length,
+            max_length=max_length,
+            lengths=[0] * key.shape[0],
+            packed=[0] * key.shape[0],
+        )
+        if max_length is not None:
+            for side in layer.sides:
+                side.grow(layer._packed_after(max_length, 0))
+        return layer
+
+    @property
+    def sides(self) -> tuple[PackedSide, PackedSide]:
+        return self.key, self.value
+
+    @property
+    def ring(self) -> int:
+        """Slots of the window."""
+        return self.residual_length + self.group_size
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.lengths)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor of the layer, by a dotted name."""
+        return {f"{name}.{part}": t for name, side in (("key", self.key), ("value", self.value)) for part, t in side.tensors().items()}
+
+    def _packed_after(self, length: int, packed: int) -> int:
+        whole = (length - self.sink_length - self.residual_length) // self.group_size * self.group_size
+        return max(packed, whole)
+
+    def uniform_rows(self, new_lengths: list[int]) -> Iterator[tuple[slice, int]]:
+        """Slices of the batch whose sequences hold and receive equally many tokens, with that number of new ones."""
+        states = list(zip(self.lengths, self.packed, new_lengths))
+        if all(state == states[0] for state in states):
+            yield slice(None), new_lengths[0]
+            return
+        for row in range(self.batch_size):
+            yield slice(row, row + 1), new_lengths[row]
+
+    def window_slots(self, row: int) -> list[slice]:
+        """The slots of the window tokens of a sequence, oldest first, as one or two slices."""
+        first, last = self.packed[row], max(self.packed[row], self.lengths[row] - self.sink_length)
+        start, count = first % self.ring, last - first
+        end = start + count
+        if end <= self.ring:
+            return [slice(start, end)] if count else []
+        return [slice(start, self.ring), slice(0, end - self.ring)]
+
+    def check_new(self, key: torch.Tensor, value: torch.Tensor, new_lengths: list[int]) -> None:
+        """Raise `ValueError` where the new states cannot be stored; nothing is stored yet."""
+        if key.shape[0] != self.batch_size:
+            raise ValueError(
+                f"the cache holds {self.batch_size} sequences, the new states {key.shape[0]}; reset() the cache or use "
+                "batch_repeat_interleave() / batch_select_indices()."
+            )
+        longest = max((old + new for old, new in zip(self.lengths, new_lengths)), default=0)
+        if self.max_length is not None and longest > self.max_length:
+            raise ValueError(f"the cache was made with max_length={self.max_length} tokens; {longest} are needed.")
+        if key.device.type == "cuda" and key.shape[2] == 1:
+            return  # a check would stop the device at every step; the flush checks what it packs
+        for side, states in ((self.key, key), (self.value, value)):
+            largest = states.abs().amax().item() if states.numel() else 0.0
+            limit = FLOAT16_MAX if side.bits != FULL_PRECISION_BITS else torch.finfo(torch.float32).max
+            if not largest <= limit:
+                raise ValueError(
+                    f"{side.what} reach {largest}: at {side.bits} bits they must be finite and at most {limit:.5g} in "
+                    "magnitude. Look for the overflow upstream, or keep this side at 16 bits."
+                )
+
+    def append(self, key: torch.Tensor, value: torch.Tensor, new_lengths: list[int]) -> None:
+        """Store new tokens `[B, H, q, D]`; of sequence `b` the first `new_lengths[b]` count. Packs full groups."""
+        self.check_new(key, value, new_lengths)
+        self._make_room(new_lengths)
+        for rows, count in list(self.uniform_rows(new_lengths)):
+            self._append_rows(rows, key[rows, :, :count], value[rows, :, :count])
+        self.lengths = [old + new for old, new in zip(self.lengths, new_lengths)]
+        self.packed = [self._packed_after(length, packed) for length, packed in zip(self.lengths, self.packed)]
+
+    def _make_room(self, new_lengths: list[int]) -> None:
+        need = max(
+            (self._packed_after(old + new, packed) for old, new, packed in zip(self.lengths, new_lengths, self.packed)),
+            default=0,
+        )
+        if need > self.key.capacity:
+            slack = max(need // _SLACK, self.group_size)
+            for side in self.sides:
+                side.grow((need + slack) // self.group_size * self.group_size)
+
+    def _append_rows(self, rows: slice, key: torch.Tensor, value: torch.Tensor) -> None:
+        row, count = rows.start or 0, key.shape[2]
+        length, packed = self.lengths[row], self.packed[row]
+        packed_after = self._packed_after(length + count, packed)
+        slots = self.window_slots(row)
+        for side, new in zip(self.sides, (key, value)):
+            to_sinks = min(count, max(0, self.sink_length - length))
+            if to_sinks:
+                side.sinks[rows, :, length : length + to_sinks] = new[:, :, :to_sinks]
+            rest = new[:, :, to_sinks:]
+            stored = length + to_sinks - self.sink_length  # tokens after the sinks, before `rest`
+            if packed_after > packed:
+                from_new = max(0, packed_after - stored)
+                groups = [side.window[rows, :, slot] for slot in slots] + [rest[:, :, :from_new]]
+                groups = torch.cat(groups, dim=2) if slots else groups[-1]
+                side.write(rows, packed, side.quantize(groups[:, :, : packed_after - packed]))
+            first = max(0, packed_after - stored)  # earlier ones of `rest` are packed already
+            self._write_ring(side, rows, stored + first, rest[:, :, first:])
+
+    def _write_ring(self, side: PackedSide, rows: slice, token: int, states: torch.Tensor) -> None:
+        done = 0
+        while done < states.shape[2]:
+            slot = (token + done) % self.ring
+            step = min(states.shape[2] - done, self.ring - slot)
+            side.window[rows, :, slot : slot + step] = states[:, :, done : done + step]
+            done += step
+
+    def read(self, side: PackedSide, rows: slice, dtype: torch.dtype) -> torch.Tensor:
+        """All tokens of the sequences `rows` (equally long), in order, `[b, H, length, D]`, dequantized."""
+        row = rows.start or 0
+        parts = [side.sinks[rows, :, : min(self.lengths[row], self.sink_length)].to(dtype)]
+        step = max(self.group_size, _CAST_TOKENS // self.group_size * self.group_size)
+        for start in range(0, self.packed[row], step):
+            parts.append(side.read(rows, start, min(start + step, self.packed[row]), dtype))
+        parts += [side.window[rows, :, slot].to(dtype) for slot in self.window_slots(row)]
+        return torch.cat(parts, dim=2)
+
+    def keep(self, lengths: list[int]) -> None:
+        """Forget all but the first `lengths[b]` tokens of each sequence.
+
+        A group that is cut is dequantized into the window, from where it is packed again when the window is full.
+        """
+        for row, length in enumerate(lengths):
+            after_sinks = max(0, length - self.sink_length)
+            if after_sinks < self.packed[row]:
+                start = after_sinks // self.group_size * self.group_size
+                for side in self.sides:
+                    if start < after_sinks:
+                        group = side.read(slice(row, row + 1), start, start + self.group_size, side.window.dtype)
+                        self._write_ring(side, slice(row, row + 1), start, group[:, :, : after_sinks - start])
+                self.packed[row] = start
+            self.lengths[row] = min(length, self.lengths[row])
+
+    def select(self, index: torch.Tensor) -> None:
+        """Keep the sequences `index` (int64, `[n]`), in that order; one may come several times."""
+        order = index.tolist()
+        if order == list(range(self.batch_size)):
+            return
+        for side in self.sides:
+            for name, t in side.tensors().items():
+                setattr(side, name, t.index_select(0, index.to(t.device)))
+        self.lengths = [self.lengths[row] for row in order]
+        self.packed = [self.packed[row] for row in order]
+
+    def to(self, device: torch.device | str) -> None:
+        """Move every tensor to `device`."""
+        for side in self.sides:
+            for name, t in side.tensors().items():
+                setattr(side, name, t.to(device, non_blocking=True))
+
+    def snapshot(self, new_tokens: int) -> PackedLayer:
+        """The layer as it is, to go back to if the step that follows fails.
+
+        One token only ever takes a free slot; several may overwrite slots, so the window is then copied.
+        """
+        saved = copy.copy(self)
+        saved.key, saved.value = copy.copy(self.key), copy.copy(self.value)
+        saved.lengths, saved.packed = list(self.lengths), list(self.packed)
+        if new_tokens > 1:
+            for side in self.sides:
+                side.window = side.window.clone()
+        return saved

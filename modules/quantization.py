@@ -1,0 +1,190 @@
+"""Grouped asymmetric quantization to 2, 4 and 8 bits: `x ≈ scale * code + minimum`, packed into bytes.
+
+Keys share a scale and minimum per channel over a group of tokens, values per token over a group of channels
+(KIVI, arXiv 2402.02750, section 3). Both are float16 in every model: bfloat16 has too few bits for a channel whose
+offset is much larger than its range.
+
+A byte holds `P = 8 / bits` codes, one of each of `P` planes along the head: byte `j` has the channels
+`j, j + D/P, j + 2D/P, …`, the first in its lowest bits. A shift and a mask then give a contiguous slice of channels.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+FLOAT16_MAX = 65504.0
+LSQ_ROUNDS = 4
+LSQ_START = 0.8
+_SLICE_ELEMENTS = 1 << 21  # quantized at a time: bounds the temporaries of a long prefill
+
+
+class Quantized(NamedTuple):
+    """Packed groups: `codes` uint8 `[..., T, D*bits/8]`; `scale` and `minimum` float16, `[..., T/G, D]` for keys and
+    `[..., T, D/G]` for values."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    minimum: torch.Tensor
+
+
+def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes, uint8 `[..., D]` below `2**bits`, into bytes: uint8 `[..., D*bits/8]`."""
+    planes = codes.chunk(8 // bits, dim=-1)
+    packed = planes[0].clone()
+    for number, plane in enumerate(planes[1:], start=1):
+        packed |= plane << (bits * number)
+    return packed
+
+
+def unpack_codes(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """The inverse of `pack_codes`: bytes, uint8 `[..., D*bits/8]`, into codes, uint8 `[..., D]`."""
+    mask = (1 << bits) - 1
+    return torch.cat([(packed >> shift) & mask for shift in range(0, 8, bits)], dim=-1)
+
+
+def _round_to_codes(x: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor, levels: int) -> torch.Tensor:
+    safe = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return ((x - minimum) / safe).round_().clamp_(0, levels)
+
+
+def _as_stored(t: torch.Tensor) -> torch.Tensor:
+    """`t` as float16 will give it back, in float32."""
+    return t.to(torch.float16).float()
+
+
+def _fit(x: torch.Tensor, dim: int, bits: int, method: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes (float32, like `x`), scale and minimum (float32 holding float16 values, size 1 along `dim`) of groups.
+
+    "minmax" spans each group. "lsq" alternates rounding with the least-squares refit of scale and minimum, from the
+    range shrunk to `LSQ_START` about its centre, and keeps the best of all it saw, min-max included.
+    """
+    levels = (1 << bits) - 1
+    low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
+    scale, minimum = _as_stored((high - low) / levels), _as_stored(low)
+    codes = _round_to_codes(x, scale, minimum, levels)
+    if method == "minmax":
+        return codes, scale, minimum
+
+    best_error = (codes * scale + minimum).sub_(x).square_().sum(dim, keepdim=True)
+    best_scale, best_minimum = scale, minimum
+    mean_x = x.mean(dim, keepdim=True)
+    scale = _as_stored((high - low) * (LSQ_START / levels))
+    minimum = _as_stored((low + high) / 2 - (high - low) * (LSQ_START / 2))
+    for _ in range(LSQ_ROUNDS):
+        codes = _round_to_codes(x, scale, minimum, levels)
+        mean_c = codes.mean(dim, keepdim=True)
+        centred = codes - mean_c
+        variance = centred.square().sum(dim, keepdim=True)
+        refit = (centred * (x - mean_x)).sum(dim, keepdim=True) / variance.clamp_min(1e-12)
+        scale = _as_stored(refit)
+        minimum = _as_stored(mean_x - scale * mean_c)
+        codes = _round_to_codes(x, scale, minimum, levels)
+        error = (codes * scale + minimum).sub_(x).square_().sum(dim, keepdim=True)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_scale = torch.where(better, scale, best_scale)
+        best_minimum = torch.where(better, minimum, best_minimum)
+    return _round_to_codes(x, best_scale, best_minimum, levels), best_scale, best_minimum
+
+
+def _refuse_unrepresentable(x: torch.Tensor, what: str) -> None:
+    largest = x.abs().amax().item() if x.numel() else 0.0
+    if not largest <= FLOAT16_MAX:
+        raise ValueError(
+            f"{what} to quantize must be finite and at most {FLOAT16_MAX:.0f} in magnitude (their scale and minimum are "
+            f"float16); got {largest}. Keep this side in full precision with bits 16, or look for the overflow upstream."
+        )
+
+
+def _check(x: torch.Tensor, size: int, what: str, bits: int, group_size: int, method: str) -> None:
+    if bits not in (2, 4, 8):
+        raise ValueError(f"bits must be 2, 4 or 8; got {bits!r}.")
+    if method not in ("minmax", "lsq"):
+        raise ValueError(f"the range must be 'minmax' or 'lsq'; got {method!r}.")
+    if group_size < 1 or size % group_size:
+        raise ValueError(f"{what} come in groups: {size} is not a multiple of group_size={group_size}.")
+    if x.shape[-1] % (8 // bits):
+        raise ValueError(f"head_dim={x.shape[-1]} must be a multiple of {8 // bits} at {bits} bits.")
+    _refuse_unrepresentable(x, what)
+
+
+def quantize_keys(keys: torch.Tensor, bits: int, group_size: int, method: str = "lsq") -> Quantized:
+    """Quantize keys per channel over groups of `group_size` tokens.
+
+    Args:
+        keys: float `[..., T, D]`, `T` a multiple of `group_size`.
+        bits: 2, 4 or 8.
+        group_size: tokens that share a scale and minimum.
+        method: "lsq" or "minmax".
+
+    Returns:
+        `Quantized`: codes `[..., T, D*bits/8]`, scale and minimum `[..., T/G, D]`.
+
+    Raises:
+        ValueError: for bits, method or shapes that do not fit, and for keys that are NaN, infinite or beyond float16.
+    """
+    _check(keys, keys.shape[-2], "keys", bits, group_size, method)
+    head_dim = keys.shape[-1]
+    parts = []
+    for part in _token_slices(keys, group_size):
+        groups = part.float().unflatten(-2, (-1, group_size))
+        codes, scale, minimum = _fit(groups, -2, bits, method)
+        parts.append((pack_codes(codes.to(torch.uint8), bits).flatten(-3, -2), scale.squeeze(-2), minimum.squeeze(-2)))
+    return _join(parts, head_dim * bits // 8, head_dim, keys)
+
+
+def quantize_values(values: torch.Tensor, bits: int, group_size: int, method: str = "minmax") -> Quantized:
+    """Quantize values per token over groups of `group_size` channels.
+
+    Args:
+        values: float `[..., T, D]`, `D` a multiple of `group_size`.
+        bits: 2, 4 or 8.
+        group_size: channels that share a scale and minimum.
+        method: "minmax" or "lsq".
+
+    Returns:
+        `Quantized`: codes `[..., T, D*bits/8]`, scale and minimum `[..., T, D/G]`.
+
+    Raises:
+        ValueError: for bits, method or shapes that do not fit, and for values that are NaN, infinite or beyond float16.
+    """
+    _check(values, values.shape[-1], "values", bits, group_size, method)
+    head_dim = values.shape[-1]
+    parts = []
+    for part in _token_slices(values, 1):
+        groups = part.float().unflatten(-1, (-1, group_size))
+        codes, scale, minimum = _fit(groups, -1, bits, method)
+        parts.append((pack_codes(codes.to(torch.uint8).flatten(-2), bits), scale.squeeze(-1), minimum.squeeze(-1)))
+    return _join(parts, head_dim * bits // 8, head_dim // group_size, values)
+
+
+def _token_slices(x: torch.Tensor, multiple: int) -> list[torch.Tensor]:
+    tokens = x.shape[-2]
+    per_token = max(1, x.numel() // max(1, tokens))
+    step = max(multiple, _SLICE_ELEMENTS // per_token // multiple * multiple)
+    return [x[..., start : start + step, :] for start in range(0, tokens, step)]
+
+
+def _join(parts: list[tuple[torch.Tensor, ...]], code_bytes: int, metadata: int, like: torch.Tensor) -> Quantized:
+    if not parts:
+        lead = like.shape[:-2]
+        meta = torch.empty(*lead, 0, metadata, dtype=torch.float16, device=like.device)
+        return Quantized(torch.empty(*lead, 0, code_bytes, dtype=torch.uint8, device=like.device), meta, meta.clone())
+    codes, scale, minimum = (torch.cat(column, dim=-2) if len(parts) > 1 else column[0] for column in zip(*parts))
+    return Quantized(codes, scale.to(torch.float16), minimum.to(torch.float16))
+
+
+def dequantize_keys(packed: Quantized, bits: int, group_size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Keys `[..., T, D]` in `dtype` from their packed groups."""
+    codes = unpack_codes(packed.codes, bits).to(torch.float32).unflatten(-2, (-1, group_size))
+    keys = codes.mul_(packed.scale.unsqueeze(-2)).add_(packed.minimum.unsqueeze(-2))
+    return keys.flatten(-3, -2).to(dtype)
+
+
+def dequantize_values(packed: Quantized, bits: int, group_size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Values `[..., T, D]` in `dtype` from their packed groups."""
+    codes = unpack_codes(packed.codes, bits).to(torch.float32).unflatten(-1, (-1, group_size))
+    values = codes.mul_(packed.scale.unsqueeze(-1)).add_(packed.minimum.unsqueeze(-1))
+    return values.flatten(-2).to(dtype)
