@@ -15,7 +15,8 @@ from modules.quantization import Quantized
 
 _PLANE_ELEMENTS = 1 << 17  # floats of one plane of codes at a time: 512 KiB stays in a core's cache
 _SCORE_ELEMENTS = 1 << 20  # floats of scores held at a time
-_MIN_BLOCKS = 10  # so that a block of a short cache stays small beside the cache
+_MIN_BLOCKS = 10  # so that a block stays small beside the cache
+_SMALL_BLOCK = 64  # tokens times planes that are never worth cutting
 
 
 def packed_attention(
@@ -110,7 +111,7 @@ def _blocks(layer: PackedLayer, row: int, heads: int, queries: int, head_dim: in
     tokens = min(
         _PLANE_ELEMENTS * planes // (heads * head_dim),
         _SCORE_ELEMENTS // (heads * queries),
-        packed * planes // _MIN_BLOCKS,
+        max(packed // _MIN_BLOCKS, _SMALL_BLOCK) * planes,
     )
     step = max(layer.group_size, tokens // layer.group_size * layer.group_size)
     return [(start, min(start + step, packed)) for start in range(0, packed, step)]

@@ -12,6 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from modeling_llama_kivi import LlamaForCausalLM_KIVI, LlamaKIVIConfig
 from modeling_qwen_kivi import Qwen2ForCausalLM_KIVI, Qwen2KIVIConfig, Qwen3ForCausalLM_KIVI, Qwen3KIVIConfig
 
+torch.set_num_threads(1)  # small tensors, and a busy machine makes threads wait for each other
+
 SIZES = {
     "vocab_size": 131,
     "hidden_size": 96,
