@@ -4,11 +4,8 @@ One unit of work is a KV head of a sequence, a tile of its query rows and a shar
 in tiles of `tile_tokens`: scores, a step of the online softmax in base 2, weighted values. The shares are combined by
 log-sum-exp. Everything accumulates in float32.
 
-The inner loops are emitted as LLVM vector code (`_emit_*`), because what keeps them fast, a block of accumulators that
-stays in registers, is not something a loop over arrays makes LLVM do. Their shapes are constants of a `Plan`, the type of
-the kernels' first argument, so that one plan is one compilation. A model needs one plan for decoding.
-
-This file holds all of the compiled code: Numba's on-disk cache looks only at the file of the function it compiles.
+The shapes of the inner loops are constants of a `Plan`, the type of the kernel's first argument, so that one plan is one
+compilation. A model needs one plan for decoding and one more for several new tokens.
 """
 
 from __future__ import annotations
@@ -16,44 +13,38 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import threading
 
-import llvmlite.binding as llvm
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import get_thread_id, njit, prange, set_num_threads, types
-from numba import config as numba_config
+from numba import get_thread_id, njit, prange, types
 from numba.core import cgutils
-from numba.extending import intrinsic, models, overload_attribute, register_model, unbox, NativeValue
+from numba.extending import intrinsic
 
+from modules.kernels.numba_vectors import (
+    F32,
+    FLOAT_NAMES,
+    I32,
+    I64,
+    ITEM_BYTES,
+    ConstantsType,
+    Emitter,
+    allowed_threads,
+    buffer,
+    emitting,
+    host,
+    host_is_supported,
+    numba_threads,
+    row_bytes,
+    void_signature,
+)
 from modules.packed_state import FULL_PRECISION_BITS, PackedLayer
 
-_FLOAT = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _MAX_ROWS = 8
 _MIN_TILE = 128  # tokens of a tile: its scores and weights stay in the first-level cache
 _DENSE_TILES = 2  # what the full-precision tokens count for when tiles are shared out
 _MANY_ROWS = 64  # query rows a KV head from which torch's matrix products are faster
-_SERIAL_WORK = 1 << 19  # multiply-adds below which starting threads costs more than it saves
-
-
-@functools.cache
-def _host() -> tuple[int, int]:
-    """`(lanes, accumulators)`: float32 lanes of the host's vectors, and how many of them a register block may take."""
-    features = llvm.get_host_cpu_features()
-    if features.get("avx512f"):
-        return 16, 16
-    if features.get("avx2"):
-        return 8, 8
-    return 4, 16 if features.get("neon") else 8
-
-
-@functools.cache
-def host_is_supported() -> bool:
-    """Whether the compiled code can convert float16 here; only x86 CPUs from before 2012 cannot."""
-    x86 = llvm.get_process_triple().startswith(("x86", "i386", "i686"))
-    return not x86 or bool(llvm.get_host_cpu_features().get("f16c"))
+_SERIAL_WORK = 1 << 21  # multiply-adds below which starting threads costs more than it saves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,205 +146,28 @@ class Plan:
             position += -(-size // 16) * 16
         return position
 
+    def value_of(self, name: str) -> int | bool:
+        """What compiled code gets for an attribute; `at_scores` is `at("scores")`."""
+        return self.at(name[3:]) if name.startswith("at_") else getattr(self, name)
+
     @property
     def partial_floats(self) -> int:
         """Floats a unit hands to the combination: sums `[rows, head_dim]`, maxima and totals `[rows]`."""
         return -(-(self.rows * (self.head_dim + 2)) // 16) * 16
 
 
-def row_bytes(form: int | str, head_dim: int) -> int:
-    """Bytes of one token of one head in a format."""
-    return head_dim * form // 8 if isinstance(form, int) else head_dim * _ITEM_BYTES[form]
-
-
-# --- the plan as a Numba type -----------------------------------------------------------------------------------------
-
-
-class PlanType(types.Type):
-    """The Numba type of a `Plan`; values of it are empty."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        super().__init__(name=f"Plan({', '.join(str(v) for v in dataclasses.astuple(plan))})")
-
-
-register_model(PlanType)(models.OpaqueModel)
-
-
-@unbox(PlanType)
-def _unbox_plan(typ, obj, context):
-    return NativeValue(context.context.get_dummy_value())
-
-
-def _constant(name: str, value) -> None:
-    def resolve(plan):
-        number = value(plan.plan)
-        return lambda plan: number
-
-    overload_attribute(PlanType, name)(resolve)
-
-
-for _name in (
-    "rows head_dim group_size padded_rows tokens tile_tokens k_quantized v_quantized "
-    "k_bytes v_bytes dense_bytes groups block partial_floats"
-).split():
-    _constant(_name, lambda plan, name=_name: getattr(plan, name))
-for _name in ("query", "folded", "scores", "spread", "offsets", "maximum", "total", "decay"):
-    _constant(f"at_{_name}", lambda plan, name=_name: plan.at(name))
-
-
 # --- emitting vector code ---------------------------------------------------------------------------------------------
 
-_I8, _I16, _I32, _I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
-_F32 = ir.FloatType()
-
-
-class _Emitter:
-    """Vector instructions on addresses (int64 values) for one plan."""
-
-    def __init__(self, builder: ir.IRBuilder, plan: Plan) -> None:
-        self.b, self.plan = builder, plan
-
-    def address(self, base, offset=0, index=None, stride: int = 0):
-        """`base + offset + index * stride`, in bytes; `index` is an int64 value."""
-        if index is not None:
-            base = self.b.add(base, self.b.mul(index, _I64(stride)))
-        return self.b.add(base, _I64(offset)) if offset else base
-
-    def _load(self, address, typ, align: int):
-        return self.b.load(self.b.inttoptr(address, typ.as_pointer()), align=align)
-
-    def load_float(self, address):
-        return self._load(address, _F32, 4)
-
-    def load(self, address, form: str = "float32", lanes: int | None = None):
-        """`lanes` numbers of a dtype, as float32."""
-        lanes = lanes or self.plan.lanes
-        if form == "float32":
-            return self._load(address, ir.VectorType(_F32, lanes), 4)
-        if form == "float16":
-            return self.b.fpext(self._load(address, ir.VectorType(ir.HalfType(), lanes), 2), ir.VectorType(_F32, lanes))
-        wide = self.b.zext(self._load(address, ir.VectorType(_I16, lanes), 2), ir.VectorType(_I32, lanes))
-        return self.b.bitcast(self.b.shl(wide, self.int_splat(16, lanes)), ir.VectorType(_F32, lanes))
-
-    def store(self, vector, address) -> None:
-        self.b.store(vector, self.b.inttoptr(address, vector.type.as_pointer()), align=4)
-
-    def float_splat(self, number: float, lanes: int | None = None):
-        lanes = lanes or self.plan.lanes
-        return ir.Constant(ir.VectorType(_F32, lanes), [ir.Constant(_F32, number)] * lanes)
-
-    def int_splat(self, number: int, lanes: int | None = None):
-        lanes = lanes or self.plan.lanes
-        return ir.Constant(ir.VectorType(_I32, lanes), [ir.Constant(_I32, number)] * lanes)
-
-    def broadcast(self, scalar, lanes: int | None = None):
-        lanes = lanes or self.plan.lanes
-        typ = ir.VectorType(scalar.type, lanes)
-        one = self.b.insert_element(ir.Constant(typ, ir.Undefined), scalar, _I32(0))
-        return self.shuffle(one, one, [0] * lanes)
-
-    def shuffle(self, first, second, order: list[int]):
-        return self.b.shuffle_vector(first, second, ir.Constant(ir.VectorType(_I32, len(order)), [_I32(i) for i in order]))
-
-    def _call(self, name: str, *args):
-        typ = args[0].type
-        function = ir.FunctionType(typ, [a.type for a in args])
-        full = f"{name}.v{typ.count}f32"
-        return self.b.call(cgutils.get_or_insert_function(self.b.module, function, full), args)
-
-    def multiply_add(self, first, second, third):
-        """`first * second + third`, fused where the CPU can."""
-        return self._call("llvm.fmuladd", first, second, third)
-
-    def maximum(self, first, second):
-        """The larger; `first` where `second` is NaN."""
-        return self.b.select(self.b.fcmp_ordered(">", second, first), second, first)
-
-    def across_tokens(self, vector, combine):
-        """A block `[padded_rows, tokens]` with each lane combined with the others of its row."""
-        step = 1
-        while step < self.plan.tokens:
-            vector = combine(vector, self.shuffle(vector, vector, [lane ^ step for lane in range(self.plan.block)]))
-            step *= 2
-        return vector
-
-    def exp2(self, x):
-        """2**x to 2 units in the last place; 0 below -127, NaN for NaN."""
-        n = x.type.count
-        floor = self.float_splat(-127.0, n)
-        x = self.b.select(self.b.fcmp_ordered("<", x, floor), floor, x)
-        whole = self._call("llvm.nearbyint", x)
-        rest = self.b.fsub(x, whole)
-        result = self.float_splat(math.log(2) ** 6 / 720, n)
-        for power in range(5, -1, -1):
-            result = self.multiply_add(result, rest, self.float_splat(math.log(2) ** power / math.factorial(power), n))
-        exponent = self.b.add(self.b.fptosi(whole, ir.VectorType(_I32, n)), self.int_splat(127, n))
-        return self.b.fmul(result, self.b.bitcast(self.b.shl(exponent, self.int_splat(23, n)), x.type))
-
-    def variable(self, value):
-        """A mutable vector; LLVM keeps it in a register."""
-        slot = cgutils.alloca_once(self.b, value.type)
-        self.b.store(value, slot)
-        return slot
-
-    # Codes
-
-    def raw(self, address, form: int | str):
-        """A chunk as it is loaded: bytes widened to int32, or the floats themselves."""
-        if not isinstance(form, int):
-            return self.load(address, form)
-        lanes = self.plan.lanes
-        return self.b.zext(self._load(address, ir.VectorType(_I8, lanes), 1), ir.VectorType(_I32, lanes))
-
-    def plane(self, raw, form: int | str, plane: int):
-        """Plane `plane` of a chunk as floats, `2**(bits*plane)` times the codes: a mask needs no shift."""
-        if not isinstance(form, int):
-            return raw
-        if form < 8:
-            raw = self.b.and_(raw, self.int_splat(((1 << form) - 1) << (form * plane)))
-        return self.b.sitofp(raw, ir.VectorType(_F32, self.plan.lanes))
-
-    def raw_offset(self, form: int | str, chunk: int) -> int:
-        """Byte at which a chunk starts in a token."""
-        return chunk * self.plan.lanes * (1 if isinstance(form, int) else _ITEM_BYTES[form])
-
-    def unit(self, form: int | str, plane: int) -> float:
-        """What `plane` is to be multiplied with to give codes; a power of two."""
-        return 2.0 ** -(form * plane) if isinstance(form, int) else 1.0
-
-    def row_sums(self, vectors: list) -> list:
-        """Sums over the lanes of each of `vectors`, in order, as vectors: a tree of shuffles and additions."""
-        for how in (self._unpack32, self._unpack64) + (self._even_odd_parts,) * (self.plan.lanes.bit_length() - 3):
-            vectors = [self._shuffled_sum(a, b, how()) for a, b in zip(vectors[::2], vectors[1::2])]
-        return vectors
-
-    def _shuffled_sum(self, a, b, order: tuple[list[int], list[int]]):
-        return self.b.fadd(self.shuffle(a, b, order[0]), self.shuffle(a, b, order[1]))
-
-    def _unpack32(self):
-        n = self.plan.lanes
-        return tuple([lane + i for lane in range(0, n, 4) for i in (first, n + first, first + 1, n + first + 1)] for first in (0, 2))
-
-    def _unpack64(self):
-        n = self.plan.lanes
-        return tuple([lane + i for lane in range(0, n, 4) for i in (first, first + 1, n + first, n + first + 1)] for first in (0, 2))
-
-    def _even_odd_parts(self):
-        parts = self.plan.lanes // 4
-        return tuple([4 * part + i for part in range(first, 2 * parts, 2) for i in range(4)] for first in (0, 1))
-
-
-def _emit_copy_row(e: _Emitter, form: str, source, target, factor) -> None:
+def _emit_copy_row(e: Emitter, form: str, source, target, factor) -> None:
     """One row `[head_dim]` of a dtype, times `factor`, as float32."""
-    lanes, size = e.plan.lanes, _ITEM_BYTES[form]
+    lanes, size = e.plan.lanes, ITEM_BYTES[form]
     factor = e.broadcast(factor)
     for first in range(0, e.plan.head_dim, lanes):
         row = e.load(e.address(source, first * size), form)
         e.store(e.b.fmul(row, factor), e.address(target, first * 4))
 
 
-def _emit_fold_keys(e: _Emitter, query, scale, minimum, folded) -> None:
+def _emit_fold_keys(e: Emitter, query, scale, minimum, folded) -> None:
     """`query∘scale` `[rows, head_dim]` of one group of tokens, then `query·minimum` `[rows, lanes]`, yet to be summed.
 
     The sums start from the second part, so that scores come out about zero: float32 stays exact where the parts with and
@@ -375,17 +189,17 @@ def _emit_fold_keys(e: _Emitter, query, scale, minimum, folded) -> None:
         e.store(start, e.address(folded, (plan.rows * plan.head_dim + row * plan.lanes) * 4))
 
 
-def _emit_scores(e: _Emitter, form: int | str, keys, count, folded, scores) -> None:
+def _emit_scores(e: Emitter, form: int | str, keys, count, folded, scores) -> None:
     """Scores of `count` tokens, `[blocks, padded_rows, tokens]`; those of tokens past the last repeat it."""
     plan = e.plan
     columns, together = plan.columns(form), min(4, plan.tokens)
-    last = e.b.sub(count, _I64(1))
-    blocks = e.b.udiv(e.b.add(count, _I64(plan.tokens - 1)), _I64(plan.tokens))
+    last = e.b.sub(count, I64(1))
+    blocks = e.b.udiv(e.b.add(count, I64(plan.tokens - 1)), I64(plan.tokens))
     with cgutils.for_range(e.b, blocks) as loop:
         sums = [e.float_splat(0.0)] * plan.block
-        first = e.b.mul(loop.index, _I64(plan.tokens))
+        first = e.b.mul(loop.index, I64(plan.tokens))
         for base in range(0, plan.tokens, together):
-            tokens = [e.b.add(first, _I64(base + i)) for i in range(together)]
+            tokens = [e.b.add(first, I64(base + i)) for i in range(together)]
             if not isinstance(form, int):  # packed groups are whole
                 tokens = [e.b.select(e.b.icmp_signed("<", token, last), token, last) for token in tokens]
             places = [e.address(keys, index=token, stride=row_bytes(form, plan.head_dim)) for token in tokens]
@@ -408,21 +222,21 @@ def _emit_scores(e: _Emitter, form: int | str, keys, count, folded, scores) -> N
             e.store(vector, e.address(scores, number * plan.lanes * 4, loop.index, plan.block * 4))
 
 
-def _emit_softmax(e: _Emitter, scores, count, maximum, total, decay) -> None:
+def _emit_softmax(e: Emitter, scores, count, maximum, total, decay) -> None:
     """Scores of a tile into weights `2**(score - maximum)`, in place; zero past `count`.
 
     `maximum` and `total` `[padded_rows, tokens]` go on from the tiles before; what those summed is to be multiplied with
     `decay`.
     """
     plan, n = e.plan, e.plan.block
-    blocks = e.b.udiv(e.b.add(count, _I64(plan.tokens - 1)), _I64(plan.tokens))
-    lane_token = ir.Constant(ir.VectorType(_I32, n), [_I32(lane % plan.tokens) for lane in range(n)])
+    blocks = e.b.udiv(e.b.add(count, I64(plan.tokens - 1)), I64(plan.tokens))
+    lane_token = ir.Constant(ir.VectorType(I32, n), [I32(lane % plan.tokens) for lane in range(n)])
     old = e.load(maximum, lanes=n)
     highest = e.variable(old)
     with cgutils.for_range(e.b, blocks) as loop:
         place = e.address(scores, 0, loop.index, n * 4)
-        left = e.b.sub(count, e.b.mul(loop.index, _I64(plan.tokens)))
-        left = e.broadcast(e.b.trunc(left, _I32), n)
+        left = e.b.sub(count, e.b.mul(loop.index, I64(plan.tokens)))
+        left = e.broadcast(e.b.trunc(left, I32), n)
         real = e.b.icmp_signed("<", lane_token, left)
         block = e.b.select(real, e.load(place, lanes=n), e.float_splat(-math.inf, n))
         e.store(block, place)
@@ -440,17 +254,17 @@ def _emit_softmax(e: _Emitter, scores, count, maximum, total, decay) -> None:
     e.store(factor, decay)
 
 
-def _emit_sum_total(e: _Emitter, total) -> None:
+def _emit_sum_total(e: Emitter, total) -> None:
     """The totals of each row's tokens, added up."""
     e.store(e.across_tokens(e.load(total, lanes=e.plan.block), e.b.fadd), total)
 
 
-def _emit_spread(e: _Emitter, weights, count, scale, minimum, spread, offsets) -> None:
+def _emit_spread(e: Emitter, weights, count, scale, minimum, spread, offsets) -> None:
     """Weights of `count` tokens times the scale of each group, `[groups, tile blocks, padded_rows, tokens]`, and
     `Σ weight·minimum`, `[groups, padded_rows, tokens]`, a row's sum in each of its lanes."""
     plan, n = e.plan, e.plan.block
     tile = plan.tile_tokens * plan.padded_rows * 4
-    blocks = e.b.udiv(count, _I64(plan.tokens))
+    blocks = e.b.udiv(count, I64(plan.tokens))
     stride = plan.tokens * plan.groups
     orders = [[(lane % plan.tokens) * plan.groups + group for lane in range(n)] for group in range(plan.groups)]
     sums = [e.variable(e.float_splat(0.0, n)) for _ in orders]
@@ -466,14 +280,14 @@ def _emit_spread(e: _Emitter, weights, count, scale, minimum, spread, offsets) -
         e.store(e.across_tokens(e.b.load(slot), e.b.fadd), e.address(offsets, group * n * 4))
 
 
-def _emit_accumulate(e: _Emitter, form: int | str, values, count, weights, offsets, decay, sums) -> None:
+def _emit_accumulate(e: Emitter, form: int | str, values, count, weights, offsets, decay, sums) -> None:
     """`sums` `[rows, head_dim]` times `decay`, plus the weighted values of `count` tokens.
 
     A tile adds up from zero and gets its offsets before it joins `sums`: what nearly cancels does so early.
     """
     plan = e.plan
-    blocks = e.b.udiv(e.b.add(count, _I64(plan.tokens - 1)), _I64(plan.tokens))
-    last = e.b.sub(count, _I64(1))
+    blocks = e.b.udiv(e.b.add(count, I64(plan.tokens - 1)), I64(plan.tokens))
+    last = e.b.sub(count, I64(1))
     columns = plan.columns(form)
     for first in range(0, len(columns), _columns_together(plan, form)):
         batch = columns[first : first + _columns_together(plan, form)]
@@ -481,9 +295,9 @@ def _emit_accumulate(e: _Emitter, form: int | str, values, count, weights, offse
         with cgutils.for_range(e.b, blocks) as loop:
             parts = [[e.b.load(slot) for slot in column] for column in slots]
             block = e.address(weights, 0, loop.index, plan.block * 4)
-            start = e.b.mul(loop.index, _I64(plan.tokens))
+            start = e.b.mul(loop.index, I64(plan.tokens))
             for i in range(plan.tokens):
-                _emit_one_value(e, form, values, e.b.add(start, _I64(i)), last, block, i, batch, parts)
+                _emit_one_value(e, form, values, e.b.add(start, I64(i)), last, block, i, batch, parts)
             for column, vectors in zip(slots, parts):
                 for slot, vector in zip(column, vectors):
                     e.b.store(vector, slot)
@@ -502,12 +316,12 @@ def _emit_accumulate(e: _Emitter, form: int | str, values, count, weights, offse
 
 def _columns_together(plan: Plan, form: int | str) -> int:
     """Columns whose accumulators fit the registers together, whole planes where they do."""
-    most = max(1, _host()[1] // plan.rows)
+    most = max(1, host()[1] // plan.rows)
     planes = 8 // form if isinstance(form, int) else 1
     return most // planes * planes if most >= planes else 1 << (most.bit_length() - 1)
 
 
-def _emit_one_value(e: _Emitter, form: int | str, values, token, last, block, lane: int, batch, parts) -> None:
+def _emit_one_value(e: Emitter, form: int | str, values, token, last, block, lane: int, batch, parts) -> None:
     plan = e.plan
     if not isinstance(form, int):  # packed groups are whole
         token = e.b.select(e.b.icmp_signed("<", token, last), token, last)
@@ -529,65 +343,51 @@ def _emit_one_value(e: _Emitter, form: int | str, values, token, last, block, la
 # --- the emitted code as functions of compiled code -------------------------------------------------------------------
 
 
-def _emitting(emit):
-    """Code generation that calls `emit(emitter, *values)`."""
-
-    def codegen(context, builder, signature, args):
-        emit(_Emitter(builder, signature.args[0].plan), *args[1:])
-        return context.get_dummy_value()
-
-    return codegen
-
-
-def _signature(plan, *args):
-    return types.void(plan, *(types.float32 if isinstance(a, types.Float) else types.int64 for a in args))
-
-
 @intrinsic
 def _copy_row(typingctx, plan, source, target, factor):
-    return _signature(plan, source, target, factor), _emitting(lambda e, *a: _emit_copy_row(e, e.plan.dense, *a))
+    return void_signature(plan, source, target, factor), emitting(lambda e, *a: _emit_copy_row(e, e.plan.dense, *a))
 
 
 @intrinsic
 def _fold_keys(typingctx, plan, query, scale, minimum, folded):
-    return _signature(plan, query, scale, minimum, folded), _emitting(_emit_fold_keys)
+    return void_signature(plan, query, scale, minimum, folded), emitting(_emit_fold_keys)
 
 
 @intrinsic
 def _score_packed(typingctx, plan, keys, count, folded, scores):
-    return _signature(plan, keys, count, folded, scores), _emitting(lambda e, *a: _emit_scores(e, e.plan.k_format, *a))
+    return void_signature(plan, keys, count, folded, scores), emitting(lambda e, *a: _emit_scores(e, e.plan.k_format, *a))
 
 
 @intrinsic
 def _score_dense(typingctx, plan, keys, count, folded, scores):
-    return _signature(plan, keys, count, folded, scores), _emitting(lambda e, *a: _emit_scores(e, e.plan.dense, *a))
+    return void_signature(plan, keys, count, folded, scores), emitting(lambda e, *a: _emit_scores(e, e.plan.dense, *a))
 
 
 @intrinsic
 def _softmax(typingctx, plan, scores, count, maximum, total, decay):
-    return _signature(plan, scores, count, maximum, total, decay), _emitting(_emit_softmax)
+    return void_signature(plan, scores, count, maximum, total, decay), emitting(_emit_softmax)
 
 
 @intrinsic
 def _sum_total(typingctx, plan, total):
-    return _signature(plan, total), _emitting(_emit_sum_total)
+    return void_signature(plan, total), emitting(_emit_sum_total)
 
 
 @intrinsic
 def _spread(typingctx, plan, weights, count, scale, minimum, spread, offsets):
-    return _signature(plan, weights, count, scale, minimum, spread, offsets), _emitting(_emit_spread)
+    return void_signature(plan, weights, count, scale, minimum, spread, offsets), emitting(_emit_spread)
 
 
 @intrinsic
 def _accumulate_packed(typingctx, plan, values, count, weights, offsets, decay, sums):
-    emit = _emitting(lambda e, *a: _emit_accumulate(e, e.plan.v_format, *a))
-    return _signature(plan, values, count, weights, offsets, decay, sums), emit
+    emit = emitting(lambda e, *a: _emit_accumulate(e, e.plan.v_format, *a))
+    return void_signature(plan, values, count, weights, offsets, decay, sums), emit
 
 
 @intrinsic
 def _accumulate_dense(typingctx, plan, values, count, weights, offsets, decay, sums):
-    emit = _emitting(lambda e, *a: _emit_accumulate(e, e.plan.dense, *a))
-    return _signature(plan, values, count, weights, offsets, decay, sums), emit
+    emit = emitting(lambda e, *a: _emit_accumulate(e, e.plan.dense, *a))
+    return void_signature(plan, values, count, weights, offsets, decay, sums), emit
 
 
 # --- compiled control -------------------------------------------------------------------------------------------------
@@ -754,16 +554,9 @@ def _combine(plan, call, lengths, partial, out):
 
 
 @njit(cache=True, parallel=True, nogil=True)
-def _attend_in_parallel(plan, call, scaling, lengths, scratch, partial, out):
+def _attend(plan, call, scaling, lengths, scratch, partial, out):
     for unit in prange(partial.shape[0]):
-        _attend_unit(plan, call, scaling, lengths, scratch, partial, unit, get_thread_id())
-    _combine(plan, call, lengths, partial, out)
-
-
-@njit(cache=True, nogil=True)
-def _attend_serially(plan, call, scaling, lengths, scratch, partial, out):
-    for unit in range(partial.shape[0]):
-        _attend_unit(plan, call, scaling, lengths, scratch, partial, unit, 0)
+        _attend_unit(plan, call, scaling, lengths, scratch, partial, np.int64(unit), np.int64(get_thread_id()))
     _combine(plan, call, lengths, partial, out)
 
 
@@ -778,50 +571,33 @@ _KERNEL_ARGUMENTS = (
 
 
 @functools.cache
-def _compiled(plan: Plan, parallel: bool):
-    """The compiled kernel of a plan, from Numba's on-disk cache where it is there."""
-    dispatcher = _attend_in_parallel if parallel else _attend_serially
-    signature = (PlanType(plan), *_KERNEL_ARGUMENTS)
-    dispatcher.compile(signature)
-    return dispatcher.overloads[signature].entry_point
+def _compiled(plan: Plan):
+    """The compiled kernel of a plan, from Numba's on-disk cache where it is there.
+
+    Calling it directly skips Numba's resolution of argument types, which would take longer than a short attention.
+    """
+    signature = (ConstantsType(plan), *_KERNEL_ARGUMENTS)
+    _attend.compile(signature)
+    return _attend.overloads[signature].entry_point
 
 
 # --- the backend ------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
-def _plan(
-    bits: tuple[int, int], dtypes: tuple[torch.dtype, ...], rows: int, head_dim: int, group_size: int
-) -> Plan | None:
-    """The plan for a layer, or None where the layout fits no vector or a dtype is not one of the three."""
-    if any(dtype not in _FLOAT for dtype in dtypes) or not host_is_supported():
+def _plan(bits: tuple[int, int], dtype: torch.dtype, rows: int, head_dim: int, group_size: int) -> Plan | None:
+    """The plan for a layer, or None where the layout fits no vector or the dtype is not one of the three."""
+    if dtype not in FLOAT_NAMES or not host_is_supported():
         return None
-    dense = _FLOAT[dtypes[0]]
+    dense = FLOAT_NAMES[dtype]
     formats = [dense if b == FULL_PRECISION_BITS else b for b in bits]
     if all(b == FULL_PRECISION_BITS for b in bits):
         group_size = head_dim
-    most, block = _host()
+    most, block = host()
     planes = [8 // b for b in bits if b != FULL_PRECISION_BITS]
     lanes = math.gcd(most, head_dim, group_size, *(head_dim // p for p in planes))
     plan = Plan(formats[0], formats[1], dense, rows, head_dim, group_size, lanes, max(block, lanes))
     return plan if lanes >= 4 and group_size % plan.tokens == 0 else None
-
-
-_local = threading.local()
-
-
-def _buffer(name: str, rows: int, floats: int) -> np.ndarray:
-    """A float32 array `[rows, floats]` of this thread that starts on a cache line; kept for the next call."""
-    kept = getattr(_local, name, None)
-    if kept is None or kept.size < rows * floats:
-        raw = np.empty(rows * floats + 16, np.float32)
-        kept = raw[-raw.ctypes.data % 64 // 4 :][: rows * floats]
-        setattr(_local, name, kept)
-    return kept[: rows * floats].reshape(rows, floats)
-
-
-def _threads() -> int:
-    return min(torch.get_num_threads(), numba_config.NUMBA_NUM_THREADS)
 
 
 def _splits(units: int, shares: int, threads: int) -> int:
@@ -850,9 +626,10 @@ def attend(
     batch, heads, length, head_dim = query.shape
     group = heads // key.shape[1]
     rows = group if length == 1 and group <= _MAX_ROWS else _MAX_ROWS
-    dtypes = (query.dtype, key.dtype, value.dtype, layer.key.window.dtype, layer.value.window.dtype)
-    plan = _plan((layer.key.bits, layer.value.bits), dtypes, rows, head_dim, layer.group_size)
-    if plan is None or group * length > _MANY_ROWS or len(set(dtypes)) > 1:
+    plan = _plan((layer.key.bits, layer.value.bits), query.dtype, rows, head_dim, layer.group_size)
+    one_dtype = query.dtype == key.dtype == value.dtype == layer.key.window.dtype == layer.value.window.dtype
+    differentiated = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    if plan is None or group * length > _MANY_ROWS or not one_dtype or differentiated:
         from modules.packed_attention import _attend_torch
 
         return _attend_torch(query, key, value, layer, scaling, new_lengths)
@@ -868,7 +645,7 @@ def _run(plan: Plan, query, key, value, layer: PackedLayer, scaling: float, new_
     row_tiles = -(-length * group // plan.rows)
     units, packed = batch * kv_heads * row_tiles, max(layer.packed)
     work = batch * heads * length * head_dim * (max(layer.lengths) + length)
-    threads = _threads() if work > _SERIAL_WORK else 1
+    threads = allowed_threads() if work > _SERIAL_WORK else 1
     splits = _splits(units, -(-packed // plan.tile_tokens) + _DENSE_TILES, threads)
 
     tensors = [t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value)]
@@ -880,13 +657,11 @@ def _run(plan: Plan, query, key, value, layer: PackedLayer, scaling: float, new_
     call += [0 if t is None else t.data_ptr() for t in stored]
     call += [layer.key.capacity, layer.sink_length, layer.ring, row_tiles, splits]
 
-    scratch = _buffer("scratch", threads, plan.at("end"))
-    partial = _buffer("partial", units * splits, plan.partial_floats)
-    if threads > 1:
-        set_num_threads(threads)
-    _compiled(plan, threads > 1)(
-        None, np.array(call), scaling * math.log2(math.e), np.array([*zip(layer.lengths, layer.packed, new_lengths)]), scratch, partial, out.numpy()
-    )
+    lengths = np.array([*zip(layer.lengths, layer.packed, new_lengths)])
+    scratch = buffer("scratch", threads, plan.at("end"))
+    partial = buffer("partial", units * splits, plan.partial_floats)
+    with numba_threads(threads):
+        _compiled(plan)(plan, np.array(call), scaling * math.log2(math.e), lengths, scratch, partial, out.numpy())
 
 
 def _stored(side) -> tuple:
