@@ -159,6 +159,18 @@ class Emitter:
         """The larger; `first` where `second` is NaN."""
         return self.b.select(self.b.fcmp_ordered(">", second, first), second, first)
 
+    def minimum(self, first, second):
+        """The smaller; `first` where `second` is NaN."""
+        return self.b.select(self.b.fcmp_ordered("<", second, first), second, first)
+
+    def larger_int(self, first, second):
+        """The larger of signed integers."""
+        return self.b.select(self.b.icmp_signed(">", first, second), first, second)
+
+    def round(self, x):
+        """To whole numbers, halves to even."""
+        return self._call("llvm.nearbyint", x)
+
     def across_tokens(self, vector, combine):
         """A block `[padded_rows, tokens]` with each lane combined with the others of its row."""
         step = 1
@@ -172,7 +184,7 @@ class Emitter:
         n = x.type.count
         floor = self.float_splat(-127.0, n)
         x = self.b.select(self.b.fcmp_ordered("<", x, floor), floor, x)
-        whole = self._call("llvm.nearbyint", x)
+        whole = self.round(x)
         rest = self.b.fsub(x, whole)
         result = self.float_splat(math.log(2) ** 6 / 720, n)
         for power in range(5, -1, -1):
