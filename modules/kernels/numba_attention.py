@@ -43,7 +43,7 @@ from modules.packed_state import FULL_PRECISION_BITS, PackedLayer
 _MAX_ROWS = 8
 _MIN_TILE = 128  # tokens of a tile: its scores and weights stay in the first-level cache
 _DENSE_TILES = 2  # what the full-precision tokens count for when tiles are shared out
-_MANY_ROWS = 64  # query rows a KV head from which torch's matrix products are faster
+_MANY_ROWS = 1 << 12  # query rows a KV head above which torch attends: the shares would take too much memory
 _SERIAL_WORK = 1 << 21  # multiply-adds below which starting threads costs more than it saves
 
 
