@@ -52,21 +52,29 @@ class KIVIConfigMixin(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        check_config(self)
+        check_fields(self)
 
 
 def check_config(config: PreTrainedConfig) -> None:
-    """Give a config the KIVI fields it lacks and raise `ValueError` for one that is not allowed."""
+    """Give a config the KIVI fields it lacks and raise `ValueError` for one that is not allowed or does not fit."""
     for name, default in FIELD_DEFAULTS.items():
         if not hasattr(config, name):
             setattr(config, name, default)
-    options = KIVIOptions.from_config(config)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    options.check_head_dim(head_dim)
+    options = check_fields(config)
+    options.check_head_dim(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     options.bits_of_layer(0, config.num_hidden_layers)
+
+
+def check_fields(config: PreTrainedConfig) -> KIVIOptions:
+    """The options of a config; `ValueError` for a value that no model could have.
+
+    Whether they fit the model is for `check_config`: `from_pretrained` sets its arguments one by one, after construction.
+    """
+    options = KIVIOptions.from_config(config)
     chunk = config.prefill_chunk
     if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
         raise ValueError(f"prefill_chunk must be a whole number of tokens, 1 or more, or None; got {chunk!r}.")
+    return options
 
 
 def packed_layer(cache: Cache | None, layer_idx: int) -> KIVICacheLayer | None:
