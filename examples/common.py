@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import io
 import os
 import shutil
 import subprocess
@@ -184,7 +185,7 @@ def _convert(gguf: Path, target: Path) -> None:
 
     from modules.kivi_modeling import FIELD_DEFAULTS
 
-    with progress(f"Reading {gguf.name} (once)"):
+    with progress(f"Reading {gguf.name} (once)"), _quiet():
         model, tokenizer = load(gguf, dtype=torch.bfloat16)
         fields = {key: value for key, value in model.config.to_dict().items() if key not in FIELD_DEFAULTS}
         family = fields.pop("model_type").removesuffix("_kivi")
@@ -197,20 +198,22 @@ def _convert(gguf: Path, target: Path) -> None:
 
 
 @contextlib.contextmanager
-def progress(description: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr: of `total` bytes, or one that only shows that time passes.
+def progress(description: str, total: int | None = None, unit: str = "bytes") -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr: of `total` units, or one that only shows that time passes.
 
     Yields:
-        A function that takes the bytes done so far.
+        A function that takes how much is done so far.
     """
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = [TextColumn("{task.description}"), BarColumn(), *([DownloadColumn()] if total else []), TimeElapsedColumn()]
-    with Progress(*columns, console=Console(stderr=True)) as bar:
+    amount = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
+    columns = [TextColumn("{task.description}"), BarColumn(), *([amount] if total else []), TimeElapsedColumn()]
+    with Progress(*columns, console=Console(file=sys.stderr)) as bar:
         task = bar.add_task(description, total=total)
         yield lambda done: bar.update(task, completed=min(done, total or done))
-        bar.update(task, total=total or 1, completed=total or 1)
+        if total is None:
+            bar.update(task, total=1, completed=1)
 
 
 def load(model: str | Path, *, stock: bool = False, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -226,7 +229,6 @@ def load(model: str | Path, *, stock: bool = False, **options: Any) -> tuple[Pre
         ValueError, OSError: from the loading, for a model of another family or a name that the hub does not have.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
     from modeling_llama_kivi import load_llama_kivi
     from modeling_qwen_kivi import load_qwen_kivi
@@ -234,26 +236,36 @@ def load(model: str | Path, *, stock: bool = False, **options: Any) -> tuple[Pre
     path = Path(model).expanduser()
     if not path.exists() and (path.is_absolute() or str(model).startswith((".", "~"))):
         raise UserError(f"there is no file or folder {model}.")
+    source = {}
     if path.is_file():
         if path.suffix != ".gguf":
             raise UserError(f"{model} is a file; give a checkpoint's folder, a .gguf file or a name on the hub.")
-        model, options["gguf_file"] = path.parent, path.name
-    elif path.is_dir():
-        model = path
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # else it warns that a "llama" checkpoint goes into a "llama_kivi" model
+        path, source = path.parent, {"gguf_file": path.name}
+    name = str(path) if path.exists() else str(model)
+    with _quiet():
+        if stock:
+            tokenizer = AutoTokenizer.from_pretrained(name, **source)
+            return AutoModelForCausalLM.from_pretrained(name, **source, **options), tokenizer
+        family = AutoConfig.from_pretrained(name, **source).model_type
+        helper = load_llama_kivi if family.startswith("llama") else load_qwen_kivi
+        return helper(name, **source, **options)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own bars and its warning that a "llama" checkpoint goes into a "llama_kivi" model."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        source = {key: options[key] for key in ("gguf_file",) if key in options}
-        if stock:
-            tokenizer = AutoTokenizer.from_pretrained(str(model), **source)
-            return AutoModelForCausalLM.from_pretrained(str(model), **options), tokenizer
-        family = AutoConfig.from_pretrained(str(model), **source).model_type
-        helper = load_llama_kivi if family.startswith("llama") else load_qwen_kivi
-        return helper(str(model), **options)
+        with contextlib.redirect_stderr(io.StringIO()):  # the bar of the GGUF loader heeds no setting
+            yield
     finally:
         logging.set_verbosity(verbosity)
-        logging.enable_progress_bar()
+        if bars:
+            logging.enable_progress_bar()
 
 
 def offline_text(*topics: str) -> str:
