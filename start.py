@@ -103,7 +103,9 @@ def main():
         print(__doc__.strip())
         return 0 if arguments else 2
     if arguments[0] not in JOBS:
-        print(f"start.py knows {' and '.join(JOBS)}, not {arguments[0]!r}. See: python3 start.py --help", file=sys.stderr)
+        print(
+            f"start.py knows {' and '.join(JOBS)}, not {arguments[0]!r}. See: python3 start.py --help", file=sys.stderr
+        )
         return 2
     check_version()
     return JOBS[arguments[0]](arguments[1:])

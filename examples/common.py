@@ -111,7 +111,9 @@ def _temporary_folder() -> Iterator[Path]:
         root.mkdir(parents=True, exist_ok=True)
         folder = tempfile.TemporaryDirectory(dir=root, prefix=".partial-")
     except OSError as error:
-        raise UserError(f"cannot write models to {root} ({error.strerror}); set KIVI_MODELS to another folder.") from error
+        raise UserError(
+            f"cannot write models to {root} ({error.strerror}); set KIVI_MODELS to another folder."
+        ) from error
     with folder as path:
         yield Path(path)
 
@@ -269,7 +271,7 @@ def _quiet() -> Iterator[None]:
 
 
 def offline_text(*topics: str) -> str:
-    """Prose on Python from Python's own `pydoc_data.topics`: the named topics, or all of them (about 460,000 characters)."""
+    """Prose on Python from Python's own `pydoc_data.topics`: the named topics, or all (about 460,000 characters)."""
     from pydoc_data.topics import topics as texts
 
     return "\n\n".join(texts[topic] for topic in topics or sorted(texts))
@@ -402,12 +404,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     cache.add_argument("--k-bits", help="bits of a key's code: 2, 4, 8; 16 keeps keys as they are (2)", **bits)
     cache.add_argument("--v-bits", help="bits of a value's code, likewise (2)", **bits)
     tokens = {"type": int, "metavar": "TOKENS"}
-    cache.add_argument("--group-size", default=32, help="tokens or channels that share a scale and a minimum (32)", **tokens)
+    cache.add_argument(
+        "--group-size", default=32, help="tokens or channels that share a scale and a minimum (32)", **tokens
+    )
     cache.add_argument("--residual-length", default=128, help="newest tokens, kept in full precision (128)", **tokens)
     cache.add_argument("--sink-length", default=4, help="first tokens, kept in full precision (4)", **tokens)
     cache.add_argument("--k-range", default="lsq", help="lsq fits the keys' range; minmax is the paper's (lsq)")
     model = parser.add_argument_group("model")
-    model.add_argument("--model", metavar="PATH", help="a folder, a .gguf file or a name on the hub (a small one is fetched)")
+    model.add_argument(
+        "--model", metavar="PATH", help="a folder, a .gguf file or a name on the hub (a small one is fetched)"
+    )
     model.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="float32 on a CPU, float16 on a GPU")
     model.add_argument("--max-new-tokens", type=int, default=128, metavar="TOKENS", help="longest answer (128)")
     model.add_argument("--threads", type=int, metavar="N", help="CPU threads (as torch has it)")

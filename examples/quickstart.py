@@ -28,8 +28,8 @@ from common import (
     stop_tokens,
 )
 
-TOPICS = ("with", "try", "for")
-QUESTION = "Answer in a few sentences: what does the with statement do, and when is __exit__() called?"
+TOPICS = ("with", "context-managers", "for", "while", "break", "del")
+QUESTION = "What is the with statement used for? Answer in one paragraph."
 WARM_UP_TOKENS = 8
 
 
@@ -98,25 +98,30 @@ def table(cache: Any, ours: Answer, dtype: Any, stock: tuple[Answer, int] | None
     def megabytes(count: float) -> str:
         return f"{count / 1e6:.2f} MB"
 
-    result = Table(title="What the cache took, and how fast it was", title_justify="left")
+    result = Table()
     result.add_column("")
-    result.add_column(f"KIVI, K {cache.options.k_bits} bits, V {cache.options.v_bits} bits", justify="right")
-    result.add_column(f"stock model, DynamicCache ({name})", justify="right")
+    result.add_column("KIVI cache", justify="right")
+    result.add_column("stock DynamicCache", justify="right")
     rows = [
+        ("bits of keys, values", f"{cache.options.k_bits}, {cache.options.v_bits}", name),
         ("tokens in the cache", str(seen), str(seen)),
-        ("  first ones (sinks), full precision", str(tokens["sinks"]), ""),
+        ("  sinks (the first), full precision", str(tokens["sinks"]), ""),
         ("  packed", str(tokens["packed"]), ""),
-        ("  newest ones (window), full precision", str(tokens["window"]), ""),
-        ("bits an element: all that is stored", f"{bits['stored']:.2f}", f"{8 * dtype.itemsize:.2f}"),
-        ("  of the packed tokens, with scales and minima", f"{bits['packed']:.2f}", ""),
-        ("  nominal: codes and window at 16 bits only", f"{bits['nominal']:.2f}", "16.00"),
+        ("  window (the newest), full precision", str(tokens["window"]), ""),
+        ("bits an element, all stored", f"{bits['stored']:.2f}", f"{8 * dtype.itemsize}"),
+        ("  packed part, scales included", f"{bits['packed']:.2f}", ""),
+        ("  nominal: codes, 16-bit window", f"{bits['nominal']:.2f}", ""),
         ("bytes of the cache", megabytes(size["total"]), megabytes(stock[1] if stock else dense)),
-        (f"  {name}, the model's dtype, is larger by", f"{dense / size['total']:.2f} times" if size["total"] else "", ""),
-        ("  float16 would be", f"{megabytes(dense16)}: {dense16 / size['total']:.2f} times" if size["total"] else "", ""),
+        (f"  less than {name} (the model's)", f"{dense / size['total']:.2f} times", ""),
+        (f"  less than float16 ({megabytes(dense16)})", f"{dense16 / size['total']:.2f} times", ""),
     ]
     other = stock[0] if stock else None
     rows += [
-        ("seconds to the first token", f"{ours.first_seconds:.2f}", f"{other.first_seconds:.2f}" if other else "not run"),
+        (
+            "seconds to the first token",
+            f"{ours.first_seconds:.2f}",
+            f"{other.first_seconds:.2f}" if other else "not run",
+        ),
         ("tokens a second after it", speed(ours), speed(other) if other else "not run"),
     ]
     if other and ours.rest_seconds and other.rest_seconds:
@@ -127,8 +132,8 @@ def table(cache: Any, ours: Answer, dtype: Any, stock: tuple[Answer, int] | None
 
 
 def speed(result: Answer) -> str:
-    """Tokens a second, and of how many tokens."""
-    return f"{result.tokens_per_second:.1f} ({len(result.tokens)} tokens)"
+    """Tokens a second, and how many there were."""
+    return f"{result.tokens_per_second:.2f} (of {len(result.tokens)})"
 
 
 def compare(args: argparse.Namespace, input_ids: Any, length: int) -> tuple[Answer, int] | None:
@@ -166,7 +171,7 @@ def main() -> None:
     cache = model.create_kivi_cache()
     where = f"{model.device.type}, {str(model.dtype).removeprefix('torch.')}"
     console.print(f"\nThe prompt has {input_ids.shape[1]} tokens ({where}). It ends:", style="bold")
-    console.print(f"… {prompt[-200:].strip().splitlines()[-1]}\n", markup=False, highlight=False)
+    print(f"… {prompt[-200:].strip().splitlines()[-1]}\n")
     stream = TextStream(tokenizer, lambda text: print(text, end="", flush=True))
     ours = answer(
         model,
@@ -187,10 +192,10 @@ def main() -> None:
         except KeyboardInterrupt:
             console.print("\nThe comparison was stopped.")
     if stock:
-        console.print(where_they_part(tokenizer, ours, stock[0]), markup=False, highlight=False)
-        print()
-    console.print(table(cache, ours, model.dtype, stock))
-    if not cache.get_cache_info()["tokens"]["packed"]:
+        print(where_they_part(tokenizer, ours, stock[0]), end="\n\n")
+    if ours.tokens:
+        console.print(table(cache, ours, model.dtype, stock))
+    if ours.tokens and not cache.get_cache_info()["tokens"]["packed"]:
         least = args.sink_length + args.residual_length + args.group_size
         console.print(f"Nothing is packed yet: that starts at {least} tokens. Give a longer --prompt.")
 
