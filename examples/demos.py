@@ -64,8 +64,8 @@ def memory(args: argparse.Namespace, family: Family) -> None:
         title=f"k_bits={args.k_bits} v_bits={args.v_bits} group_size={args.group_size} "
         f"residual_length={args.residual_length} sink_length={args.sink_length}",
         caption=f"{name}: {layers} layers, {heads} KV heads of {head_dim}; one sequence; against 16 bits an element.\n"
-        "Nominal: codes, and the window at 16 bits. Stored: also scales, minima, sinks and the whole ring of the window; "
-        "capacity for growth (up to 6 % of the packed part) comes on top.",
+        "Nominal: codes, and the window at 16 bits. Stored: also scales, minima, sinks and the whole ring of the window. "
+        "Capacity for growth (up to 6 % of the packed part) comes on top.",
         caption_justify="left",
     )
     for column in ("tokens", "nominal bits", "ratio", "memory", "stored bits", "ratio", "memory", "MB", "of MB"):
@@ -148,8 +148,8 @@ def _answer(
 ) -> tuple[list[int], str]:
     """Stream an answer, feeding only the tokens after those the cache holds; all tokens, and the answer's text.
 
-    A chat template may write an earlier answer otherwise than the model did, so the cache is first cropped to the tokens
-    that it shares with the conversation.
+    A chat template may write an earlier answer otherwise than the model did, so the cache is first cropped to the
+    tokens that it shares with the conversation.
     """
     ids = chat_ids(tokenizer, messages).to(model.device)
     tokens = ids[0].tolist()

@@ -60,7 +60,7 @@ def check_length(model: Any, prompt_tokens: int, max_new_tokens: int) -> None:
     context = model.config.max_position_embeddings
     if prompt_tokens + max_new_tokens > context:
         raise UserError(
-            f"the prompt has {prompt_tokens} tokens and up to {max_new_tokens} are to follow; the model knows {context}. "
+            f"the prompt has {prompt_tokens} tokens and up to {max_new_tokens} are to follow; its limit is {context}. "
             "Give a shorter --prompt or fewer --max-new-tokens."
         )
 

@@ -98,10 +98,15 @@ class PackedSide:
             new[:, :, : old.shape[2]] = old
             setattr(self, name, new)
 
-    def quantize(self, x: torch.Tensor) -> Quantized | torch.Tensor:
-        """Whole groups `[b, H, T, D]` as they are stored."""
+    def quantize(self, x: torch.Tensor, backend: str = "torch") -> Quantized | torch.Tensor:
+        """Whole groups `[b, H, T, D]` as they are stored; "numba" packs on the CPU, any other backend with torch."""
         if self.bits == FULL_PRECISION_BITS:
             return x
+        if backend == "numba" and x.device.type == "cpu":
+            from modules.kernels import numba_quantize  # takes a second to import; many never need it
+
+            quantize = numba_quantize.quantize_keys if self.what == "keys" else numba_quantize.quantize_values
+            return quantize(x, self.bits, self.group_size, self.method)
         quantize = quantize_keys if self.what == "keys" else quantize_values
         return quantize(x, self.bits, self.group_size, self.method)
 
@@ -272,7 +277,7 @@ class PackedLayer:
                 from_new = max(0, packed_after - stored)
                 groups = [side.window[rows, :, slot] for slot in slots] + [rest[:, :, :from_new]]
                 groups = torch.cat(groups, dim=2) if slots else groups[-1]
-                side.write(rows, packed, side.quantize(groups[:, :, : packed_after - packed]))
+                side.write(rows, packed, side.quantize(groups[:, :, : packed_after - packed], self.backend))
             first = max(0, packed_after - stored)  # earlier ones of `rest` are packed already
             self._write_ring(side, rows, stored + first, rest[:, :, first:])
 

@@ -1,0 +1,1 @@
+"""Compiled backends, one file a kernel. Imported only when used; none imports transformers."""
