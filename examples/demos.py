@@ -64,7 +64,7 @@ def memory(args: argparse.Namespace, family: Family) -> None:
         title=f"k_bits={args.k_bits} v_bits={args.v_bits} group_size={args.group_size} "
         f"residual_length={args.residual_length} sink_length={args.sink_length}",
         caption=f"{name}: {layers} layers, {heads} KV heads of {head_dim}; one sequence; against 16 bits an element.\n"
-        "Nominal: codes, and the window at 16 bits. Stored: also scales, minima, sinks and the whole ring of the window. "
+        "Nominal: codes, and the window at 16 bits. Stored: also scales, minima, sinks and the window's whole ring. "
         "Capacity for growth (up to 6 % of the packed part) comes on top.",
         caption_justify="left",
     )
