@@ -45,28 +45,32 @@ def run(*command):
 
 
 def environment(requirements):
-    """The Python of the virtual environment, with a requirements file installed in it.
+    """The Python of the virtual environment, with requirements files installed in it.
 
-    A stamp in the environment holds the hash of what was installed, so that an unchanged file is not looked at again.
+    For each file a stamp in the environment holds the hash of what was installed; a file that has not changed since is
+    not looked at again.
     """
     folder = Path(os.environ.get("KIVI_VENV") or ROOT / ".venv").expanduser().absolute()
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    wanted = hashlib.sha256()
-    for file in ("requirements.txt", requirements):
-        wanted.update((ROOT / file).read_bytes())
-    stamp = folder / f".installed-{requirements}"
-    if python.exists() and stamp.exists() and stamp.read_text() == wanted.hexdigest():
+    stamps = {
+        folder / f".installed-{name}": hashlib.sha256((ROOT / name).read_bytes()).hexdigest() for name in requirements
+    }
+    if python.exists() and all(stamp.exists() and stamp.read_text() == wanted for stamp, wanted in stamps.items()):
         return python
-    print(f"Installing {requirements} into {folder} …", flush=True)
+    print(f"Installing {' and '.join(requirements)} into {folder} …", flush=True)
     if run(sys.executable, "-m", "venv", folder):
         sys.exit(
             f"Could not make a virtual environment in {folder}. On Debian and Ubuntu: apt install python3-venv. "
             "Another folder: set KIVI_VENV."
         )
-    pip = (python, "-m", "pip", "install", "--disable-pip-version-check", *([] if sys.stdout.isatty() else ["-q"]))
-    if run(*pip, "-r", ROOT / requirements):
-        sys.exit(f"pip could not install {requirements}; its message is above. Run the same command to try again.")
-    stamp.write_text(wanted.hexdigest())
+    files = [part for name in requirements for part in ("-r", ROOT / name)]
+    quiet = [] if sys.stdout.isatty() else ["-q"]
+    if run(python, "-m", "pip", "install", "--disable-pip-version-check", *quiet, *files):
+        sys.exit(
+            f"pip could not install {' and '.join(requirements)}; its message is above. The same command tries again."
+        )
+    for stamp, wanted in stamps.items():
+        stamp.write_text(wanted)
     return python
 
 
@@ -74,15 +78,15 @@ def demo(arguments):
     """The quickstart; its --help needs nothing installed."""
     if {"-h", "--help"} & set(arguments):
         return run(sys.executable, QUICKSTART, *arguments)
-    return run(environment("requirements.txt"), QUICKSTART, *arguments)
+    return run(environment(["requirements.txt"]), QUICKSTART, *arguments)
 
 
 def test(arguments):
     """Lint, types and tests; the tests come last, so that the last line is pytest's."""
-    python = environment("requirements-dev.txt")
+    python = environment(["requirements.txt", "requirements-dev.txt"])
     failed = []
     for name, command in (
-        ("ruff", ("-m", "ruff", "check", ".")),
+        ("ruff", ("-m", "ruff", "check", "--output-format", "concise", ".")),
         ("mypy", ("-m", "mypy")),
         ("fetching the model", (ROOT / "examples" / "common.py", "smollm2")),
         ("pytest", ("-m", "pytest", *arguments)),
