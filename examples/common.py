@@ -188,7 +188,8 @@ def _convert(gguf: Path, target: Path) -> None:
     from modules.kivi_modeling import FIELD_DEFAULTS
 
     with progress(f"Reading {gguf.name} (once)"), _quiet():
-        model, tokenizer = load(gguf, dtype=torch.bfloat16)
+        config = AutoConfig.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+        model, tokenizer = load(gguf, config=config, dtype=torch.bfloat16)  # else it reads the file's header twice more
         fields = {key: value for key, value in model.config.to_dict().items() if key not in FIELD_DEFAULTS}
         family = fields.pop("model_type").removesuffix("_kivi")
         fields.pop("quantization_config", None)
@@ -248,8 +249,8 @@ def load(model: str | Path, *, stock: bool = False, **options: Any) -> tuple[Pre
         if stock:
             tokenizer = AutoTokenizer.from_pretrained(name, **source)
             return AutoModelForCausalLM.from_pretrained(name, **source, **options), tokenizer
-        family = AutoConfig.from_pretrained(name, **source).model_type
-        helper = load_llama_kivi if family.startswith("llama") else load_qwen_kivi
+        config = options.get("config") or AutoConfig.from_pretrained(name, **source)
+        helper = load_llama_kivi if config.model_type.startswith("llama") else load_qwen_kivi
         return helper(name, **source, **options)
 
 
