@@ -88,37 +88,39 @@ def _pair(k_bits: int, v_bits: int) -> Candidate:
     return kivi(", ".join(sides), {"k_bits": k_bits, "v_bits": v_bits})
 
 
+def short_candidates() -> list[Candidate]:
+    """The least that says how good the defaults are: they, the paper's setting, more bits."""
+    return [kivi(DEFAULTS, {}), kivi(PAPER, PAPER_OPTIONS, kind="paper"), _pair(4, 2), _pair(4, 4)]
+
+
 def main_candidates() -> list[Candidate]:
-    """What a user would choose between: the defaults, the paper's setting, more bits, and transformers' caches."""
+    """What a user would choose between, and each of our changes to the paper's setting alone."""
     return [
-        kivi(DEFAULTS, {}),
-        kivi(PAPER, PAPER_OPTIONS, kind="paper"),
-        kivi("groups of 16", {"group_size": 16}),
-        _pair(4, 2),
+        *short_candidates(),
+        kivi("paper and sinks", {"k_range": "minmax"}),
+        kivi("paper and fitted keys", {"sink_length": 0}),
         _pair(2, 4),
-        _pair(4, 4),
-        *peers(),
+        *(kivi(f"defaults, groups of {size}", {"group_size": size}) for size in (16, 64)),
     ]
 
 
 def grid_candidates() -> list[Candidate]:
-    """Every pair of bits, group sizes, and each change to the paper's setting alone."""
-    pairs = [pair for pair in itertools.product((2, 4, 8, 16), repeat=2) if pair not in ((2, 2), (16, 16))]
+    """`main_candidates` and every other pair of 2, 4, 8 and 16 bits, and group sizes at 4 bits."""
+    shown = [(2, 2), (4, 2), (2, 4), (4, 4), (16, 16)]
+    pairs = [pair for pair in itertools.product((2, 4, 8, 16), repeat=2) if pair not in shown]
+    four = {"k_bits": 4, "v_bits": 4}
     return [
-        kivi(DEFAULTS, {}),
-        kivi(PAPER, PAPER_OPTIONS, kind="paper"),
-        kivi("paper and sinks", {"k_range": "minmax"}),
-        kivi("paper and fitted keys", {"sink_length": 0}),
+        *main_candidates(),
         *(_pair(*pair) for pair in pairs),
-        *(
-            kivi(f"K {bits} bits, V {bits} bits, groups of {size}", {"k_bits": bits, "v_bits": bits, "group_size": size})
-            for bits in (2, 4)
-            for size in (16, 64)
-        ),
+        *(kivi(f"{FOUR_BITS}, groups of {size}", {**four, "group_size": size}) for size in (16, 64)),
     ]
 
 
-CANDIDATE_SETS: dict[str, Callable[[], list[Candidate]]] = {"main": main_candidates, "grid": grid_candidates}
+CANDIDATE_SETS: dict[str, Callable[[], list[Candidate]]] = {
+    "short": short_candidates,
+    "main": main_candidates,
+    "grid": grid_candidates,
+}
 
 
 def as_candidates(caches: Mapping[str, Mapping[str, Any] | CacheFactory] | Iterable[Candidate]) -> list[Candidate]:

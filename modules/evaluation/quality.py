@@ -95,7 +95,6 @@ def measure_quality(
     skip: int = SKIP,
     model_name: str = "",
     text_name: str = "",
-    title: str = "main",
     progress: Progress | None = None,
 ) -> QualityResult:
     """Stream a text through caches side by side and compare their predictions with full precision's.
@@ -107,7 +106,7 @@ def measure_quality(
             from the model's config to an empty cache. Full precision is always measured.
         chunk: tokens that go through the caches at once.
         skip: tokens before the first measured prediction, a multiple of `chunk` or not.
-        model_name, text_name, title: for the record.
+        model_name, text_name: for the record.
         progress: called with a candidate's name after each of its chunks.
 
     Returns:
@@ -135,7 +134,6 @@ def measure_quality(
         predictions=input_ids.shape[1] - skip,
         rows=[run.row() for run in runs],
         environment=Environment.here(model),
-        title=title,
     )
 
 
@@ -161,3 +159,24 @@ def _one_chunk(
             run.add(log_q, log_p, p, targets)
         if progress is not None:
             progress(run.candidate.name)
+
+
+def keep_peers(result: QualityResult, earlier: QualityResult | None) -> QualityResult:
+    """`result` with the rows of transformers' caches that an earlier run has of the same text, versions and settings.
+
+    They are slow and none of our changes moves them.
+    """
+    if earlier is None or any(_conditions(result)[name] != value for name, value in _conditions(earlier).items()):
+        return result
+    known = {row.name for row in result.rows}
+    kept = [
+        dataclasses.replace(row, date=row.date or earlier.environment.date)
+        for row in earlier.rows
+        if row.kind == "transformers" and row.name not in known and row.kl is not None
+    ]
+    return dataclasses.replace(result, rows=[*result.rows, *kept])
+
+
+def _conditions(result: QualityResult) -> dict[str, Any]:
+    same = {name: getattr(result, name) for name in ("model", "digest", "chunk", "skip", "predictions")}
+    return {**same, "dtype": result.environment.dtype, "packages": result.environment.packages}

@@ -85,6 +85,7 @@ class QualityRow:
         top1: share of predictions whose most likely token is that of full precision.
         seconds: spent in the model's forwards.
         note: why it was not measured; then the numbers are None.
+        date: when it was measured, where that was not with the other rows.
     """
 
     name: str
@@ -97,6 +98,7 @@ class QualityRow:
     top1: float | None = None
     seconds: float | None = None
     note: str = ""
+    date: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +121,6 @@ class QualityResult:
     predictions: int
     rows: list[QualityRow]
     environment: Environment
-    title: str = "main"
 
     def row(self, name: str) -> QualityRow:
         """The row of a candidate.
