@@ -1,6 +1,7 @@
 """What a quantized cache costs: perplexity, KL divergence, top-1 agreement and passkey retrieval, caches side by side.
 
-    result = measure_quality(model, encode(tokenizer, load_text("prose"), 3072), {"2 bits": {}, "4 bits": {"k_bits": 4, "v_bits": 4}})
+    ids = encode(tokenizer, load_text("prose"), 3072)
+    result = measure_quality(model, ids, {"2 bits": {}, "4 bits": {"k_bits": 4, "v_bits": 4}})
 
 or from a shell: `python -m modules.evaluation quality --model PATH --text prose`.
 """

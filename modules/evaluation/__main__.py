@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -194,9 +193,12 @@ def measure_steps(wanted: list[Step], models: Path, results: Path, args: argpars
 
 def _measure_step(step: Step, loaded: tuple, earlier: Any, console: Console) -> QualityResult:
     own = CANDIDATE_SETS[step.candidates]()
-    measure: Callable[[list[Candidate]], QualityResult] = lambda candidates: run_quality(
-        *loaded, candidates, console=console, model_name=step.model, text=step.text, tokens=step.tokens
-    )
+
+    def measure(candidates: list[Candidate]) -> QualityResult:
+        return run_quality(
+            *loaded, candidates, console=console, model_name=step.model, text=step.text, tokens=step.tokens
+        )
+
     result = keep_peers(measure(own), earlier)
     missing = [peer for peer in peers() if step.peers and all(row.name != peer.name for row in result.rows)]
     return keep_peers(result, measure(missing)) if missing else result
@@ -210,28 +212,42 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     caches = argparse.ArgumentParser(add_help=False)
     caches.add_argument("--model", required=True, help="a folder or a name on the hub (Llama, Qwen2, Qwen3)")
-    caches.add_argument("--options", action="append", metavar="NAME=VALUE,…", help="a KIVI cache; may be repeated, 'name: …' names it")
+    caches.add_argument(
+        "--options", action="append", metavar="NAME=VALUE,…", help="a KIVI cache; may be repeated, 'name: …' names it"
+    )
     caches.add_argument("--chunk", type=int, default=CHUNK, help="tokens that go through the cache at once")
     caches.add_argument("--output", metavar="FILE", help="write the result as JSON")
 
-    quality = commands.add_parser("quality", parents=[model, caches], help="perplexity, KL and top-1 of caches side by side")
+    quality = commands.add_parser(
+        "quality", parents=[model, caches], help="perplexity, KL and top-1 of caches side by side"
+    )
     quality.add_argument("--text", default="prose", help="prose, code, a file, or hub:dataset:config:split:column")
     quality.add_argument("--tokens", type=int, default=3072)
     quality.add_argument("--skip", type=int, default=SKIP, help="tokens before the first measured prediction")
-    quality.add_argument("--set", choices=sorted(CANDIDATE_SETS), default="main", help="caches, where no --options are given")
-    quality.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="transformers' own quantized caches too")
+    quality.add_argument(
+        "--set", choices=sorted(CANDIDATE_SETS), default="main", help="caches, where no --options are given"
+    )
+    quality.add_argument(
+        "--peers", action=argparse.BooleanOptionalAction, default=True, help="transformers' own quantized caches too"
+    )
     quality.set_defaults(run=_quality)
 
     passkey = commands.add_parser("passkey", parents=[model, caches], help="is a key in a long prompt found?")
     passkey.add_argument("--filler", default="prose", help="as --text")
     passkey.add_argument("--lengths", type=int, nargs="+", default=[2000], help="of the prompts, in tokens")
     passkey.add_argument("--depths", type=int, default=5, help="places of the key")
-    passkey.add_argument("--peers", action=argparse.BooleanOptionalAction, default=False, help="transformers' own quantized caches too")
+    passkey.add_argument(
+        "--peers", action=argparse.BooleanOptionalAction, default=False, help="transformers' own quantized caches too"
+    )
     passkey.set_defaults(run=_passkey, set="short")
 
     report = commands.add_parser("report", parents=[model], help="docs/quality.md and its plot from the results")
-    report.add_argument("--measure", nargs="+", metavar="STEP", help="measure first: 'all', or some of the page's measurements")
-    report.add_argument("--models", help="folder of the models of the page; default: $KIVI_MODELS or ~/.cache/kivi-models")
+    report.add_argument(
+        "--measure", nargs="+", metavar="STEP", help="measure first: 'all', or some of the page's measurements"
+    )
+    report.add_argument(
+        "--models", help="folder of the models of the page; default: $KIVI_MODELS or ~/.cache/kivi-models"
+    )
     report.add_argument("--results", default=RESULTS, help="folder of quality*.json")
     report.add_argument("--output", default=REPORT)
     report.set_defaults(run=_report)

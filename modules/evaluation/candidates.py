@@ -32,7 +32,7 @@ class Candidate:
         make: an empty cache for a model's config.
         kind: "full", "kivi", "paper" or "transformers".
         options: for the record.
-        stored_bits: bits a quantized element takes with its metadata in a 16-bit model; None: counted, for a KIVI cache.
+        stored_bits: bits a quantized element takes with its metadata in a 16-bit model; None: counted.
     """
 
     name: str
@@ -84,7 +84,10 @@ def peers() -> list[Candidate]:
 
 
 def _pair(k_bits: int, v_bits: int) -> Candidate:
-    sides = [f"{name} {bits} bits" if bits != FULL_PRECISION_BITS else f"{name} full" for name, bits in (("K", k_bits), ("V", v_bits))]
+    sides = [
+        f"{name} {bits} bits" if bits != FULL_PRECISION_BITS else f"{name} full"
+        for name, bits in (("K", k_bits), ("V", v_bits))
+    ]
     return kivi(", ".join(sides), {"k_bits": k_bits, "v_bits": v_bits})
 
 

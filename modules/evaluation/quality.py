@@ -120,7 +120,9 @@ def measure_quality(
     check_count("chunk", chunk, 1)
     check_count("skip", skip, 0)
     if input_ids.shape[1] < skip + 2:
-        raise ValueError(f"a text of {input_ids.shape[1]} tokens has no target after the first {skip} (skip) and one more.")
+        raise ValueError(
+            f"a text of {input_ids.shape[1]} tokens has no target after the first {skip} (skip) and one more."
+        )
     runs = [_Run.start(candidate, model.config) for candidate in [full_precision(), *as_candidates(caches)]]
     for start, piece in chunks(input_ids, chunk):
         _one_chunk(model, runs, input_ids, start, piece, skip, progress)

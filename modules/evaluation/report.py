@@ -29,7 +29,9 @@ def read_results(folder: str | Path) -> tuple[list[QualityResult], list[PasskeyR
     results = [load_result(path) for path in sorted(Path(folder).glob("quality*.json"))]
     quality = [result for result in results if isinstance(result, QualityResult)]
     if not quality:
-        raise ValueError(f"{folder} has no quality*.json; measure first: `python -m modules.evaluation report --measure all`.")
+        raise ValueError(
+            f"{folder} has no quality*.json; measure first: `python -m modules.evaluation report --measure all`."
+        )
     return quality, [result for result in results if isinstance(result, PasskeyResult)]
 
 
@@ -69,7 +71,16 @@ def _has(result: QualityResult, name: str) -> bool:
 
 def _summary(quality: Sequence[QualityResult]) -> str:
     """One line a text: the defaults, the paper's setting and 4 bits."""
-    header = ["", "defaults: KL", "perplexity", "top-1", "paper's setting: KL", "is … times ours", "4 bits: KL", "perplexity"]
+    header = [
+        "",
+        "defaults: KL",
+        "perplexity",
+        "top-1",
+        "paper's setting: KL",
+        "is … times ours",
+        "4 bits: KL",
+        "perplexity",
+    ]
     rows = [header]
     for result in quality:
         if not all(_has(result, name) for name in (DEFAULTS, PAPER, FOUR_BITS)):
@@ -152,7 +163,9 @@ def _passkey(passkeys: Sequence[PasskeyResult]) -> str:
 def _environment(environments: Sequence[Environment]) -> str:
     dates = sorted(environment.date for environment in environments)
     newest = max(environments, key=lambda environment: environment.date)
-    machines = sorted({f"{e.processor}, {e.threads} thread{'s' if e.threads > 1 else ''}, {e.dtype}" for e in environments})
+    machines = sorted(
+        {f"{e.processor}, {e.threads} thread{'s' if e.threads > 1 else ''}, {e.dtype}" for e in environments}
+    )
     packages = ", ".join(f"{name} {version}" for name, version in newest.packages.items())
     when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
     return f"{'; '.join(machines)}; Python {newest.python}, {packages}; {when}."
@@ -183,7 +196,9 @@ def _panel(axis, result: QualityResult) -> None:
         own = [row for row in rows if row.kind == kind]
         if own:
             heights = [min(row.kl, WORST_SHOWN) for row in own]
-            axis.scatter([row.stored_bits for row in own], heights, marker=marker, color=color, s=28, label=label, zorder=3)
+            axis.scatter(
+                [row.stored_bits for row in own], heights, marker=marker, color=color, s=28, label=label, zorder=3
+            )
     for row in rows:
         axis.annotate(
             _label(row),

@@ -25,12 +25,14 @@ def chunks(ids: torch.Tensor, size: int) -> Iterator[tuple[int, torch.Tensor]]:
 
 
 def forward(model: PreTrainedModel, ids: torch.Tensor, cache: Cache, keep: int = 0) -> torch.Tensor:
-    """Logits of the tokens `[1, n]` over what `cache` holds, float32 `[n or keep, vocabulary]`; the cache grows by `n`."""
+    """Logits of the tokens `[1, n]` over what `cache` holds and then takes in, float32 `[n or keep, vocabulary]`."""
     output = model(input_ids=ids.to(model.device), past_key_values=cache, use_cache=True, logits_to_keep=keep)
     return output.logits[0].float()
 
 
-def prefill(model: PreTrainedModel, ids: torch.Tensor, cache: Cache, chunk: int = CHUNK, tick: Tick | None = None) -> torch.Tensor:
+def prefill(
+    model: PreTrainedModel, ids: torch.Tensor, cache: Cache, chunk: int = CHUNK, tick: Tick | None = None
+) -> torch.Tensor:
     """Send a prompt `[1, T]` through a cache in chunks; the logits of its last token, float32 `[vocabulary]`."""
     for _, piece in chunks(ids, chunk):
         logits = forward(model, piece, cache, keep=1)
@@ -41,7 +43,12 @@ def prefill(model: PreTrainedModel, ids: torch.Tensor, cache: Cache, chunk: int 
 
 @torch.inference_mode()
 def greedy(
-    model: PreTrainedModel, ids: torch.Tensor, cache: Cache, new_tokens: int, chunk: int = CHUNK, tick: Tick | None = None
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    cache: Cache,
+    new_tokens: int,
+    chunk: int = CHUNK,
+    tick: Tick | None = None,
 ) -> list[int]:
     """The greedy continuation of a prompt `[1, T]`, `new_tokens` token ids, the prompt in chunks through the cache."""
     logits = prefill(model, ids, cache, chunk, tick)

@@ -17,12 +17,21 @@ from transformers import PreTrainedTokenizerBase
 
 HUB_PREFIX = "hub:"
 # The longest chapters of the language reference first: running prose with few tables.
-PROSE_TOPICS = ("compound", "specialnames", "types", "typesfunctions", "formatstrings", "execmodel", "import", "assignment")
+PROSE_TOPICS = (
+    "compound",
+    "specialnames",
+    "types",
+    "typesfunctions",
+    "formatstrings",
+    "execmodel",
+    "import",
+    "assignment",
+)
 CODE_MODULES = (argparse, statistics, tarfile, zipfile, ast)
 
 
 def python_prose() -> str:
-    """Prose of Python's own language reference, from `pydoc_data.topics`; about 460 KB, the same for one Python version."""
+    """Prose of Python's own language reference, from `pydoc_data.topics`; about 460 KB."""
     first = [name for name in PROSE_TOPICS if name in topics]
     rest = sorted(set(topics) - set(first))
     return "\n\n".join(topics[name].strip() for name in first + rest)
@@ -69,7 +78,7 @@ def load_text(source: str) -> str:
     """
     name, _, start = source.partition("@")
     if start and not start.isdigit():
-        raise ValueError(f"the start of a text must be a whole number of characters, as in 'prose@60000'; got {start!r}.")
+        raise ValueError(f"the start of a text must be a number of characters, as in 'prose@60000'; got {start!r}.")
     if name in OFFLINE_TEXTS:
         text = OFFLINE_TEXTS[name]()
     elif name.startswith(HUB_PREFIX):
@@ -78,7 +87,7 @@ def load_text(source: str) -> str:
         text = Path(name).read_text(encoding="utf-8")
     else:
         raise ValueError(
-            f"there is no text {name!r}: not a file, nor one of {', '.join(OFFLINE_TEXTS)}, nor 'hub:dataset:config:split'."
+            f"there is no text {name!r}: not a file, nor one of {', '.join(OFFLINE_TEXTS)}, nor 'hub:dataset'."
         )
     if start and int(start) >= len(text):
         raise ValueError(f"{name!r} has {len(text)} characters; it cannot start at {start}.")
