@@ -16,6 +16,7 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed: `pip install lm
 import yaml  # noqa: E402
 from lm_eval import simple_evaluate  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
+from lm_eval.tasks import TaskManager  # noqa: E402
 
 pytestmark = pytest.mark.real_model
 
@@ -36,6 +37,7 @@ def task():
 def score(task, tmp_path_factory):
     """A function: log-likelihoods of every answer of the task, `[documents, answers]`, by cache and batch size."""
     path = str(real_model_path("llama"))
+    manager = TaskManager(include_defaults=False)  # reading the thousands of lm-eval's own takes a minute
     patch = pytest.MonkeyPatch()
     patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets")))
 
@@ -44,7 +46,7 @@ def score(task, tmp_path_factory):
         model, tokenizer = load_llama_kivi(path, dtype=torch.float32, k_bits=bits, v_bits=bits, **CHUNK)
         model.use_kivi_cache = use_kivi_cache
         lm = HFLM(pretrained=model.eval(), tokenizer=tokenizer, batch_size=batch_size, device="cpu")
-        results = simple_evaluate(lm, tasks=[task], bootstrap_iters=0, random_seed=0)
+        results = simple_evaluate(lm, tasks=[task], task_manager=manager, bootstrap_iters=0, random_seed=0)
         assert results["results"]["long_passages"]["acc,none"] is not None
         samples = sorted(results["samples"]["long_passages"], key=lambda sample: sample["doc_id"])
         return torch.tensor([[answer[0] for answer in sample["filtered_resps"]] for sample in samples])

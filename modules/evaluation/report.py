@@ -102,39 +102,32 @@ def _summary(quality: Sequence[QualityResult]) -> str:
 
 
 def _choices(quality: Sequence[QualityResult]) -> str:
-    """The caches that every text has, from the smallest to the largest, with the range of what they cost."""
-    texts = len(quality)
-    names = [row.name for row in quality[0].rows if row.name != FULL]
-    everywhere = [name for name in names if all(_has(result, name) for result in quality)]
-    rows = []
-    for name in everywhere:
-        found = [(result.row(FULL), result.row(name)) for result in quality]
-        rows.append(
-            (
-                found[0][1].stored_bits or math.inf,
-                max(row.kl for _, row in found),
-                [
-                    name,
-                    number(found[0][1].stored_bits, 2),
-                    _range([row.kl for _, row in found], 4),
-                    _range([row.top1 for _, row in found], 3),
-                    _worst_change(found),
-                ],
-            )
-        )
-    header = ["cache", "stored bits", "KL (nats)", "top-1", "largest rise of perplexity"]
-    return f"Over {texts} texts:\n\n" + markdown([header] + [cells for _, _, cells in sorted(rows)], bold=DEFAULTS)
+    """The caches that several texts have, from the smallest to the largest, with the range of what they cost."""
+    names = dict.fromkeys(row.name for result in quality for row in compared(result))
+    measured = {name: [(r.row(FULL), r.row(name)) for r in quality if _has(r, name)] for name in names}
+    lines = []
+    for name, found in measured.items():
+        if len(found) >= min(2, len(quality)):
+            bits = found[0][1].stored_bits
+            order = (math.inf if bits is None else bits, max(row.kl for _, row in found))
+            lines.append((order, [name, number(bits, 2), str(len(found)), *_costs(found)]))
+    header = ["cache", "stored bits", "texts", "KL (nats)", "top-1", "largest rise of perplexity"]
+    return markdown([header] + [cells for _, cells in sorted(lines)], bold=DEFAULTS)
+
+
+def _costs(found: Sequence[tuple[QualityRow, QualityRow]]) -> list[str]:
+    """Ranges of KL and top-1, and the largest rise of perplexity, of (full precision's row, a cache's row)."""
+    full, row = max(found, key=lambda pair: (pair[1].perplexity or math.inf) / pair[0].perplexity)
+    return [
+        _range([row.kl for _, row in found], 4),
+        _range([row.top1 for _, row in found], 3),
+        percent(row.perplexity, full.perplexity),
+    ]
 
 
 def _range(values: Sequence[float], digits: int) -> str:
     low, high = number(min(values), digits), number(max(values), digits)
     return low if low == high else f"{low} to {high}"
-
-
-def _worst_change(found: Sequence[tuple[QualityRow, QualityRow]]) -> str:
-    changes = [(row.perplexity / full.perplexity, row, full) for full, row in found if row.perplexity is not None]
-    _, row, full = max(changes, key=lambda change: change[0])
-    return percent(row.perplexity, full.perplexity)
 
 
 def _section(result: QualityResult) -> str:
@@ -209,6 +202,7 @@ def _panel(axis, result: QualityResult) -> None:
             color="#57606a",
         )
     axis.set_yscale("log")
+    axis.margins(x=0.14)  # room for the labels
     axis.set_title(f"{result.model}\n{result.text}, {result.tokens:,} tokens", fontsize=9)
     axis.set_xlabel("stored bits an element (K and V, with metadata)")
     axis.grid(True, which="major", alpha=0.3)
