@@ -45,11 +45,11 @@ def make_pair(family: str, **options):
     """A stock model of random weights and the KIVI model with the same ones."""
     config_class, stock_class, kivi_config_class, kivi_class, extra = FAMILIES[family]
     torch.manual_seed(0)
-    stock = stock_class(config_class(**SIZES, **extra)).eval()
+    stock = stock_class(config_class(**{**SIZES, **extra})).eval()
     for name, parameter in stock.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.5)  # Qwen2's biases are what breaks other schemes
-    kivi = kivi_class(kivi_config_class(**SIZES, **extra, **SMALL, **options)).eval()
+    kivi = kivi_class(kivi_config_class(**{**SIZES, **extra, **SMALL, **options})).eval()
     kivi.load_state_dict(stock.state_dict())
     return stock, kivi
 

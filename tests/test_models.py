@@ -271,9 +271,9 @@ class Interrupt(BaseException):
     """Stands for Ctrl-C."""
 
 
-@pytest.mark.parametrize("layer", [0, 1, 2])
-@pytest.mark.parametrize("length", [1, 60])
-@pytest.mark.parametrize("error", [Interrupt, RuntimeError])
+@pytest.mark.parametrize(
+    "layer,length,error", [(0, 1, Interrupt), (1, 60, RuntimeError), (2, 1, RuntimeError), (2, 60, Interrupt)]
+)
 def test_a_step_that_fails_leaves_the_cache_as_it_was(pair, layer, length, error):
     _, kivi = pair
     ids, later = tokens(2, 84), tokens(2, length, seed=3)
@@ -291,7 +291,7 @@ def test_a_step_that_fails_leaves_the_cache_as_it_was(pair, layer, length, error
             run(kivi, cache, [later])
         hook.remove()
         assert cache.get_seq_length() == stored
-        steps = tokens(2, 40, seed=4).split(1, dim=1)
+        steps = tokens(2, 20, seed=4).split(1, dim=1)
         assert relative_error(run(kivi, cache, [later, *steps]), run(kivi, expected, [later, *steps])) < 1e-6
 
 
