@@ -1,13 +1,20 @@
 """Llama with a packed KIVI cache: Llama 2, 3, 3.1, 3.2 and whatever else loads as `LlamaForCausalLM`.
 
-    model, tokenizer = load_llama_kivi("meta-llama/Llama-3.1-8B-Instruct", k_bits=2, v_bits=2)
-    outputs = model.generate(**inputs, past_key_values=model.create_kivi_cache(), max_new_tokens=100)
+model, tokenizer = load_llama_kivi("meta-llama/Llama-3.1-8B-Instruct", k_bits=2, v_bits=2)
+outputs = model.generate(**inputs, past_key_values=model.create_kivi_cache(), max_new_tokens=100)
 """
 
 from typing import Any
 
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 
 from modules.kivi_cache_general import KIVICache, print_kivi_stats

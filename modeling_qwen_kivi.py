@@ -1,7 +1,7 @@
 """Qwen2, Qwen2.5, Qwen2.5-Coder and Qwen3 with a packed KIVI cache.
 
-    model, tokenizer = load_qwen_kivi("Qwen/Qwen2.5-7B-Instruct", k_bits=2, v_bits=2)
-    outputs = model.generate(**inputs, past_key_values=model.create_kivi_cache(), max_new_tokens=100)
+model, tokenizer = load_qwen_kivi("Qwen/Qwen2.5-7B-Instruct", k_bits=2, v_bits=2)
+outputs = model.generate(**inputs, past_key_values=model.create_kivi_cache(), max_new_tokens=100)
 """
 
 from typing import Any

@@ -103,7 +103,9 @@ class KIVICacheLayer(CacheLayerMixin):
         with self._located():
             key_states, value_states = step.real_first(key_states), step.real_first(value_states)
             self.state.check_new(key_states, value_states, step.lengths)
-            self._store(key_states, self.state.rotate(value_states), step, None if query is None else step.real_first(query))
+            self._store(
+                key_states, self.state.rotate(value_states), step, None if query is None else step.real_first(query)
+            )
 
     def _store(self, key: torch.Tensor, value: torch.Tensor, step: Step, query: torch.Tensor | None) -> None:
         """`append` of checked states with the real tokens first and the values as they are stored."""
@@ -290,8 +292,12 @@ class KIVICache(Cache):
         **overrides: Any,
     ) -> None:
         config = config.get_text_config(decoder=True)
-        options = KIVIOptions.from_config(config, overrides) if options is None else dataclasses.replace(options, **overrides)
-        if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1):
+        options = (
+            KIVIOptions.from_config(config, overrides) if options is None else dataclasses.replace(options, **overrides)
+        )
+        if max_length is not None and (
+            isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1
+        ):
             raise ValueError(f"max_length must be a whole number of tokens, 1 or more, or None; got {max_length!r}.")
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         options.check_head_dim(head_dim)
@@ -314,7 +320,8 @@ class KIVICache(Cache):
         """Within it, `step` says which new tokens are real; a failure leaves the cache as it was before."""
         new_tokens = max(step.lengths, default=0)
         saved = [
-            layer.snapshot(new_tokens) if isinstance(layer, KIVICacheLayer) else dict(layer.__dict__) for layer in self.layers
+            layer.snapshot(new_tokens) if isinstance(layer, KIVICacheLayer) else dict(layer.__dict__)
+            for layer in self.layers
         ]
         outer, self._step = self._step, step
         try:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,6 +28,21 @@ FIELD_DEFAULTS: dict[str, Any] = {
 
 
 SOURCE_OPTIONS = ("gguf_file", "revision", "subfolder", "cache_dir", "token", "local_files_only", "trust_remote_code")
+
+
+@contextlib.contextmanager
+def _stock_checkpoints_are_meant() -> Iterator[None]:
+    """Without transformers' warning that a checkpoint is of another model type, which here is the very use."""
+    log = logging.getLogger("transformers.configuration_utils")
+
+    def other(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("You are using a model of type")
+
+    log.addFilter(other)
+    try:
+        yield
+    finally:
+        log.removeFilter(other)
 
 
 class KIVIConfigMixin(PreTrainedConfig):
@@ -53,6 +70,18 @@ class KIVIConfigMixin(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
         check_fields(self)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        with _stock_checkpoints_are_meant():
+            config = super().from_pretrained(*args, **kwargs)
+        loaded = config[0] if isinstance(config, tuple) else config
+        if loaded.model_type.removesuffix("_kivi") != cls.model_type.removesuffix("_kivi"):
+            raise ValueError(
+                f"{cls.__name__} takes checkpoints of the model type {cls.model_type.removesuffix('_kivi')!r}; got one of "
+                f"{loaded.model_type!r}."
+            )
+        return config
 
 
 def check_config(config: PreTrainedConfig) -> None:
@@ -94,7 +123,9 @@ class KIVIAttentionMixin:
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Query, key and value states `[B, heads, q, head_dim]` of `[B, q, hidden_size]`, before rotation."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        return tuple(proj(hidden_states).view(shape).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return tuple(
+            proj(hidden_states).view(shape).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
 
     def forward(
         self,
@@ -188,7 +219,9 @@ class KIVIModelMixin:
         with cache.step(step):
             chunk = self.config.prefill_chunk
             if chunk is not None and length > chunk:
-                return self._forward_in_chunks(inputs, attention_mask, cache, step, chunk, use_cache=use_cache, **kwargs)
+                return self._forward_in_chunks(
+                    inputs, attention_mask, cache, step, chunk, use_cache=use_cache, **kwargs
+                )
             if cache.get_seq_length() and not any(cache.is_sliding) and self.config._attn_implementation != "eager":
                 attention_mask = None  # attention over codes goes by the step, so none need be built
             return super().forward(
@@ -280,7 +313,9 @@ class KIVIForCausalLMMixin:
             self.config.prefill_chunk = previous
             raise
 
-    def create_kivi_cache(self, *, max_length: int | None = None, offloading: bool = False, **overrides: Any) -> KIVICache:
+    def create_kivi_cache(
+        self, *, max_length: int | None = None, offloading: bool = False, **overrides: Any
+    ) -> KIVICache:
         """An empty `KIVICache` for this model, with the options of its config.
 
         Args:
@@ -323,7 +358,11 @@ class KIVIForCausalLMMixin:
 
     def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
         wanted = self.use_kivi_cache and generation_config.use_cache is not False
-        if not wanted or model_kwargs.get("past_key_values") is not None or generation_config.cache_implementation is not None:
+        if (
+            not wanted
+            or model_kwargs.get("past_key_values") is not None
+            or generation_config.cache_implementation is not None
+        ):
             return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
         model_kwargs["past_key_values"] = self.create_kivi_cache()
         if generation_config.is_assistant:

@@ -8,6 +8,7 @@ import torch
 
 from modules.kivi_options import KIVIOptions
 
+
 def nominal_bits(tokens: int, bits: float, residual_length: int) -> float:
     """Bits an element by the usual table, `(R*16 + (T-R)*bits) / T`: codes and window, no metadata."""
     window = min(tokens, residual_length)
@@ -56,7 +57,7 @@ def cache_report(cache: Any) -> dict[str, Any]:
     Keys:
         seq_length: columns seen, padding included (tokens); batch_size: sequences; num_layers; backend.
         tokens: `sinks`, `packed`, `window` of the longest sequence, and `lengths` of all.
-        bytes: `codes`, `metadata` (scales, minima; which channels are wide; the rotation), `full_precision` (sinks, window and 16-bit sides), `slack` (allocated, unused, of the
+        bytes: `codes`, `metadata` (scales, minima; which channels are wide), `full_precision` (sinks, window and 16-bit sides), `slack` (allocated, unused, of the
             codes and metadata), `other_layers` (sliding windows), `total`; `dense` is the same tokens in the model's
             dtype; `ratio` is `dense / total`.
         bits: an element's, `stored` (all bytes over all stored elements), `packed` (codes and metadata alone), `nominal`
@@ -79,9 +80,10 @@ def cache_report(cache: Any) -> dict[str, Any]:
     window = lengths[longest] - sinks - packed if layers else 0
     info["tokens"] = {"sinks": sinks, "packed": packed, "window": window, "lengths": lengths}
 
-    codes = metadata = fixed = full = slack = dense = elements = packed_elements = packed_used = 0
+    codes = metadata = fixed = full = slack = dense = elements = packed_elements = 0
+    packed_used = 0.0
     for layer in layers:
-        fixed += _storage_bytes([t for t in (layer.query_energy, layer.rotation) if t is not None])
+        fixed += _storage_bytes([t for t in (layer.query_energy,) if t is not None])
         for side in layer.sides:
             side_packed = _storage_bytes([t for t in (side.codes, side.extra) if t is not None])
             side_meta = _storage_bytes([t for t in (side.scale, side.minimum) if t is not None])
@@ -138,7 +140,10 @@ def format_report(info: dict[str, Any]) -> str:
     rows = [
         ("layers, sequences, columns", f"{info['num_layers']}, {info['batch_size']}, {info['seq_length']}"),
         ("bits of keys, values", f"{options['k_bits']}, {options['v_bits']}" if options["use_kivi"] else "16, 16"),
-        ("group, window, sinks (tokens)", f"{options['group_size']}, {options['residual_length']}, {options['sink_length']}"),
+        (
+            "group, window, sinks (tokens)",
+            f"{options['group_size']}, {options['residual_length']}, {options['sink_length']}",
+        ),
         ("attention", str(info["backend"])),
         ("tokens in sinks / packed / window", f"{tokens['sinks']} / {tokens['packed']} / {tokens['window']}"),
         ("codes", _megabytes(size["codes"])),

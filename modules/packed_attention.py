@@ -97,7 +97,12 @@ def _attend_numba(*args) -> torch.Tensor:
 
 
 def _attend_torch(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: PackedLayer, scaling: float, new_lengths: list[int]
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layer: PackedLayer,
+    scaling: float,
+    new_lengths: list[int],
 ) -> torch.Tensor:
     batch, heads, length, head_dim = query.shape
     kv_heads = key.shape[1]
@@ -106,7 +111,9 @@ def _attend_torch(
     for rows, count in layer.uniform_rows(new_lengths):
         if not count:
             continue
-        attended = _attend_rows(grouped[rows, ..., :count, :], key[rows, :, :count], value[rows, :, :count], layer, rows, scaling)
+        attended = _attend_rows(
+            grouped[rows, ..., :count, :], key[rows, :, :count], value[rows, :, :count], layer, rows, scaling
+        )
         out[rows, :count] = attended.flatten(1, 2).transpose(1, 2).to(query.dtype)
     return out
 

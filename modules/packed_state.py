@@ -180,9 +180,9 @@ class PackedLayer:
         max_length: tokens a sequence may reach, allocated at once; None grows as needed.
         lengths: tokens of each sequence, in all its parts.
         packed: packed tokens of each sequence.
-        query_energy: float32 `[B, H, D]`, Σ q² of the queries so far, until the wide key channels are chosen by it; None
-            where there are none to choose.
-        rotation: float32 `[D, D]`, symmetric and its own inverse; values are stored times it. None stores them as they are.
+        query_energy: float32 `[B, H, D]`, Σ q² of the queries until the wide key channels are chosen by it; None where
+            there are none to choose.
+        rotates: values are stored times a Hadamard matrix.
         backend: what attends over the layer: "torch", "numba" or "triton".
     """
 
@@ -195,7 +195,7 @@ class PackedLayer:
     lengths: list[int]
     packed: list[int]
     query_energy: torch.Tensor | None = None
-    rotation: torch.Tensor | None = None
+    rotates: bool = False
     backend: str = "torch"
 
     @classmethod
@@ -214,7 +214,7 @@ class PackedLayer:
             max_length=max_length,
             lengths=[0] * batch,
             packed=[0] * batch,
-            rotation=hadamard(head_dim, key.device) if options.rotates_values(bits[1]) else None,
+            rotates=options.rotates_values(bits[1]),
         )
         if layer.key.wide is not None:
             layer.query_energy = key.new_zeros(batch, heads, head_dim, dtype=torch.float32)
@@ -240,18 +240,21 @@ class PackedLayer:
         """Every tensor of the layer, by a dotted name."""
         named = {f"key.{name}": t for name, t in self.key.tensors().items()}
         named |= {f"value.{name}": t for name, t in self.value.tensors().items()}
-        own = {"query_energy": self.query_energy, "rotation": self.rotation}
-        return named | {name: t for name, t in own.items() if t is not None}
+        return named if self.query_energy is None else named | {"query_energy": self.query_energy}
 
     def rotate(self, states: torch.Tensor) -> torch.Tensor:
         """Values `[..., D]` as they are stored; attended values back from there (the rotation is its own inverse)."""
-        return states if self.rotation is None else (states.float() @ self.rotation).to(states.dtype)
+        if not self.rotates:
+            return states
+        return (states.float() @ hadamard(states.shape[-1], states.device)).to(states.dtype)
 
     def observe(self, query: torch.Tensor, new_lengths: list[int]) -> None:
         """Count the queries `[B, num_attention_heads, q, D]` in, while the wide channels of a sequence are not chosen."""
         if self.query_energy is None or all(self.packed):
             return
-        real = torch.tensor(new_lengths, device=query.device).unsqueeze(1) > torch.arange(query.shape[2], device=query.device)
+        real = torch.tensor(new_lengths, device=query.device).unsqueeze(1) > torch.arange(
+            query.shape[2], device=query.device
+        )
         energy = (query.float() * real[:, None, :, None]).square().sum(2)
         self.query_energy = self.query_energy + energy.unflatten(1, (self.query_energy.shape[1], -1)).sum(2)
 
@@ -392,9 +395,8 @@ class PackedLayer:
         for side in self.sides:
             for name, t in side.tensors().items():
                 setattr(side, name, t.to(device, non_blocking=True))
-        for name in ("query_energy", "rotation"):
-            if getattr(self, name) is not None:
-                setattr(self, name, getattr(self, name).to(device, non_blocking=True))
+        if self.query_energy is not None:
+            self.query_energy = self.query_energy.to(device, non_blocking=True)
 
     def snapshot(self, new_tokens: int) -> PackedLayer:
         """The layer as it is, to go back to if the step that follows fails.

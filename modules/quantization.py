@@ -10,6 +10,7 @@ A byte holds `P = 8 / bits` codes, one of each of `P` planes along the head: byt
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -195,7 +196,9 @@ def dequantize_keys(packed: Quantized, bits: int, group_size: int, dtype: torch.
     return keys.flatten(-3, -2).to(dtype)
 
 
-def dequantize_values(packed: Quantized, bits: int, group_size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def dequantize_values(
+    packed: Quantized, bits: int, group_size: int, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
     """Values `[..., T, D]` in `dtype` from their packed groups."""
     codes = unpack_codes(packed.codes, bits).to(torch.float32).unflatten(-1, (-1, group_size))
     values = codes.mul_(packed.scale.unsqueeze(-1)).add_(packed.minimum.unsqueeze(-1))
@@ -248,8 +251,12 @@ def add_extra(keys: torch.Tensor, packed: Quantized, wide: torch.Tensor, group_s
     return keys.scatter_add_(3, index.expand(-1, -1, keys.shape[2], -1), low)
 
 
+@functools.cache
 def hadamard(size: int, device: torch.device | None = None) -> torch.Tensor:
-    """Orthonormal and symmetric `[size, size]`, float32: Sylvester's Hadamard blocks of the largest power of two."""
+    """Orthonormal and symmetric `[size, size]`, float32: Sylvester's Hadamard blocks of the largest power of two.
+
+    One tensor a size and device, shared: not to be written to.
+    """
     matrix = torch.ones(1, 1, device=device)
     while size % (2 * matrix.shape[0]) == 0:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)]) / 2**0.5

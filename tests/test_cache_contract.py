@@ -78,7 +78,9 @@ def test_nothing_is_quantized_twice_and_one_flush_every_group():
 
 
 @pytest.mark.parametrize("convention", ["remove", "keep", "tensor"])
-@pytest.mark.parametrize("length,keep", [(100, 99), (100, 80), (100, 61), (100, 40), (100, 21), (100, 20), (100, 3), (100, 1)])
+@pytest.mark.parametrize(
+    "length,keep", [(100, 99), (100, 80), (100, 61), (100, 40), (100, 21), (100, 20), (100, 3), (100, 1)]
+)
 def test_crop(convention, length, keep):
     cache = make(k_bits=8, v_bits=8)
     _, first = feed(cache, 2, length)
@@ -90,7 +92,9 @@ def test_crop(convention, length, keep):
         expected = torch.cat([first[side][:, :, :keep], new[side]], dim=2)
         assert out[side].shape == expected.shape and relative_error(out[side], expected) < 0.02
     out, _ = feed(cache, 2, 1, seed=2)
-    assert relative_error(out[0][:, :, : keep + 45], expected_keys := torch.cat([first[0][:, :, :keep], new[0]], 2)) < 0.02
+    assert (
+        relative_error(out[0][:, :, : keep + 45], expected_keys := torch.cat([first[0][:, :, :keep], new[0]], 2)) < 0.02
+    )
     assert expected_keys.shape[2] == keep + 45
 
 

@@ -60,7 +60,8 @@ def test_a_stock_cache_and_no_cache_give_the_stock_model(pair):
         assert torch.equal(kivi(ids, use_cache=False).logits, stock(ids, use_cache=False).logits)
     assert torch.equal(run(kivi, DynamicCache(), cut(ids, 30)), run(stock, DynamicCache(), cut(ids, 30)))
     assert torch.equal(
-        kivi.generate(ids, cache_implementation="static", **GREEDY), stock.generate(ids, cache_implementation="static", **GREEDY)
+        kivi.generate(ids, cache_implementation="static", **GREEDY),
+        stock.generate(ids, cache_implementation="static", **GREEDY),
     )
 
 
@@ -348,7 +349,10 @@ def test_the_cache_is_created_when_asked(pair):
     assert isinstance(out.past_key_values, KIVICache)
     expected = kivi.generate(ids, past_key_values=kivi.create_kivi_cache(), **GREEDY)
     assert torch.equal(out.sequences, expected)
-    assert isinstance(kivi.generate(ids, past_key_values=DynamicCache(), return_dict_in_generate=True, **GREEDY).past_key_values, DynamicCache)
+    assert isinstance(
+        kivi.generate(ids, past_key_values=DynamicCache(), return_dict_in_generate=True, **GREEDY).past_key_values,
+        DynamicCache,
+    )
     with pytest.raises(ValueError, match="use_kivi_cache"):
         kivi.use_kivi_cache = "on"
 
@@ -370,7 +374,9 @@ def test_save_reload_and_auto_classes(pair, tmp_path):
 def test_a_stock_checkpoint(pair, tmp_path):
     stock, kivi = pair
     stock.save_pretrained(tmp_path / "stock")
-    loaded = type(kivi).from_pretrained(tmp_path / "stock", k_bits=4, v_bits=8, residual_length=64, torch_dtype=torch.bfloat16)
+    loaded = type(kivi).from_pretrained(
+        tmp_path / "stock", k_bits=4, v_bits=8, residual_length=64, torch_dtype=torch.bfloat16
+    )
     cache = loaded.create_kivi_cache()
     assert (cache.options.k_bits, cache.options.v_bits, cache.options.residual_length) == (4, 8, 64)
     assert loaded.dtype == torch.bfloat16
@@ -379,9 +385,14 @@ def test_a_stock_checkpoint(pair, tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     assert type(again) is type(kivi) and again.config.v_bits == 8
     config = type(kivi).config_class.from_pretrained(tmp_path / "stock", k_bits=8)
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "stock", config=config).create_kivi_cache().options.k_bits == 8
+    assert (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "stock", config=config).create_kivi_cache().options.k_bits == 8
+    )
     stock_config = AutoConfig.from_pretrained(tmp_path / "stock")
-    assert type(kivi).from_pretrained(tmp_path / "stock", config=stock_config, k_bits=4).create_kivi_cache().options.k_bits == 4
+    assert (
+        type(kivi).from_pretrained(tmp_path / "stock", config=stock_config, k_bits=4).create_kivi_cache().options.k_bits
+        == 4
+    )
 
 
 @pytest.mark.parametrize(
@@ -445,7 +456,12 @@ def test_pipeline_and_streamer(llama_pair):
     inputs = tokenizer(prompt, return_tensors="pt")
     thread = threading.Thread(
         target=kivi.generate,
-        kwargs={"input_ids": inputs.input_ids, "past_key_values": kivi.create_kivi_cache(), "streamer": streamer, **GREEDY},
+        kwargs={
+            "input_ids": inputs.input_ids,
+            "past_key_values": kivi.create_kivi_cache(),
+            "streamer": streamer,
+            **GREEDY,
+        },
     )
     thread.start()
     assert len("".join(streamer).split()) == 60 + 40

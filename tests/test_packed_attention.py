@@ -26,7 +26,7 @@ def filled_layer(lengths, heads, head_dim, bits, group, dtype, residual=None, se
     layer.append(*states, before)
     for step in range(max(now - then for now, then in zip(lengths, before))):
         token = [t[:, :, :1].clone() for t in states]
-        for row, (then, now) in enumerate(zip(before, lengths)):
+        for row, then in enumerate(before):
             for target, source in zip(token, states):
                 target[row] = source[row, :, min(then + step, longest - 1) : then + step + 1][:, :1]
         layer.append(*token, [int(then + step < now) for then, now in zip(before, lengths)])
@@ -86,7 +86,9 @@ def test_shapes(group, gqa, head_dim):
         check([group * 5 + 7], 2, gqa, head_dim, (2, 4), group, torch.float32, new)
 
 
-BOUNDARIES = sorted({0, 1, 3, 4, 5, 600} | {edge + d for edge in (32, 64, 96, 100, 128, 132, 164, 196, 292) for d in (-1, 0, 1)})
+BOUNDARIES = sorted(
+    {0, 1, 3, 4, 5, 600} | {edge + d for edge in (32, 64, 96, 100, 128, 132, 164, 196, 292) for d in (-1, 0, 1)}
+)
 
 
 @pytest.mark.parametrize("length", BOUNDARIES)

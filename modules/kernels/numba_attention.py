@@ -22,7 +22,6 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from modules.kernels.numba_vectors import (
-    F32,
     FLOAT_NAMES,
     I32,
     I64,

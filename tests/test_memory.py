@@ -1,0 +1,90 @@
+"""Bytes that are real: arithmetic against tensors, and what a decode step allocates."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import LlamaConfig
+
+from modules.kivi_cache_general import KIVICache
+from modules.kivi_options import KIVIOptions
+from modules.memory import cache_bytes, nominal_bits
+from modules.packed_attention import packed_attention
+from modules.packed_state import PackedLayer
+
+SHAPE = {"num_hidden_layers": 2, "num_key_value_heads": 3, "head_dim": 64}
+
+
+def filled(batch, tokens, dtype=torch.float16, **options):
+    config = LlamaConfig(num_attention_heads=9, hidden_size=576, intermediate_size=64, **SHAPE)
+    cache = KIVICache(config, **options)
+    states = [torch.randn(batch, 3, tokens, 64).to(dtype) for _ in "kv"]
+    for layer in range(2):
+        cache.update(*states, layer)
+    return cache
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("bits", [(2, 2), (4, 4), (8, 8), (2, 4), (16, 2)])
+def test_a_cache_takes_what_the_arithmetic_says(batch, bits):
+    cache = filled(batch, 4096, k_bits=bits[0], v_bits=bits[1], backend="torch")
+    expected = cache_bytes(4096, batch_size=batch, k_bits=bits[0], v_bits=bits[1], **SHAPE)
+    info = cache.get_cache_info()["bytes"]
+    assert expected["total"] <= info["total"] <= 1.06 * expected["total"]
+    assert info["dense"] == expected["dense"]
+
+
+def test_an_8b_model_at_32k_tokens_is_five_times_smaller():
+    figures = cache_bytes(32768, num_hidden_layers=32, num_key_value_heads=8, head_dim=128)
+    assert figures["ratio"] > 5.1
+    assert figures["dense"] == 2 * 32 * 8 * 128 * 32768 * 2
+
+
+def test_two_bits_store_three():
+    assert sum(KIVIOptions().stored_bits(2, 2, 128)) / 2 == 3.0
+    assert sum(KIVIOptions().stored_bits(2, 2, 64)) / 2 == 3.0
+    assert KIVIOptions().stored_bits(4, 4, 128) == (5.0, 5.0)
+    assert KIVIOptions(k_range="minmax", sink_length=0).stored_bits(2, 2, 128) == (3.0, 3.0)
+    bits = filled(1, 4096).get_cache_info()["bits"]
+    assert bits["packed"] == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize(
+    "tokens,bits",
+    [(256, 9.00), (512, 5.50), (1024, 3.75), (2048, 2.875), (4096, 2.4375), (8192, 2.21875), (32768, 2.0546875)],
+)
+def test_nominal_bits_follow_the_table(tokens, bits):
+    assert nominal_bits(tokens, 2, 128) == bits
+
+
+class LargestOutput(TorchDispatchMode):
+    """Bytes of the largest storage that an operation made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in given:
+                self.largest = max(self.largest, t.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [(2, 2), (4, 4), (8, 8), (2, 16), (16, 2)])
+@pytest.mark.parametrize("shape", [(1, 3, 3, 64), (1, 8, 4, 128), (4, 2, 7, 64)])
+def test_a_decode_step_makes_no_large_temporaries(dtype, bits, shape):
+    batch, heads, gqa, head_dim = shape
+    tokens = 4096
+    key, value = (torch.randn(batch, heads, tokens, head_dim).to(dtype) for _ in "kv")
+    layer = PackedLayer.empty(key, bits, KIVIOptions())
+    layer.append(key, value, [tokens] * batch)
+    query = torch.randn(batch, heads * gqa, 1, head_dim).to(dtype)
+    dense = key.nbytes + value.nbytes
+    with LargestOutput() as seen:
+        packed_attention(query, key[:, :, :1], value[:, :, :1], layer, 0.1)
+        layer.append(key[:, :, :1], value[:, :, :1], [1] * batch)
+    assert 0 < seen.largest <= dense / 8
