@@ -1,0 +1,165 @@
+"""What only a real model shows: the text of full precision, its logits, and the quality of two bits."""
+
+import copy
+
+import pytest
+import torch
+from conftest import real_model_path, relative_error
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaForCausalLM
+
+from modeling_llama_kivi import LlamaForCausalLM_KIVI, load_llama_kivi
+from modeling_qwen_kivi import load_qwen_kivi
+
+pytestmark = pytest.mark.real_model
+GREEDY = {"do_sample": False, "max_new_tokens": 30}
+
+
+def offline_text() -> str:
+    from pydoc_data.topics import topics
+
+    return "\n".join(topics[name] for name in ("compound", "types", "execmodel"))
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    """(stock, KIVI, tokenizer, ids of a long text)."""
+    path = real_model_path("llama")
+    kivi, tokenizer = load_llama_kivi(path, dtype=torch.float32)
+    stock = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32)
+    return stock, kivi, tokenizer, tokenizer(offline_text(), return_tensors="pt").input_ids
+
+
+def stream(model, cache, pieces):
+    with torch.no_grad():
+        return torch.cat([model(piece, past_key_values=cache).logits for piece in pieces], dim=1)
+
+
+def test_sixteen_bits_are_exact(smollm2):
+    stock, kivi, _, ids = smollm2
+    pieces = [ids[:, :400], ids[:, 400:464], *ids[:, 464:564].split(1, dim=1), ids[:, 564:700]]
+    out = stream(kivi, kivi.create_kivi_cache(k_bits=16, v_bits=16), pieces)
+    assert relative_error(out, stream(stock, DynamicCache(), pieces)) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        {},
+        {"do_sample": True, "top_k": 30},
+        {"num_beams": 4, "max_new_tokens": 12},
+        {"prompt_lookup_num_tokens": 4},
+        {"assistant_model": True, "max_new_tokens": 12},
+    ],
+)
+def test_sixteen_bits_give_the_same_text(smollm2, mode):
+    stock, kivi, _, ids = smollm2
+    mode = {name: stock if name == "assistant_model" else value for name, value in mode.items()}
+    outputs = []
+    for model, cache in ((kivi, kivi.create_kivi_cache(k_bits=16, v_bits=16)), (stock, DynamicCache())):
+        torch.manual_seed(1)
+        outputs.append(model.generate(ids[:, :300], past_key_values=cache, **{**GREEDY, **mode}))
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_prompts_get_the_logits_they_get_alone(smollm2, side):
+    _, kivi, _, ids = smollm2
+    prompts = [ids[0, :50], ids[0, 100:400]]
+    batch, mask = torch.zeros(2, 300, dtype=torch.long), torch.zeros(2, 300, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        place = slice(300 - len(prompt), None) if side == "left" else slice(0, len(prompt))
+        batch[row, place], mask[row, place] = prompt, 1
+    cache, later = kivi.create_kivi_cache(), ids[:, 500:540]
+    with torch.no_grad():
+        kivi(batch, attention_mask=mask, past_key_values=cache)
+        together = stream(kivi, cache, later.expand(2, -1).split(1, dim=1))
+    for row, prompt in enumerate(prompts):
+        cache = kivi.create_kivi_cache()
+        stream(kivi, cache, [prompt[None]])
+        assert relative_error(together[row], stream(kivi, cache, later.split(1, dim=1))[0]) < 1e-4
+
+
+def divergence(model, ids, *caches, chunk=128, skip=512):
+    """Mean KL of the next token from full precision after `skip` tokens, for each cache; the text comes in chunks."""
+    total, count, reference = [0.0] * len(caches), 0, DynamicCache()
+    with torch.no_grad():
+        for start in range(0, ids.shape[1], chunk):
+            piece = ids[:, start : start + chunk]
+            expected = model(piece, past_key_values=reference).logits.log_softmax(-1)
+            for index, cache in enumerate(caches):
+                got = model(piece, past_key_values=cache).logits.log_softmax(-1)
+                if start >= skip:
+                    total[index] += (expected.exp() * (expected - got)).sum().item()
+            count += piece.shape[1] if start >= skip else 0
+    return [value / count for value in total]
+
+
+def test_two_bits_lose_little(smollm2):
+    _, kivi, _, ids = smollm2
+    default, paper, four = divergence(
+        kivi,
+        ids[:, :1536],
+        kivi.create_kivi_cache(),
+        kivi.create_kivi_cache(sink_length=0, k_range="minmax"),
+        kivi.create_kivi_cache(k_bits=4, v_bits=4),
+    )
+    assert default < 0.03 and default < paper / 8 and four < 0.005
+
+
+def test_a_prompt_shared_by_four_continuations(smollm2):
+    _, kivi, tokenizer, ids = smollm2
+    shared = kivi.create_kivi_cache()
+    stream(kivi, shared, [ids[:, :500]])
+    texts = []
+    for question in ("What", "Where", "When", "Who"):
+        more = torch.cat([ids[:, :500], tokenizer(question, return_tensors="pt").input_ids], dim=1)
+        texts.append(kivi.generate(more, past_key_values=copy.deepcopy(shared), **{**GREEDY, "max_new_tokens": 5}))
+    assert shared.get_seq_length() == 500
+    assert all(text.shape[1] == 506 for text in texts)
+
+
+def test_a_gguf_file_loads(tmp_path):
+    import common
+
+    gguf = common.small_gguf("smollm2")
+    model, tokenizer = load_llama_kivi(gguf.parent, gguf_file=gguf.name, k_bits=4, v_bits=2, dtype=torch.float32)
+    assert isinstance(model, LlamaForCausalLM_KIVI) and model.create_kivi_cache().options.k_bits == 4
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    assert "Paris" in tokenizer.decode(model.generate(ids, past_key_values=model.create_kivi_cache(), **GREEDY)[0])
+
+
+def test_another_family_is_refused():
+    with pytest.raises(ValueError, match="load_llama_kivi"):
+        load_qwen_kivi(real_model_path("llama"))
+
+
+def test_a_stock_model_uses_the_cache(smollm2):
+    from modules.kivi_cache_general import KIVICache
+
+    stock, _, _, ids = smollm2
+    cache = KIVICache(stock.config, k_bits=8, v_bits=8)
+    out = stock.generate(ids[:, :300], past_key_values=cache, **GREEDY)
+    assert torch.equal(out, stock.generate(ids[:, :300], **GREEDY))
+
+
+@pytest.fixture(scope="module")
+def qwen():
+    path = real_model_path("qwen2")
+    model, tokenizer = load_qwen_kivi(path, dtype=torch.float32)
+    return model, tokenizer
+
+
+def test_qwen_sixteen_bits_are_exact(qwen):
+    model, tokenizer = qwen
+    stock = AutoModelForCausalLM.from_pretrained(real_model_path("qwen2"), dtype=torch.float32)
+    ids = AutoTokenizer.from_pretrained(real_model_path("qwen2"))(offline_text(), return_tensors="pt").input_ids
+    pieces = [ids[:, :200], *ids[:, 200:220].split(1, dim=1), ids[:, 220:300]]
+    out = stream(model, model.create_kivi_cache(use_kivi=False), pieces)
+    assert relative_error(out, stream(stock, DynamicCache(), pieces)) < 1e-4
+
+
+def test_qwen_two_bits_lose_little(qwen):
+    model, tokenizer = qwen
+    ids = tokenizer(offline_text(), return_tensors="pt").input_ids[:, :1024]
+    default, four = divergence(model, ids, model.create_kivi_cache(), model.create_kivi_cache(k_bits=4, v_bits=4))
+    assert default < 0.05 and four < 0.003
