@@ -147,6 +147,8 @@ class PackedLayer:
         lengths: tokens of each sequence, in all its parts.
         packed: packed tokens of each sequence.
         backend: what attends over the layer: "torch", "numba" or "triton".
+        counts: `lengths`, `packed` and a mark of states that cannot be packed, int32 `[3, B]` on the layer's device, for
+            kernels; None until `device_counts` is called and whenever the lists were changed without it.
     """
 
     key: PackedSide
@@ -158,6 +160,7 @@ class PackedLayer:
     lengths: list[int]
     packed: list[int]
     backend: str = "torch"
+    counts: torch.Tensor | None = None
 
     @classmethod
     def empty(cls, key: torch.Tensor, bits: tuple[int, int], options, max_length: int | None = None) -> PackedLayer:
@@ -190,6 +193,13 @@ class PackedLayer:
     @property
     def batch_size(self) -> int:
         return len(self.lengths)
+
+    def device_counts(self) -> torch.Tensor:
+        """`counts`, made from the lists where it is not in step with them."""
+        if self.counts is None:
+            rows = [self.lengths, self.packed, [0] * self.batch_size]
+            self.counts = torch.tensor(rows, dtype=torch.int32, device=self.key.window.device)
+        return self.counts
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor of the layer, by a dotted name."""
@@ -242,8 +252,15 @@ class PackedLayer:
         """Store new tokens `[B, H, q, D]`; of sequence `b` the first `new_lengths[b]` count. Packs full groups."""
         self.check_new(key, value, new_lengths)
         self._make_room(new_lengths)
-        for rows, count in list(self.uniform_rows(new_lengths)):
-            self._append_rows(rows, key[rows, :, :count], value[rows, :, :count])
+        stored = False
+        if self.backend == "triton":
+            from modules.kernels.triton_quantize import append_token
+
+            stored = append_token(self, key, value, new_lengths)
+        if not stored:
+            self.counts = None
+            for rows, count in list(self.uniform_rows(new_lengths)):
+                self._append_rows(rows, key[rows, :, :count], value[rows, :, :count])
         self.lengths = [old + new for old, new in zip(self.lengths, new_lengths)]
         self.packed = [self._packed_after(length, packed) for length, packed in zip(self.lengths, self.packed)]
 
@@ -272,9 +289,17 @@ class PackedLayer:
                 from_new = max(0, packed_after - stored)
                 groups = [side.window[rows, :, slot] for slot in slots] + [rest[:, :, :from_new]]
                 groups = torch.cat(groups, dim=2) if slots else groups[-1]
-                side.write(rows, packed, side.quantize(groups[:, :, : packed_after - packed]))
+                self._pack(side, rows, packed, groups[:, :, : packed_after - packed])
             first = max(0, packed_after - stored)  # earlier ones of `rest` are packed already
             self._write_ring(side, rows, stored + first, rest[:, :, first:])
+
+    def _pack(self, side: PackedSide, rows: slice, start: int, states: torch.Tensor) -> None:
+        if self.backend == "triton" and side.bits != FULL_PRECISION_BITS:
+            from modules.kernels.triton_quantize import pack_groups
+
+            pack_groups(side, rows, start, states)
+        else:
+            side.write(rows, start, side.quantize(states))
 
     def _write_ring(self, side: PackedSide, rows: slice, token: int, states: torch.Tensor) -> None:
         done = 0
@@ -299,6 +324,7 @@ class PackedLayer:
 
         A group that is cut is dequantized into the window, from where it is packed again when the window is full.
         """
+        self.counts = None
         for row, length in enumerate(lengths):
             after_sinks = max(0, length - self.sink_length)
             if after_sinks < self.packed[row]:
@@ -315,6 +341,7 @@ class PackedLayer:
         order = index.tolist()
         if order == list(range(self.batch_size)):
             return
+        self.counts = None
         for side in self.sides:
             for name, t in side.tensors().items():
                 setattr(side, name, t.index_select(0, index.to(t.device)))
@@ -323,6 +350,7 @@ class PackedLayer:
 
     def to(self, device: torch.device | str) -> None:
         """Move every tensor to `device`."""
+        self.counts = None
         for side in self.sides:
             for name, t in side.tensors().items():
                 setattr(side, name, t.to(device, non_blocking=True))
@@ -334,7 +362,7 @@ class PackedLayer:
         """
         saved = copy.copy(self)
         saved.key, saved.value = copy.copy(self.key), copy.copy(self.value)
-        saved.lengths, saved.packed = list(self.lengths), list(self.packed)
+        saved.lengths, saved.packed, saved.counts = list(self.lengths), list(self.packed), None
         if new_tokens > 1:
             for side in self.sides:
                 side.window = side.window.clone()

@@ -1,0 +1,1 @@
+"""Compiled backends: attention over packed codes, and packing."""
