@@ -6,7 +6,9 @@ here, runs on any device and is what the others are tested against.
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import warnings
 
 import torch
 
@@ -49,9 +51,37 @@ def pick_backend(wanted: str, layer: PackedLayer) -> str:
     Raises:
         ValueError: where the backend asked for cannot run here.
     """
-    if wanted in ("auto", "torch"):
+    if wanted == "torch":
         return "torch"
+    refusal = _why_not_triton(layer)
+    if refusal is None and wanted in ("auto", "triton"):
+        return "triton"
+    if wanted == "auto":
+        if layer.key.window.is_cuda:
+            warnings.warn(f"a KIVI cache on a GPU falls back to the slow torch backend: {refusal}.", stacklevel=2)
+        return "torch"
+    if wanted == "triton":
+        raise ValueError(f"backend='triton' cannot run here: {refusal}; use 'auto' or 'torch'.")
     raise ValueError(f"backend={wanted!r} is not available here; use 'auto' or 'torch'.")
+
+
+def _why_not_triton(layer: PackedLayer) -> str | None:
+    """What keeps the Triton kernels from attending over `layer`; None where nothing does."""
+    if not layer.key.window.is_cuda:
+        return f"the cache is on {layer.key.window.device.type}, the kernels need a GPU"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    from modules.kernels import triton_attention
+
+    return triton_attention.why_not(layer)
+
+
+def _attend_triton(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: PackedLayer, scaling: float, new_lengths: list[int]
+) -> torch.Tensor:
+    from modules.kernels import triton_attention  # imported where it runs: a CPU needs no triton
+
+    return triton_attention.attend(query, key, value, layer, scaling, new_lengths)
 
 
 def _attend_torch(
@@ -203,4 +233,4 @@ class _OnlineSoftmax:
         return self.sum / self.total
 
 
-_ATTEND = {"torch": _attend_torch}
+_ATTEND = {"torch": _attend_torch, "triton": _attend_triton}

@@ -147,7 +147,7 @@ class PackedLayer:
         lengths: tokens of each sequence, in all its parts.
         packed: packed tokens of each sequence.
         backend: what attends over the layer: "torch", "numba" or "triton".
-        counts: `lengths`, `packed` and a mark of states that cannot be packed, int32 `[3, B]` on the layer's device, for
+        counts: `lengths`, `packed` and two rows for the kernels, int32 `[4, B]` on the layer's device, for
             kernels; None until `device_counts` is called and whenever the lists were changed without it.
     """
 
@@ -197,7 +197,7 @@ class PackedLayer:
     def device_counts(self) -> torch.Tensor:
         """`counts`, made from the lists where it is not in step with them."""
         if self.counts is None:
-            rows = [self.lengths, self.packed, [0] * self.batch_size]
+            rows = [self.lengths, self.packed, [0] * self.batch_size, [0] * self.batch_size]
             self.counts = torch.tensor(rows, dtype=torch.int32, device=self.key.window.device)
         return self.counts
 

@@ -30,6 +30,7 @@ from modules.packed_state import FULL_PRECISION_BITS, PackedLayer, PackedSide
 LOG2_E = 1.4426950408889634
 HEAD_DIMS = (64, 96, 128, 256)
 GROUP_SIZES = (16, 32, 64, 128)
+FORCE_PLAIN = False  # for tests: no inline assembly on a GPU either
 _WARP_TOKENS = 64  # tokens a warp handles at a time
 _MAX_SPLITS = 128
 _PROGRAMS_PER_SM = 2  # what registers and shared memory allow
@@ -527,15 +528,19 @@ def tile_constants(shape: Shape, rows: int) -> dict[str, int]:
     }
 
 
-def supports(layer: PackedLayer) -> bool:
-    """Whether the kernels are written for the shapes of `layer`."""
-    head_dim = layer.key.window.shape[3]
-    return (
-        head_dim in HEAD_DIMS
-        and layer.group_size in GROUP_SIZES
-        and head_dim % layer.group_size == 0
-        and layer.key.window.dtype in (torch.float16, torch.bfloat16, torch.float32)
-    )
+def why_not(layer: PackedLayer) -> str | None:
+    """What of the shapes of `layer` the kernels are not written for; None where they are."""
+    window = layer.key.window
+    head_dim, dtype = window.shape[3], window.dtype
+    if head_dim not in HEAD_DIMS:
+        return f"head_dim={head_dim} is not one of {HEAD_DIMS}"
+    if layer.group_size not in GROUP_SIZES:
+        return f"group_size={layer.group_size} is not one of {GROUP_SIZES}"
+    if head_dim % layer.group_size:
+        return f"group_size={layer.group_size} does not divide head_dim={head_dim}"
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"{dtype} is not a type the kernels take"
+    return None
 
 
 def _number_of_splits(device: torch.device, programs: int, capacity: int, step_tokens: int) -> int:
@@ -603,7 +608,7 @@ def attend(
         query, key, value, *_side_tensors(layer.key, per_word), *_side_tensors(layer.value, per_word), counts, fresh, part, ml,
         scaling * LOG2_E, batch, layer.key.capacity, new_tokens, splits, row_blocks,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-        **tile, ALL_NEW=all_new, ASM=query.device.type == "cuda", num_warps=tile["WARPS"],
+        **tile, ALL_NEW=all_new, ASM=query.is_cuda and not FORCE_PLAIN, num_warps=tile["WARPS"],
     )  # fmt: skip
     combine_splits[(rows, batch * shape.kv_heads)](
         part, ml, fresh, out, splits + 1, row_blocks, new_tokens, shape.kv_heads, shape.group, head_dim, tile["D_PAD"],
