@@ -209,6 +209,10 @@ class PackedLayer:
         whole = (length - self.sink_length - self.residual_length) // self.group_size * self.group_size
         return max(packed, whole)
 
+    def packed_after_append(self) -> list[int]:
+        """Packed tokens of each sequence once all groups that `lengths` fill are packed."""
+        return [self._packed_after(length, packed) for length, packed in zip(self.lengths, self.packed)]
+
     def uniform_rows(self, new_lengths: list[int]) -> Iterator[tuple[slice, int]]:
         """Slices of the batch whose sequences hold and receive equally many tokens, with that number of new ones."""
         states = list(zip(self.lengths, self.packed, new_lengths))
@@ -262,7 +266,7 @@ class PackedLayer:
             for rows, count in list(self.uniform_rows(new_lengths)):
                 self._append_rows(rows, key[rows, :, :count], value[rows, :, :count])
         self.lengths = [old + new for old, new in zip(self.lengths, new_lengths)]
-        self.packed = [self._packed_after(length, packed) for length, packed in zip(self.lengths, self.packed)]
+        self.packed = self.packed_after_append()
 
     def _make_room(self, new_lengths: list[int]) -> None:
         need = max(

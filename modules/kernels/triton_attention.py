@@ -380,7 +380,7 @@ def attend_splits(
     q_stride_b, q_stride_h, q_stride_t, k_stride_b, k_stride_h, k_stride_t, v_stride_b, v_stride_h, v_stride_t,
     D: tl.constexpr, D_PAD: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, G: tl.constexpr, N: tl.constexpr,
     K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_SEG: tl.constexpr, K_SEG_PAD: tl.constexpr, V_SEG: tl.constexpr,
-    V_COLS: tl.constexpr, META_PER_WORD: tl.constexpr, FULL_SEG: tl.constexpr, SINK: tl.constexpr, RING: tl.constexpr,
+    V_COLS: tl.constexpr, META_PER_WORD: tl.constexpr, FULL_SEG: tl.constexpr, FULL_T: tl.constexpr, SINK: tl.constexpr, RING: tl.constexpr,
     T: tl.constexpr, U: tl.constexpr, WARPS: tl.constexpr, ALL_NEW: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One split of the tokens of one KV head and one block of query rows; split 0 has the full-precision tokens.
@@ -413,7 +413,7 @@ def attend_splits(
             q, q_offsets, q_real, q_token,
             k_sinks + head64 * (SINK * D), k_window + head64 * (RING * D), k_new,
             v_sinks + head64 * (SINK * D), v_window + head64 * (RING * D), v_new, part, ml,
-            length, packed, mine, k_stride_t, v_stride_t, factor, D, N, FULL_SEG, SINK, RING, 32, WARPS, ASM,
+            length, packed, mine, k_stride_t, v_stride_t, factor, D, N, FULL_SEG, SINK, RING, FULL_T, WARPS, ASM,
         )  # fmt: skip
     else:
         steps = tl.cdiv(packed, WARPS * U * T)
@@ -519,6 +519,7 @@ def tile_constants(shape: Shape, rows: int) -> dict[str, int]:
         "V_COLS": v_columns,
         "META_PER_WORD": next(size for size in (4, 2, 1) if groups % size == 0),
         "FULL_SEG": 32,
+        "FULL_T": 16,  # with 32 the three sources of a tile do not fit the registers
         "SINK": shape.sink_length,
         "RING": shape.ring,
         "T": block_tokens,
