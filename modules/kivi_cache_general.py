@@ -356,6 +356,11 @@ class KIVICache(Cache):
             return start + torch.arange(length, device=device)
         return start + (step.real.to(device).cumsum(1) - 1).clamp_min(0)
 
+    def set_columns(self, stored: int, step: Step) -> None:
+        """Say in which columns from `stored` on the real tokens of `step` came, where they were stored real ones first."""
+        for layer in self.kivi_layers:
+            layer.column_is_real = torch.cat([layer.column_is_real[:, :stored], step.real.to(layer.device)], dim=1)
+
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,6 +6,7 @@ here, runs on any device and is what the others are tested against.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 import warnings
@@ -17,7 +18,8 @@ from modules.quantization import Quantized
 
 _PLANE_ELEMENTS = 1 << 17  # floats of one plane of codes at a time: 512 KiB stays in a core's cache
 _SCORE_ELEMENTS = 1 << 20  # floats of scores held at a time
-_MIN_BLOCKS = 10  # so that a block of a short cache stays small beside the cache
+_MIN_BLOCKS = 10  # so that a block stays small beside the cache
+_SMALL_BLOCK = 64  # tokens times planes that are never worth cutting
 
 
 def packed_attention(
@@ -51,24 +53,60 @@ def pick_backend(wanted: str, layer: PackedLayer) -> str:
     Raises:
         ValueError: where the backend asked for cannot run here.
     """
+    device = layer.key.codes.device.type
     if wanted == "torch":
         return "torch"
-    refusal = _why_not_triton(layer)
-    if refusal is None and wanted in ("auto", "triton"):
-        return "triton"
-    if wanted == "auto":
-        if layer.key.window.is_cuda:
-            warnings.warn(f"a KIVI cache on a GPU falls back to the slow torch backend: {refusal}.", stacklevel=2)
+    if wanted == "auto" and device == "cpu":
+        return _pick_for_cpu()
+    if wanted in ("auto", "triton"):
+        problem = _triton_problem(layer)
+        if problem is None:
+            return "triton"
+        if wanted == "triton":
+            raise ValueError(f"backend='triton' cannot run here: {problem}; use 'auto' or 'torch'.")
+        warnings.warn(f"KIVI attends with plain torch, much slower than its kernels for GPUs, because {problem}.", stacklevel=2)
         return "torch"
-    if wanted == "triton":
-        raise ValueError(f"backend='triton' cannot run here: {refusal}; use 'auto' or 'torch'.")
-    raise ValueError(f"backend={wanted!r} is not available here; use 'auto' or 'torch'.")
+    if wanted == "numba":
+        if device != "cpu":
+            raise ValueError(f"backend='numba' runs on the CPU, not on {device!r}; use 'auto' or 'torch'.")
+        if problem := _numba_problem():
+            raise ValueError(f"backend='numba': {problem}; `pip install numba`, or use 'auto' or 'torch'.")
+        return "numba"
+    raise ValueError(f"backend={wanted!r} is not one of 'auto', 'torch', 'numba', 'triton'.")
 
 
-def _why_not_triton(layer: PackedLayer) -> str | None:
+@functools.cache
+def _numba_problem() -> str:
+    """Why Numba's kernels cannot run here; empty where they can."""
+    try:
+        from modules.kernels.numba_vectors import host_is_supported
+    except ImportError as error:
+        return f"Numba cannot be imported ({error})"
+    return "" if host_is_supported() else "this CPU does not convert float16"
+
+
+@functools.cache
+def _pick_for_cpu() -> str:
+    problem = _numba_problem()
+    if not problem:
+        return "numba"
+    warnings.warn(
+        f"KIVI attends with plain torch on the CPU, because {problem}. `pip install numba` makes decoding several times faster.",
+        stacklevel=2,
+    )
+    return "torch"
+
+
+def _attend_numba(*args) -> torch.Tensor:
+    from modules.kernels.numba_attention import attend  # takes a second to import; many never need it
+
+    return attend(*args)
+
+
+def _triton_problem(layer: PackedLayer) -> str | None:
     """What keeps the Triton kernels from attending over `layer`; None where nothing does."""
     if not layer.key.window.is_cuda:
-        return f"the cache is on {layer.key.window.device.type}, the kernels need a GPU"
+        return f"the cache is on {layer.key.window.device.type!r} and the kernels need a GPU"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     from modules.kernels import triton_attention
@@ -140,7 +178,7 @@ def _blocks(layer: PackedLayer, row: int, heads: int, queries: int, head_dim: in
     tokens = min(
         _PLANE_ELEMENTS * planes // (heads * head_dim),
         _SCORE_ELEMENTS // (heads * queries),
-        packed * planes // _MIN_BLOCKS,
+        max(packed // _MIN_BLOCKS, _SMALL_BLOCK) * planes,
     )
     step = max(layer.group_size, tokens // layer.group_size * layer.group_size)
     return [(start, min(start + step, packed)) for start in range(0, packed, step)]
@@ -233,4 +271,4 @@ class _OnlineSoftmax:
         return self.sum / self.total
 
 
-_ATTEND = {"torch": _attend_torch, "triton": _attend_triton}
+_ATTEND = {"torch": _attend_torch, "numba": _attend_numba, "triton": _attend_triton}

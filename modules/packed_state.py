@@ -98,10 +98,15 @@ class PackedSide:
             new[:, :, : old.shape[2]] = old
             setattr(self, name, new)
 
-    def quantize(self, x: torch.Tensor) -> Quantized | torch.Tensor:
-        """Whole groups `[b, H, T, D]` as they are stored."""
+    def quantize(self, x: torch.Tensor, backend: str = "torch") -> Quantized | torch.Tensor:
+        """Whole groups `[b, H, T, D]` as they are stored; "numba" packs on the CPU, any other backend with torch."""
         if self.bits == FULL_PRECISION_BITS:
             return x
+        if backend == "numba" and x.device.type == "cpu":
+            from modules.kernels import numba_quantize  # takes a second to import; many never need it
+
+            quantize = numba_quantize.quantize_keys if self.what == "keys" else numba_quantize.quantize_values
+            return quantize(x, self.bits, self.group_size, self.method)
         quantize = quantize_keys if self.what == "keys" else quantize_values
         return quantize(x, self.bits, self.group_size, self.method)
 
@@ -303,7 +308,7 @@ class PackedLayer:
 
             pack_groups(side, rows, start, states)
         else:
-            side.write(rows, start, side.quantize(states))
+            side.write(rows, start, side.quantize(states, self.backend))
 
     def _write_ring(self, side: PackedSide, rows: slice, token: int, states: torch.Tensor) -> None:
         done = 0

@@ -89,7 +89,8 @@ def _fit(x: torch.Tensor, dim: int, bits: int, method: str) -> tuple[torch.Tenso
     return _round_to_codes(x, best_scale, best_minimum, levels), best_scale, best_minimum
 
 
-def _refuse_unrepresentable(x: torch.Tensor, what: str) -> None:
+def refuse_unrepresentable(x: torch.Tensor, what: str) -> None:
+    """Raise `ValueError` for states that float16 metadata cannot describe."""
     largest = x.abs().amax().item() if x.numel() else 0.0
     if not largest <= FLOAT16_MAX:
         raise ValueError(
@@ -98,7 +99,8 @@ def _refuse_unrepresentable(x: torch.Tensor, what: str) -> None:
         )
 
 
-def _check(x: torch.Tensor, size: int, what: str, bits: int, group_size: int, method: str) -> None:
+def check_layout(x: torch.Tensor, size: int, what: str, bits: int, group_size: int, method: str) -> None:
+    """Raise `ValueError` for bits, method or shapes that do not fit; `size` is of the dimension that is cut into groups."""
     if bits not in (2, 4, 8):
         raise ValueError(f"bits must be 2, 4 or 8; got {bits!r}.")
     if method not in ("minmax", "lsq"):
@@ -107,7 +109,11 @@ def _check(x: torch.Tensor, size: int, what: str, bits: int, group_size: int, me
         raise ValueError(f"{what} come in groups: {size} is not a multiple of group_size={group_size}.")
     if x.shape[-1] % (8 // bits):
         raise ValueError(f"head_dim={x.shape[-1]} must be a multiple of {8 // bits} at {bits} bits.")
-    _refuse_unrepresentable(x, what)
+
+
+def _check(x: torch.Tensor, size: int, what: str, bits: int, group_size: int, method: str) -> None:
+    check_layout(x, size, what, bits, group_size, method)
+    refuse_unrepresentable(x, what)
 
 
 def quantize_keys(keys: torch.Tensor, bits: int, group_size: int, method: str = "lsq") -> Quantized:

@@ -1,1 +1,1 @@
-"""Compiled backends: attention over packed codes, and packing."""
+"""Compiled backends, one file a kernel. Imported only when used; none imports transformers."""

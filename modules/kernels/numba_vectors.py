@@ -1,0 +1,288 @@
+"""What the Numba kernels share: vector code, constants as types, threads and buffers.
+
+Inner loops are emitted as LLVM vector instructions (`Emitter`), because what keeps them fast, a block of accumulators
+that stays in registers, is not something a loop over arrays makes LLVM do. Any CPU runs them; the lanes fit the host's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import math
+import pathlib
+import threading
+from collections.abc import Iterator
+
+import llvmlite.binding as llvm
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import get_num_threads, set_num_threads, types
+from numba.core import cgutils
+from numba.core.typing.templates import AttributeTemplate
+from numba.extending import NativeValue, infer_getattr, lower_getattr_generic, models, register_model, unbox
+
+FLOAT_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+@functools.cache
+def host() -> tuple[int, int]:
+    """`(lanes, accumulators)`: float32 lanes of the host's vectors, and how many of them a register block may take."""
+    features = llvm.get_host_cpu_features()
+    if features.get("avx512f"):
+        return 16, 16
+    if features.get("avx2"):
+        return 8, 8
+    return 4, 16 if features.get("neon") else 8
+
+
+@functools.cache
+def host_is_supported() -> bool:
+    """Whether the compiled code can convert float16 here; only x86 CPUs from before 2012 cannot."""
+    x86 = llvm.get_process_triple().startswith(("x86", "i386", "i686"))
+    return not x86 or bool(llvm.get_host_cpu_features().get("f16c"))
+
+
+def row_bytes(form: int | str, head_dim: int) -> int:
+    """Bytes of one token of one head in a format."""
+    return head_dim * form // 8 if isinstance(form, int) else head_dim * ITEM_BYTES[form]
+
+
+@functools.cache
+def _digest() -> str:
+    """Of these sources. Numba's on-disk cache looks only at the file of the function it loads, not at what that calls."""
+    digest = hashlib.sha256()
+    for path in sorted(pathlib.Path(__file__).parent.glob("numba_*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+class ConstantsType(types.Type):
+    """The Numba type of a frozen dataclass whose attributes are compiled in; values of it are empty.
+
+    One such dataclass is one compilation. `constants.value_of(name)` gives what `name` is in compiled code.
+    """
+
+    def __init__(self, constants) -> None:
+        self.constants = constants
+        fields = ", ".join(str(value) for value in dataclasses.astuple(constants))
+        super().__init__(name=f"{type(constants).__name__}({fields}; {_digest()})")
+
+
+register_model(ConstantsType)(models.OpaqueModel)
+
+
+@unbox(ConstantsType)
+def _unbox_constants(typ, obj, context):
+    return NativeValue(context.context.get_dummy_value())
+
+
+@infer_getattr
+class _ConstantsAttributes(AttributeTemplate):
+    key = ConstantsType
+
+    def generic_resolve(self, typ, name):
+        return types.boolean if isinstance(typ.constants.value_of(name), bool) else types.int64
+
+
+@lower_getattr_generic(ConstantsType)
+def _lower_constant(context, builder, typ, value, name):
+    number = typ.constants.value_of(name)
+    return context.get_constant(types.boolean if isinstance(number, bool) else types.int64, number)
+
+
+I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+F32 = ir.FloatType()
+
+
+class Emitter:
+    """Vector instructions on addresses (int64 values) for one plan."""
+
+    def __init__(self, builder: ir.IRBuilder, plan: Plan) -> None:
+        self.b, self.plan = builder, plan
+
+    def address(self, base, offset=0, index=None, stride: int = 0):
+        """`base + offset + index * stride`, in bytes; `index` is an int64 value."""
+        if index is not None:
+            base = self.b.add(base, self.b.mul(index, I64(stride)))
+        return self.b.add(base, I64(offset)) if offset else base
+
+    def _load(self, address, typ, align: int):
+        return self.b.load(self.b.inttoptr(address, typ.as_pointer()), align=align)
+
+    def load_float(self, address):
+        return self._load(address, F32, 4)
+
+    def load(self, address, form: str = "float32", lanes: int | None = None):
+        """`lanes` numbers of a dtype, as float32."""
+        lanes = lanes or self.plan.lanes
+        if form == "float32":
+            return self._load(address, ir.VectorType(F32, lanes), 4)
+        if form == "float16":
+            return self.b.fpext(self._load(address, ir.VectorType(ir.HalfType(), lanes), 2), ir.VectorType(F32, lanes))
+        wide = self.b.zext(self._load(address, ir.VectorType(I16, lanes), 2), ir.VectorType(I32, lanes))
+        return self.b.bitcast(self.b.shl(wide, self.int_splat(16, lanes)), ir.VectorType(F32, lanes))
+
+    def store(self, vector, address) -> None:
+        self.b.store(vector, self.b.inttoptr(address, vector.type.as_pointer()), align=4)
+
+    def float_splat(self, number: float, lanes: int | None = None):
+        lanes = lanes or self.plan.lanes
+        return ir.Constant(ir.VectorType(F32, lanes), [ir.Constant(F32, number)] * lanes)
+
+    def int_splat(self, number: int, lanes: int | None = None):
+        lanes = lanes or self.plan.lanes
+        return ir.Constant(ir.VectorType(I32, lanes), [ir.Constant(I32, number)] * lanes)
+
+    def broadcast(self, scalar, lanes: int | None = None):
+        lanes = lanes or self.plan.lanes
+        typ = ir.VectorType(scalar.type, lanes)
+        one = self.b.insert_element(ir.Constant(typ, ir.Undefined), scalar, I32(0))
+        return self.shuffle(one, one, [0] * lanes)
+
+    def shuffle(self, first, second, order: list[int]):
+        return self.b.shuffle_vector(first, second, ir.Constant(ir.VectorType(I32, len(order)), [I32(i) for i in order]))
+
+    def _call(self, name: str, *args):
+        typ = args[0].type
+        function = ir.FunctionType(typ, [a.type for a in args])
+        full = f"{name}.v{typ.count}f32"
+        return self.b.call(cgutils.get_or_insert_function(self.b.module, function, full), args)
+
+    def multiply_add(self, first, second, third):
+        """`first * second + third`, fused where the CPU can."""
+        return self._call("llvm.fmuladd", first, second, third)
+
+    def maximum(self, first, second):
+        """The larger; `first` where `second` is NaN."""
+        return self.b.select(self.b.fcmp_ordered(">", second, first), second, first)
+
+    def minimum(self, first, second):
+        """The smaller; `first` where `second` is NaN."""
+        return self.b.select(self.b.fcmp_ordered("<", second, first), second, first)
+
+    def larger_int(self, first, second):
+        """The larger of signed integers."""
+        return self.b.select(self.b.icmp_signed(">", first, second), first, second)
+
+    def round(self, x):
+        """To whole numbers, halves to even."""
+        return self._call("llvm.nearbyint", x)
+
+    def across_tokens(self, vector, combine):
+        """A block `[padded_rows, tokens]` with each lane combined with the others of its row."""
+        step = 1
+        while step < self.plan.tokens:
+            vector = combine(vector, self.shuffle(vector, vector, [lane ^ step for lane in range(self.plan.block)]))
+            step *= 2
+        return vector
+
+    def exp2(self, x):
+        """2**x to 2 units in the last place; 0 below -127, NaN for NaN."""
+        n = x.type.count
+        floor = self.float_splat(-127.0, n)
+        x = self.b.select(self.b.fcmp_ordered("<", x, floor), floor, x)
+        whole = self.round(x)
+        rest = self.b.fsub(x, whole)
+        result = self.float_splat(math.log(2) ** 6 / 720, n)
+        for power in range(5, -1, -1):
+            result = self.multiply_add(result, rest, self.float_splat(math.log(2) ** power / math.factorial(power), n))
+        exponent = self.b.add(self.b.fptosi(whole, ir.VectorType(I32, n)), self.int_splat(127, n))
+        return self.b.fmul(result, self.b.bitcast(self.b.shl(exponent, self.int_splat(23, n)), x.type))
+
+    def variable(self, value):
+        """A mutable vector; LLVM keeps it in a register."""
+        slot = cgutils.alloca_once(self.b, value.type)
+        self.b.store(value, slot)
+        return slot
+
+    # Codes
+
+    def raw(self, address, form: int | str):
+        """A chunk as it is loaded: bytes widened to int32, or the floats themselves."""
+        if not isinstance(form, int):
+            return self.load(address, form)
+        lanes = self.plan.lanes
+        return self.b.zext(self._load(address, ir.VectorType(I8, lanes), 1), ir.VectorType(I32, lanes))
+
+    def plane(self, raw, form: int | str, plane: int):
+        """Plane `plane` of a chunk as floats, `2**(bits*plane)` times the codes: a mask needs no shift."""
+        if not isinstance(form, int):
+            return raw
+        if form < 8:
+            raw = self.b.and_(raw, self.int_splat(((1 << form) - 1) << (form * plane)))
+        return self.b.sitofp(raw, ir.VectorType(F32, self.plan.lanes))
+
+    def raw_offset(self, form: int | str, chunk: int) -> int:
+        """Byte at which a chunk starts in a token."""
+        return chunk * self.plan.lanes * (1 if isinstance(form, int) else ITEM_BYTES[form])
+
+    def unit(self, form: int | str, plane: int) -> float:
+        """What `plane` is to be multiplied with to give codes; a power of two."""
+        return 2.0 ** -(form * plane) if isinstance(form, int) else 1.0
+
+    def row_sums(self, vectors: list) -> list:
+        """Sums over the lanes of each of `vectors`, in order, as vectors: a tree of shuffles and additions."""
+        for how in (self._unpack32, self._unpack64) + (self._even_odd_parts,) * (self.plan.lanes.bit_length() - 3):
+            vectors = [self._shuffled_sum(a, b, how()) for a, b in zip(vectors[::2], vectors[1::2])]
+        return vectors
+
+    def _shuffled_sum(self, a, b, order: tuple[list[int], list[int]]):
+        return self.b.fadd(self.shuffle(a, b, order[0]), self.shuffle(a, b, order[1]))
+
+    def _unpack32(self):
+        n = self.plan.lanes
+        return tuple([lane + i for lane in range(0, n, 4) for i in (first, n + first, first + 1, n + first + 1)] for first in (0, 2))
+
+    def _unpack64(self):
+        n = self.plan.lanes
+        return tuple([lane + i for lane in range(0, n, 4) for i in (first, first + 1, n + first, n + first + 1)] for first in (0, 2))
+
+    def _even_odd_parts(self):
+        parts = self.plan.lanes // 4
+        return tuple([4 * part + i for part in range(first, 2 * parts, 2) for i in range(4)] for first in (0, 1))
+
+
+def emitting(emit):
+    """Code generation that calls `emit(emitter, *values)`."""
+
+    def codegen(context, builder, signature, args):
+        emit(Emitter(builder, signature.args[0].constants), *args[1:])
+        return context.get_dummy_value()
+
+    return codegen
+
+
+def void_signature(plan, *args):
+    return types.void(plan, *(types.float32 if isinstance(a, types.Float) else types.int64 for a in args))
+
+
+_local = threading.local()
+
+
+def buffer(name: str, rows: int, floats: int) -> np.ndarray:
+    """A float32 array `[rows, floats]` of this thread that starts on a cache line; kept for the next call."""
+    kept = getattr(_local, name, None)
+    if kept is None or kept.size < rows * floats:
+        raw = np.empty(rows * floats + 16, np.float32)
+        kept = raw[-raw.ctypes.data % 64 // 4 :][: rows * floats]
+        setattr(_local, name, kept)
+    return kept[: rows * floats].reshape(rows, floats)
+
+
+def allowed_threads() -> int:
+    """Threads a kernel may use: no more than torch was told to, nor Numba."""
+    return min(torch.get_num_threads(), get_num_threads())
+
+
+@contextlib.contextmanager
+def numba_threads(threads: int) -> Iterator[None]:
+    """Within it, Numba uses `threads` threads."""
+    before = get_num_threads()
+    set_num_threads(threads)
+    try:
+        yield
+    finally:
+        set_num_threads(before)

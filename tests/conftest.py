@@ -1,0 +1,79 @@
+"""Small random models of every family, and the real ones where they are on disk."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from modeling_llama_kivi import LlamaForCausalLM_KIVI, LlamaKIVIConfig
+from modeling_qwen_kivi import Qwen2ForCausalLM_KIVI, Qwen2KIVIConfig, Qwen3ForCausalLM_KIVI, Qwen3KIVIConfig
+
+torch.set_num_threads(1)  # small tensors, and a busy machine makes threads wait for each other
+
+SIZES = {
+    "vocab_size": 131,
+    "hidden_size": 96,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+}
+SMALL = {"group_size": 16, "residual_length": 32}  # flushes often
+
+FAMILIES = {
+    "llama": (LlamaConfig, LlamaForCausalLM, LlamaKIVIConfig, LlamaForCausalLM_KIVI, {"head_dim": 32}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, Qwen2KIVIConfig, Qwen2ForCausalLM_KIVI, {}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, Qwen3KIVIConfig, Qwen3ForCausalLM_KIVI, {"head_dim": 48}),
+}
+REAL_MODELS = {"llama": "smollm2-135m-instruct", "qwen2": "qwen2.5-coder-0.5b-instruct"}
+
+
+def relative_error(out: torch.Tensor, ref: torch.Tensor) -> float:
+    """‖out − ref‖ / ‖ref‖; NaN compares false with every bound, and zeros give 1."""
+    return ((out.double() - ref.double()).norm() / ref.double().norm()).item()
+
+
+def make_pair(family: str, **options):
+    """A stock model of random weights and the KIVI model with the same ones."""
+    config_class, stock_class, kivi_config_class, kivi_class, extra = FAMILIES[family]
+    torch.manual_seed(0)
+    stock = stock_class(config_class(**SIZES, **extra)).eval()
+    for name, parameter in stock.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.5)  # Qwen2's biases are what breaks other schemes
+    kivi = kivi_class(kivi_config_class(**SIZES, **extra, **SMALL, **options)).eval()
+    kivi.load_state_dict(stock.state_dict())
+    return stock, kivi
+
+
+@pytest.fixture(params=list(FAMILIES))
+def pair(request):
+    """(stock, KIVI) of one family, same weights."""
+    return make_pair(request.param)
+
+
+@pytest.fixture
+def llama_pair():
+    return make_pair("llama")
+
+
+def real_model_path(family: str) -> pathlib.Path:
+    """Folder of a real model, or a skip that says how to get it."""
+    root = pathlib.Path(os.environ.get("KIVI_MODELS", pathlib.Path.home() / ".cache" / "kivi-models"))
+    path = root / REAL_MODELS[family]
+    if not path.exists():
+        pytest.skip(f"no {REAL_MODELS[family]} under {root}; `python3 start.py test` fetches it, or set KIVI_MODELS")
+    return path
+
+
+def tokens(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    """Random token ids `[batch, length]`, none of them padding."""
+    return torch.randint(3, SIZES["vocab_size"], (batch, length), generator=torch.Generator().manual_seed(seed))

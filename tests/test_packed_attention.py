@@ -1,0 +1,120 @@
+"""The torch backend against dense attention over the dequantized cache, which is the definition of right."""
+
+import itertools
+
+import pytest
+import torch
+from conftest import relative_error
+
+from modules.kivi_options import KIVIOptions
+from modules.packed_attention import packed_attention
+from modules.packed_state import PackedLayer
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
+
+
+def filled_layer(lengths, heads, head_dim, bits, group, dtype, residual=None, seed=0):
+    """A layer that holds `lengths[b]` random tokens of sequence `b`, put in by a prefill and single tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    residual = group * 2 if residual is None else residual
+    options = KIVIOptions(group_size=group, residual_length=residual, backend="torch")
+    longest = max(max(lengths), 1)
+    states = [torch.randn(len(lengths), heads, longest, head_dim, generator=generator).to(dtype) for _ in "kv"]
+    layer = PackedLayer.empty(states[0], bits, options)
+    before = [length * 3 // 4 for length in lengths]
+    layer.append(*states, before)
+    for step in range(max(now - then for now, then in zip(lengths, before))):
+        token = [t[:, :, :1].clone() for t in states]
+        for row, (then, now) in enumerate(zip(before, lengths)):
+            for target, source in zip(token, states):
+                target[row] = source[row, :, min(then + step, longest - 1) : then + step + 1][:, :1]
+        layer.append(*token, [int(then + step < now) for then, now in zip(before, lengths)])
+    assert layer.lengths == list(lengths)
+    return layer
+
+
+def dense_attention(query, key, value, layer, scaling, new_lengths):
+    """Softmax over the dequantized past and the new tokens, one sequence at a time, in float64."""
+    out = torch.zeros(query.shape[0], query.shape[2], query.shape[1], query.shape[3], dtype=torch.float64)
+    for row, count in enumerate(new_lengths):
+        rows = slice(row, row + 1)
+        keys, values = (
+            torch.cat([layer.read(side, rows, torch.float64), new[rows, :, :count].double()], dim=2)
+            for side, new in ((layer.key, key), (layer.value, value))
+        )
+        group = query.shape[1] // key.shape[1]
+        keys, values = (t.repeat_interleave(group, dim=1) for t in (keys, values))
+        scores = query[rows, :, :count].double() @ keys.transpose(-1, -2) * scaling
+        future = torch.ones(count, keys.shape[2], dtype=torch.bool).triu(keys.shape[2] - count + 1)
+        weights = scores.masked_fill(future, -torch.inf).softmax(-1)
+        out[row, :count] = (weights @ values)[0].transpose(0, 1)
+    return out
+
+
+def check(lengths, kv_heads, gqa, head_dim, bits, group, dtype, new, new_lengths=None, residual=None):
+    layer = filled_layer(lengths, kv_heads, head_dim, bits, group, dtype, residual)
+    generator = torch.Generator().manual_seed(99)
+    shape = (len(lengths), kv_heads, new, head_dim)
+    query = torch.randn(len(lengths), kv_heads * gqa, new, head_dim, generator=generator).to(dtype)
+    key, value = (torch.randn(shape, generator=generator).to(dtype) for _ in "kv")
+    counts = new_lengths or [new] * len(lengths)
+    out = packed_attention(query, key, value, layer, head_dim**-0.5, new_lengths)
+    ref = dense_attention(query, key, value, layer, head_dim**-0.5, counts)
+    assert out.dtype == dtype and out.shape == ref.shape
+    assert relative_error(out, ref) < TOLERANCE[dtype]
+    for row, count in enumerate(counts):
+        assert not out[row, count:].any()
+
+
+@pytest.mark.parametrize("k_bits,v_bits", list(itertools.product([2, 4, 8, 16], repeat=2)))
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_every_pair_of_bits(k_bits, v_bits, dtype):
+    check([300, 300], 2, 3, 64, (k_bits, v_bits), 32, dtype, 1)
+    check([211], 1, 8, 128, (k_bits, v_bits), 64, dtype, 17)
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("gqa", [1, 3, 7, 8])
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+def test_shapes(group, gqa, head_dim):
+    if head_dim % group:
+        with pytest.raises(ValueError, match="group_size must divide head_dim"):
+            filled_layer([10], 2, head_dim, (2, 2), group, torch.float32)
+        return
+    for new in (1, 2, 17, 200):
+        check([group * 5 + 7], 2, gqa, head_dim, (2, 4), group, torch.float32, new)
+
+
+BOUNDARIES = sorted({0, 1, 3, 4, 5, 600} | {edge + d for edge in (32, 64, 96, 100, 128, 132, 164, 196, 292) for d in (-1, 0, 1)})
+
+
+@pytest.mark.parametrize("length", BOUNDARIES)
+@pytest.mark.parametrize("new", [1, 2, 200])
+def test_lengths_around_every_boundary(length, new):
+    check([length], 1, 3, 64, (2, 2), 32, torch.float32, new)
+
+
+@pytest.mark.parametrize("residual", [0, 32, 128])
+def test_windows(residual):
+    for length in (1, 4, 36, 37, 170, 260):
+        check([length], 1, 2, 64, (2, 2), 32, torch.float32, 3, residual=residual)
+
+
+def test_ragged_batches_and_ragged_new_tokens():
+    check([0, 5, 131, 400, 401], 2, 3, 64, (2, 2), 32, torch.float32, 1)
+    check([0, 5, 131, 400, 401], 2, 3, 64, (4, 2), 32, torch.float32, 20, new_lengths=[20, 0, 3, 20, 1])
+
+
+def test_a_long_cache_goes_through_several_blocks():
+    check([9000], 2, 2, 128, (2, 2), 32, torch.float32, 1)
+
+
+def test_large_offsets_of_keys():
+    """Qwen2's keys sit far from zero; scores must not lose their differences to that."""
+    layer = filled_layer([500], 1, 64, (4, 4), 32, torch.float32)
+    layer.key.minimum += 300
+    layer.key.window += 300
+    layer.key.sinks += 300
+    query, key, value = torch.randn(1, 4, 1, 64), torch.randn(1, 1, 1, 64) + 300, torch.randn(1, 1, 1, 64)
+    out = packed_attention(query, key, value, layer, 0.125)
+    assert relative_error(out, dense_attention(query, key, value, layer, 0.125, [1])) < 1e-3
