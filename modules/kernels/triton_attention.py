@@ -80,6 +80,40 @@ def _codes_of_pairs(x, MASK: tl.constexpr, SHIFT: tl.constexpr, ASM: tl.constexp
         return ((x >> SHIFT) & MASK).to(tl.float16, bitcast=True)
 
 
+@triton.constexpr_function
+def _spread_two_asm():
+    """`_spread_asm` with the mask in a register of four bytes; a mask that is constant a register costs nothing."""
+    return (
+        "{ .reg .b32 x, m; prmt.b32 x, $2, 0, 0x4140; prmt.b32 m, $3, 0, 0x4140; and.b32 $0, x, m; "
+        "prmt.b32 x, $2, 0, 0x4342; prmt.b32 m, $3, 0, 0x4342; and.b32 $1, x, m; }"
+    )
+
+
+@triton.constexpr_function
+def _mask_two_asm(shift):
+    return f"{{ .reg .b32 t; shr.b32 t, $1, {shift}; and.b32 $0, t, $2; }}"
+
+
+@triton.jit
+def _two_planes_of_bytes(x, second, MASK: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
+    """`_codes_of_bytes` where columns marked `second` hold the next plane of the same bytes."""
+    mask = tl.broadcast_to(tl.where(second, MASK << BITS, MASK).to(tl.uint8), x.shape)
+    if ASM:
+        return tl.inline_asm_elementwise(_spread_two_asm(), "=r,=r,r,r", [x, mask], dtype=tl.float16, is_pure=True, pack=4)
+    else:
+        return (x & mask).to(tl.int16).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def _two_planes_of_pairs(x, second, MASK: tl.constexpr, BITS: tl.constexpr, SHIFT: tl.constexpr, ASM: tl.constexpr):
+    """`_codes_of_pairs` where rows marked `second` hold the next plane of the same bytes."""
+    mask = tl.broadcast_to(tl.where(second, MASK << BITS, MASK).to(tl.int16), x.shape)
+    if ASM:
+        return tl.inline_asm_elementwise(_mask_two_asm(SHIFT), "=r,r,r", [x, mask], dtype=tl.float16, is_pure=True, pack=2)
+    else:
+        return ((x >> SHIFT) & mask).to(tl.float16, bitcast=True)
+
+
 @triton.jit
 def _meta(words, GROUP: tl.constexpr, PER_WORD: tl.constexpr):
     """Entry `GROUP` of a row of float16, read as integers of `PER_WORD` entries."""
@@ -120,16 +154,20 @@ def _row_scale(q, offsets, real, D: tl.constexpr, D_PAD: tl.constexpr, N: tl.con
 
 @triton.jit
 def _weigh_codes(
-    acc, pairs, p, words, column, FIRST: tl.constexpr, SEG: tl.constexpr, PLANE: tl.constexpr, HALF: tl.constexpr,
-    BITS: tl.constexpr, G: tl.constexpr, META_PER_WORD: tl.constexpr, ASM: tl.constexpr,
+    acc, pairs, p, words, column, FIRST: tl.constexpr, SEG: tl.constexpr, FOLD: tl.constexpr, PLANE: tl.constexpr,
+    HALF: tl.constexpr, BITS: tl.constexpr, G: tl.constexpr, META_PER_WORD: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """`acc + Σ (p·scale) code` for every other one of the channels `FIRST…FIRST + SEG`, one plane of the bytes `pairs`."""
-    codes = _codes_of_pairs(pairs, ((1 << BITS) - 1) << (BITS * PLANE), 8 * HALF, ASM)
-    if FIRST // G == (FIRST + SEG - 1) // G:
+    """`acc + Σ (p·scale) code` for every other channel from `FIRST` on: `SEG` bytes of one plane, or `FOLD` planes."""
+    if FOLD == 2:
+        second = (column >= SEG // 2)[None, :, None]
+        codes = _two_planes_of_pairs(pairs, second, ((1 << BITS) - 1) << (BITS * PLANE), BITS, 8 * HALF, ASM)
+    else:
+        codes = _codes_of_pairs(pairs, ((1 << BITS) - 1) << (BITS * PLANE), 8 * HALF, ASM)
+    if FIRST // G == (FIRST + SEG * FOLD - 1) // G:
         acc = tl.dot(codes, p * _meta(words, FIRST // G, META_PER_WORD)[:, :, None], acc)
     else:
         group_of_column = (FIRST + 2 * column + HALF) // G
-        for group in tl.static_range(FIRST // G, (FIRST + SEG - 1) // G + 1):
+        for group in tl.static_range(FIRST // G, (FIRST + SEG * FOLD - 1) // G + 1):
             mine = tl.where((group_of_column == group)[None, :, None], codes, 0.0)
             acc = tl.dot(mine, p * _meta(words, group, META_PER_WORD)[:, :, None], acc)
     return acc
@@ -139,19 +177,22 @@ def _weigh_codes(
 def _attend_codes(
     q, q_offsets, q_real, k_codes, k_scale, k_minimum, v_codes, v_scale, v_minimum, part, ml, packed, first, last, factor,
     D: tl.constexpr, D_PAD: tl.constexpr, G: tl.constexpr, N: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
-    K_SEG: tl.constexpr, K_SEG_PAD: tl.constexpr, V_SEG: tl.constexpr, V_COLS: tl.constexpr, META_PER_WORD: tl.constexpr,
+    K_SEG: tl.constexpr, K_SEG_PAD: tl.constexpr, K_FOLD: tl.constexpr, V_SEG: tl.constexpr, V_COLS: tl.constexpr,
+    V_FOLD: tl.constexpr, META_PER_WORD: tl.constexpr,
     T: tl.constexpr, U: tl.constexpr, WARPS: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Steps `first…last` over the packed tokens of one head; each warp handles `U` blocks of `T` tokens a step."""
-    K_PLANES: tl.constexpr = 8 // K_BITS if K_BITS < 16 else 1
-    V_PLANES: tl.constexpr = 8 // V_BITS if V_BITS < 16 else 1
-    K_WIDTH: tl.constexpr = D // K_PLANES  # channels of a plane: bytes a token, or elements at 16 bits
-    V_WIDTH: tl.constexpr = D // V_PLANES
+    K_WIDTH: tl.constexpr = D * K_BITS // 8 if K_BITS < 16 else D  # channels of a plane: bytes a token, or elements
+    V_WIDTH: tl.constexpr = D * V_BITS // 8 if V_BITS < 16 else D
+    K_PLANES: tl.constexpr = D // K_WIDTH // K_FOLD  # a product takes K_FOLD planes at once
+    V_PLANES: tl.constexpr = D // V_WIDTH // V_FOLD
     V_PARTS: tl.constexpr = 2 if V_BITS < 16 else 1  # bytes of an int16
     GROUPS: tl.constexpr = D // G
     BATCH: tl.constexpr = U * WARPS
 
     j = tl.arange(0, K_SEG_PAD)
+    at_byte = j % K_SEG if K_FOLD == 2 else j
+    K_USED: tl.constexpr = K_SEG * K_FOLD
     queries = ()
     scaled_queries = ()
     if K_BITS < 16:
@@ -161,15 +202,16 @@ def _attend_codes(
         to_score = tl.full([N], 1.0, tl.float32) * factor
     for seg in tl.static_range(K_WIDTH // K_SEG):
         for plane in tl.static_range(K_PLANES):
-            q_channel = plane * K_WIDTH + seg * K_SEG + j
+            q_channel = plane * K_FOLD * K_WIDTH + seg * K_SEG + j
             x = tl.load(
                 q + q_offsets[None, None, :] + q_channel[None, :, None],
-                mask=q_real[None, None, :] & (j < K_SEG)[None, :, None],
+                mask=q_real[None, None, :] & (j < K_USED)[None, :, None],
                 other=0.0,
             )
             if K_BITS < 16:
                 x = x.to(tl.float32) * inverse[None, None, :]
-                scaled = (x * (1.0 / (1 << (K_BITS * plane)))).to(tl.float16)
+                unit = tl.where(j < K_SEG, 1.0, 1.0 / (1 << K_BITS)) * (1.0 / (1 << (K_BITS * K_FOLD * plane)))
+                scaled = (x * unit[None, :, None]).to(tl.float16)
                 scaled_queries += (tl.broadcast_to(scaled, [BATCH, K_SEG_PAD, N]),)
                 x = x.to(tl.float16)
             queries += (tl.broadcast_to(x, [BATCH, K_SEG_PAD, N]),)
@@ -180,6 +222,8 @@ def _attend_codes(
     token = tl.arange(0, T)
     warp_token = tl.arange(0, U * T)
     column = tl.arange(0, V_COLS)
+    at_pair = column % (V_SEG // 2) if V_FOLD == 2 else column
+    next_plane = column // (V_SEG // 2) if V_FOLD == 2 else column * 0
     group16 = tl.arange(0, 16)
     maximum = tl.full([WARPS, N], _EMPTY, tl.float32)
     total = tl.zeros([BATCH, T, N], tl.float32)
@@ -193,31 +237,35 @@ def _attend_codes(
         block = step * BATCH + block_of_batch
         inside = block < packed // T
         block = tl.minimum(block, packed // T - 1)
-        at = block[:, None, None] * (T * K_WIDTH) + token[None, :, None] * K_WIDTH + j[None, None, :]
+        at = block[:, None, None] * (T * K_WIDTH) + token[None, :, None] * K_WIDTH + at_byte[None, None, :]
         scores = tl.zeros([BATCH, T, N], tl.float32)
         if K_BITS < 16:
             meta_at = (block * T // G)[:, None] * D + j[None, :]
             for i in tl.static_range(K_WIDTH // K_SEG * K_PLANES):
-                channel = (i % K_PLANES) * K_WIDTH + (i // K_PLANES) * K_SEG
-                if K_SEG == K_SEG_PAD:
+                channel = (i % K_PLANES) * K_FOLD * K_WIDTH + (i // K_PLANES) * K_SEG
+                if K_USED == K_SEG_PAD:
                     low = tl.load(k_minimum + meta_at + channel)
                 else:
                     low = tl.load(k_minimum + meta_at + channel, mask=j[None, :] < K_SEG, other=0.0)
                 scores = tl.dot(tl.broadcast_to(low[:, None, :], [BATCH, T, K_SEG_PAD]), queries[i], scores)
             scores = scores * (1.0 / _TWO_24)
             for seg in tl.static_range(K_WIDTH // K_SEG):
-                if K_SEG == K_SEG_PAD:
+                if K_USED == K_SEG_PAD:
                     codes = tl.load(k_codes + at + seg * K_SEG)
                 else:
                     codes = tl.load(k_codes + at + seg * K_SEG, mask=j[None, None, :] < K_SEG, other=0)
                 for plane in tl.static_range(K_PLANES):
-                    channel = plane * K_WIDTH + seg * K_SEG
-                    if K_SEG == K_SEG_PAD:
+                    channel = plane * K_FOLD * K_WIDTH + seg * K_SEG
+                    if K_USED == K_SEG_PAD:
                         scale = tl.load(k_scale + meta_at + channel)
                     else:
                         scale = tl.load(k_scale + meta_at + channel, mask=j[None, :] < K_SEG, other=0.0)
                     folded = scaled_queries[seg * K_PLANES + plane] * scale[:, :, None]
-                    operand = _codes_of_bytes(codes, ((1 << K_BITS) - 1) << (K_BITS * plane), ASM)
+                    if K_FOLD == 2:
+                        second = (j >= K_SEG)[None, None, :]
+                        operand = _two_planes_of_bytes(codes, second, ((1 << K_BITS) - 1) << (2 * K_BITS * plane), K_BITS, ASM)
+                    else:
+                        operand = _codes_of_bytes(codes, ((1 << K_BITS) - 1) << (K_BITS * plane), ASM)
                     scores = tl.dot(operand, folded, scores)
         else:
             for seg in tl.static_range(K_WIDTH // K_SEG):
@@ -251,8 +299,8 @@ def _attend_codes(
             for word in tl.static_range(GROUPS // META_PER_WORD):
                 words += (tl.load(v_scale + at_token * (GROUPS // META_PER_WORD) + word),)
             for seg in tl.static_range(V_WIDTH // V_SEG):
-                pairs_at = at_token[:, None, :] * (V_WIDTH // 2) + seg * (V_SEG // 2) + column[None, :, None]
-                if V_COLS * 2 == V_SEG:
+                pairs_at = at_token[:, None, :] * (V_WIDTH // 2) + seg * (V_SEG // 2) + at_pair[None, :, None]
+                if V_COLS * 2 == V_SEG * V_FOLD:
                     pairs = tl.load(v_codes + pairs_at)
                 else:
                     pairs = tl.load(v_codes + pairs_at, mask=column[None, :, None] < V_SEG // 2, other=0)
@@ -261,7 +309,7 @@ def _attend_codes(
                         new_sums += (
                             _weigh_codes(
                                 sums[(seg * V_PLANES + plane) * 2 + half] * decay[:, None, :], pairs, p, words, column,
-                                plane * V_WIDTH + seg * V_SEG, V_SEG, plane, half, V_BITS, G, META_PER_WORD, ASM,
+                                plane * V_FOLD * V_WIDTH + seg * V_SEG, V_SEG, V_FOLD, plane * V_FOLD, half, V_BITS, G, META_PER_WORD, ASM,
                             ),
                         )  # fmt: skip
             low = tl.load(
@@ -286,13 +334,15 @@ def _attend_codes(
         for i in tl.static_range(V_WIDTH // V_SEG * V_PLANES * V_PARTS):
             result = _merge_warps(sums[i], weights)
             if V_BITS < 16:
-                channel = (i // 2 % V_PLANES) * V_WIDTH + (i // 2 // V_PLANES) * V_SEG + 2 * column + i % 2
+                channel = (i // 2 % V_PLANES) * V_FOLD * V_WIDTH + (i // 2 // V_PLANES) * V_SEG + 2 * column + i % 2
                 mine = (channel // G)[:, None, None] == group16[None, :, None]
                 offset = tl.sum(tl.where(mine, merged_offsets[None, :, :], 0.0), 1)
-                result = result * (_TWO_24 / (1 << (V_BITS * (i // 2 % V_PLANES)))) + offset
+                to_value = tl.where(next_plane > 0, _TWO_24 / (1 << V_BITS), _TWO_24)
+                to_value = to_value * (1.0 / (1 << (V_BITS * V_FOLD * (i // 2 % V_PLANES))))
+                result = result * to_value[:, None] + offset
             else:
                 channel = i * V_SEG + column
-            tl.store(part + row[None, :] * D + channel[:, None], result, mask=(column * V_PARTS < V_SEG)[:, None])
+            tl.store(part + row[None, :] * D + channel[:, None], result, mask=(column * V_PARTS < V_SEG * V_FOLD)[:, None])
 
 
 @triton.jit
@@ -379,8 +429,8 @@ def attend_splits(
     counts, new_lengths, part, ml, factor, sequences, capacity, new_tokens, splits, row_blocks,
     q_stride_b, q_stride_h, q_stride_t, k_stride_b, k_stride_h, k_stride_t, v_stride_b, v_stride_h, v_stride_t,
     D: tl.constexpr, D_PAD: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, G: tl.constexpr, N: tl.constexpr,
-    K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_SEG: tl.constexpr, K_SEG_PAD: tl.constexpr, V_SEG: tl.constexpr,
-    V_COLS: tl.constexpr, META_PER_WORD: tl.constexpr, FULL_SEG: tl.constexpr, FULL_T: tl.constexpr, SINK: tl.constexpr, RING: tl.constexpr,
+    K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_SEG: tl.constexpr, K_SEG_PAD: tl.constexpr, K_FOLD: tl.constexpr,
+    V_SEG: tl.constexpr, V_COLS: tl.constexpr, V_FOLD: tl.constexpr, META_PER_WORD: tl.constexpr, FULL_SEG: tl.constexpr, FULL_T: tl.constexpr, SINK: tl.constexpr, RING: tl.constexpr,
     T: tl.constexpr, U: tl.constexpr, WARPS: tl.constexpr, ALL_NEW: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One split of the tokens of one KV head and one block of query rows; split 0 has the full-precision tokens.
@@ -427,7 +477,7 @@ def attend_splits(
             k_codes + token0 * k_bytes, k_scale + token0 // G * D, k_minimum + token0 // G * D,
             v_codes + token0 * v_units, v_scale + token0 * (D // G // META_PER_WORD), v_minimum + token0 * (D // G),
             part, ml, packed, first, tl.minimum(first + share, steps), factor,
-            D, D_PAD, G, N, K_BITS, V_BITS, K_SEG, K_SEG_PAD, V_SEG, V_COLS, META_PER_WORD, T, U, WARPS, ASM, STAGES,
+            D, D_PAD, G, N, K_BITS, V_BITS, K_SEG, K_SEG_PAD, K_FOLD, V_SEG, V_COLS, V_FOLD, META_PER_WORD, T, U, WARPS, ASM, STAGES,
         )  # fmt: skip
 
 
@@ -496,10 +546,13 @@ def tile_constants(shape: Shape, rows: int) -> dict[str, int]:
     d, g, k_bits, v_bits = shape[:4]
     k_width, v_width = d * min(k_bits, 8) // 8, d * min(v_bits, 8) // 8
     k_seg = next((seg for seg in (32, 16) if k_width % seg == 0), k_width)
+    # Planes of 16 bytes (2 bits, 64 channels) fill half a tile: two go into one product.
+    k_fold = 2 if k_width == 16 else 1
+    v_fold = 2 if v_width == 16 and g >= 16 else 1
     if v_bits == FULL_PRECISION_BITS:
         v_seg = v_columns = 32
     else:
-        v_seg = g if v_width % g == 0 else v_width
+        v_seg = g if v_width % g == 0 and v_fold == 1 else v_width
         v_columns = max(16, triton.next_power_of_2(v_seg // 2))
     groups = d // g
     block_tokens = min(g, 32)
@@ -514,9 +567,11 @@ def tile_constants(shape: Shape, rows: int) -> dict[str, int]:
         "K_BITS": k_bits,
         "V_BITS": v_bits,
         "K_SEG": k_seg,
-        "K_SEG_PAD": triton.next_power_of_2(k_seg),
+        "K_SEG_PAD": triton.next_power_of_2(k_seg * k_fold),
+        "K_FOLD": k_fold,
         "V_SEG": v_seg,
         "V_COLS": v_columns,
+        "V_FOLD": v_fold,
         "META_PER_WORD": next(size for size in (4, 2, 1) if groups % size == 0),
         "FULL_SEG": 32,
         "FULL_T": 16,  # with 32 the three sources of a tile do not fit the registers
