@@ -34,9 +34,10 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from modules.kernels import triton_attention  # noqa: E402
+from modules.kernels import triton_attention, triton_quantize  # noqa: E402
 
 ARCHITECTURES = (80, 90, 100)
+SHARED = {80: 167936, 86: 102400, 89: 102400, 90: 233472, 100: 233472, 120: 102400}  # bytes a multiprocessor
 TYPES = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _INSTRUCTION = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(.*?);")
@@ -61,19 +62,40 @@ class Compiled:
     def row(self) -> list[str]:
         per_code = "" if self.per_code is None else f"{self.per_code:.2f}"
         loop = "" if self.loop is None else str(self.loop)
-        return [self.kernel, self.variant, f"sm_{self.arch}", *map(str, (self.registers, self.spilled, self.shared, self.copy_bytes)), loop, per_code]
+        return [
+            self.kernel,
+            self.variant,
+            f"sm_{self.arch}",
+            *map(str, (self.registers, self.spilled, self.shared, self.copy_bytes)),
+            loop,
+            per_code,
+        ]
 
 
-HEADER = ["kernel", "variant", "target", "registers", "spilled bytes", "shared bytes", "copy bytes", "loop instructions", "per code"]
+HEADER = [
+    "kernel",
+    "variant",
+    "target",
+    "registers",
+    "spilled bytes",
+    "shared bytes",
+    "copy bytes",
+    "loop instructions",
+    "per code",
+]
 
 
-def compile_kernel(kernel, types: dict[str, str], constants: dict[str, object], arch: int, options: dict[str, int], unaligned=()):
+def compile_kernel(
+    kernel, types: dict[str, str], constants: dict[str, object], arch: int, options: dict[str, int], unaligned=()
+):
     """Compile a jitted kernel as a launch would with pointers and sizes that are multiples of 16."""
     signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
     aligned = [
         index
         for index, name in enumerate(kernel.arg_names)
-        if name not in constants and name not in unaligned and (signature[name].startswith("*") or signature[name] == "i32")
+        if name not in constants
+        and name not in unaligned
+        and (signature[name].startswith("*") or signature[name] == "i32")
     ]
     attributes = {(index,): [["tt.divisibility", 16]] for index in aligned}
     source = ASTSource(kernel, signature, constants, attributes)
@@ -131,7 +153,7 @@ def describe(kernel: str, variant: str, arch: int, compiled) -> tuple[Compiled, 
 
 def attention(shape: triton_attention.Shape, rows: int, dtype: str, arch: int) -> Compiled:
     """Compile `attend_splits`; the main loop is the one with most tensor-core instructions on packed codes."""
-    tile = triton_attention.tile_constants(shape, rows)
+    tile = triton_attention.tile_constants(shape, rows, SHARED[arch])
     states = TYPES[dtype]
     words = {1: "*i16", 2: "*i32", 4: "*i64"}[tile["META_PER_WORD"]]
     types = dict.fromkeys(triton_attention.attend_splits.arg_names, "i32")
@@ -158,10 +180,44 @@ def combination(head_dim: int, dtype: str, arch: int) -> Compiled:
     """Compile `combine_splits`."""
     names = triton_attention.combine_splits.arg_names
     types = dict.fromkeys(names, "i32") | {"part": "*fp32", "ml": "*fp32", "new_lengths": "*i32", "out": TYPES[dtype]}
-    constants = dict(KV_HEADS=8, GROUP=4, D=head_dim, D_PAD=triton.next_power_of_2(head_dim), N=8, BLOCK=16, ALL_NEW=True)
+    constants = dict(
+        KV_HEADS=8, GROUP=4, D=head_dim, D_PAD=triton.next_power_of_2(head_dim), N=8, BLOCK=16, ALL_NEW=True
+    )
     numbers = ("parts", "row_blocks", "new_tokens")
-    compiled = compile_kernel(triton_attention.combine_splits, types, constants, arch, {"num_warps": 4}, unaligned=numbers)
+    compiled = compile_kernel(
+        triton_attention.combine_splits, types, constants, arch, {"num_warps": 4}, unaligned=numbers
+    )
     return describe("combine_splits", f"D{head_dim} {dtype}", arch, compiled)[0]
+
+
+def packing(what: str, bits: int, method: str, head_dim: int, group_size: int, arch: int) -> Compiled:
+    """Compile `pack_states` for the keys or the values."""
+    types = dict.fromkeys(triton_quantize.pack_states.arg_names, "i32")
+    types |= {"states": "*bf16", "codes": "*u8", "scale": "*fp16", "minimum": "*fp16", "mark": "*i32"}
+    constants = {"KEYS": what == "keys", "D": head_dim, "G": group_size, "BITS": bits, "LSQ": method == "lsq"}
+    constants |= triton_quantize.tiles(head_dim, group_size, bits)
+    options = {"num_warps": 4}
+    compiled = compile_kernel(
+        triton_quantize.pack_states, types, constants, arch, options, unaligned=("heads", "first_token")
+    )
+    return describe("pack_states", f"{what} {bits} bits {method} D{head_dim} G{group_size}", arch, compiled)[0]
+
+
+def appending(k_bits: int, v_bits: int, head_dim: int, arch: int) -> Compiled:
+    """Compile `append_step` with groups of 32, 4 sinks and a window of 128."""
+    types = dict.fromkeys(triton_quantize.append_step.arg_names, "i32") | {"counts": "*i32"}
+    types |= dict.fromkeys(("key", "value", "k_sinks", "k_window", "v_sinks", "v_window"), "*bf16")
+    for side, bits in (("k", k_bits), ("v", v_bits)):
+        types |= {f"{side}_codes": "*u8" if bits < 16 else "*bf16"}
+        types |= dict.fromkeys((f"{side}_scale", f"{side}_minimum"), "*fp16" if bits < 16 else "*bf16")
+    constants = {"D": head_dim, "D_PAD": triton.next_power_of_2(head_dim), "G": 32, "K_BITS": k_bits, "V_BITS": v_bits}
+    constants |= {"K_LSQ": True, "V_LSQ": False, "SINK": 4, "RING": 160}
+    k_tile, v_tile = (triton_quantize.tiles(head_dim, 32, bits) for bits in (k_bits, v_bits))
+    constants |= {"COLUMNS": k_tile["COLUMNS"], "TOKENS": v_tile["TOKENS"], "V_WIDTH_PAD": v_tile["WIDTH_PAD"]}
+    compiled = compile_kernel(
+        triton_quantize.append_step, types, constants, arch, {"num_warps": 4}, unaligned=("sequences", "heads")
+    )
+    return describe("append_step", f"K{k_bits} V{v_bits} D{head_dim}", arch, compiled)[0]
 
 
 def shape_of(head_dim: int, group_size: int, k_bits: int, v_bits: int) -> triton_attention.Shape:
@@ -194,6 +250,14 @@ def report(archs: tuple[int, ...], quick: bool) -> list[Compiled]:
             results.append(attention(shape, rows, dtype, arch))
             print(" | ".join(results[-1].row()), file=sys.stderr, flush=True)
         results += [combination(d, "bfloat16", arch) for d in ((128,) if quick else triton_attention.HEAD_DIMS)]
+        results += [
+            packing("keys", 2, "lsq", 128, 32, arch),
+            packing("values", 2, "minmax", 128, 32, arch),
+            appending(2, 2, 128, arch),
+        ]
+        if not quick:
+            results += [packing(what, 8, "lsq", 256, 128, arch) for what in ("keys", "values")]
+            results += [appending(4, 16, 96, arch), appending(16, 8, 64, arch)]
     return results
 
 
@@ -203,7 +267,13 @@ def problems(results: list[Compiled]) -> list[str]:
     for r in results:
         if r.per_code is not None and r.copy_bytes < 16:
             found.append(f"{r.variant} sm_{r.arch}: codes are copied {r.copy_bytes} bytes a thread")
-        if "K2 V2 D128 G32" in r.variant and "4 rows" in r.variant and r.arch == 90 and r.per_code and r.per_code > MOST_PER_CODE:
+        if (
+            "K2 V2 D128 G32" in r.variant
+            and "4 rows" in r.variant
+            and r.arch == 90
+            and r.per_code
+            and r.per_code > MOST_PER_CODE
+        ):
             found.append(f"{r.variant} sm_{r.arch}: {r.per_code:.2f} instructions per code, more than {MOST_PER_CODE}")
     return found
 
@@ -220,7 +290,9 @@ def main() -> int:
     rows = [HEADER, ["---"] * len(HEADER)] + [r.row() for r in results]
     print("\n".join("| " + " | ".join(row) + " |" for row in rows))
     if arguments.json:
-        arguments.json.write_text(json.dumps({"triton": triton.__version__, "kernels": [dataclasses.asdict(r) for r in results]}, indent=1))
+        arguments.json.write_text(
+            json.dumps({"triton": triton.__version__, "kernels": [dataclasses.asdict(r) for r in results]}, indent=1)
+        )
     found = problems(results) if arguments.check else []
     print("\n".join(found), file=sys.stderr)
     return 1 if found else 0

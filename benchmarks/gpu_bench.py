@@ -150,30 +150,40 @@ def full_precision_steps(shape, batch: int, tokens: int, method: str):
     """Attention steps of a full-precision kernel, and the bytes of one."""
     heads, kv_heads, head_dim = shape
     size = 2 * batch * kv_heads * tokens * head_dim * 2
-    caches = [torch.randn(2, batch, kv_heads, tokens, head_dim, dtype=DTYPE, device="cuda") for _ in range(rotation(size))]
+    caches = [
+        torch.randn(2, batch, kv_heads, tokens, head_dim, dtype=DTYPE, device="cuda") for _ in range(rotation(size))
+    ]
     query = torch.randn(batch, heads, 1, head_dim, dtype=DTYPE, device="cuda")
     if method == "flash-attn":
         from flash_attn import flash_attn_with_kvcache
 
         caches = [cache.transpose(2, 3).contiguous() for cache in caches]
-        return [lambda c=c: flash_attn_with_kvcache(query.transpose(1, 2), c[0], c[1], causal=True) for c in caches], size
+        return [
+            lambda c=c: flash_attn_with_kvcache(query.transpose(1, 2), c[0], c[1], causal=True) for c in caches
+        ], size
     if method == "flashinfer":
         import flashinfer
 
         if batch > 1:
             raise NotImplementedError("measured at batch 1")
         caches = [cache.transpose(2, 3).contiguous() for cache in caches]
-        return [lambda c=c: flashinfer.single_decode_with_kv_cache(query[0, :, 0], c[0, 0], c[1, 0]) for c in caches], size
+        return [
+            lambda c=c: flashinfer.single_decode_with_kv_cache(query[0, :, 0], c[0, 0], c[1, 0]) for c in caches
+        ], size
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    backend = {"flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}[
-        method.removeprefix("sdpa-")
-    ]
+    backend = {
+        "flash": SDPBackend.FLASH_ATTENTION,
+        "efficient": SDPBackend.EFFICIENT_ATTENTION,
+        "cudnn": SDPBackend.CUDNN_ATTENTION,
+    }[method.removeprefix("sdpa-")]
 
     def step(cache):
         def run():
             with sdpa_kernel(backend):
-                return torch.nn.functional.scaled_dot_product_attention(query, cache[0], cache[1], enable_gqa=heads != kv_heads)
+                return torch.nn.functional.scaled_dot_product_attention(
+                    query, cache[0], cache[1], enable_gqa=heads != kv_heads
+                )
 
         return run
 
@@ -188,7 +198,9 @@ def measure(row: Row, make: Callable[[], tuple[list, int]], copy: float) -> Row:
         row.gigabytes_per_second = size / row.microseconds / 1e3
         row.share_of_copy = row.gigabytes_per_second / copy
     except (ImportError, NotImplementedError, RuntimeError) as error:
-        row.error = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}" if str(error) else type(error).__name__
+        row.error = (
+            f"{type(error).__name__}: {str(error).splitlines()[0][:100]}" if str(error) else type(error).__name__
+        )
     steps = None
     torch.cuda.empty_cache()
     return row
@@ -210,7 +222,11 @@ def attention(copy: float, until: float) -> list[Row]:
                     rows.append(measure(row, lambda s=shape, b=bits, n=batch, t=tokens: packed_steps(s, n, t, b), copy))
                 for method in ("sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "flash-attn", "flashinfer"):
                     row = Row("attention", name, method, batch, tokens)
-                    rows.append(measure(row, lambda s=shape, m=method, n=batch, t=tokens: full_precision_steps(s, n, t, m), copy))
+                    rows.append(
+                        measure(
+                            row, lambda s=shape, m=method, n=batch, t=tokens: full_precision_steps(s, n, t, m), copy
+                        )
+                    )
                 print(table(rows[-7:]), flush=True)
     return rows
 
@@ -227,11 +243,21 @@ def packing(copy: float) -> list[Row]:
             side.method = method if side.what == "keys" else "minmax"
             row = Row("packing", f"{side.what} {bits} bits {side.method}", "pack_groups", 1, layer.packed[0])
             size = states.numel() * (2 + bits / 8 + 0.125)
-            rows.append(measure(row, lambda s=side, x=states, n=size: ([lambda: triton_quantize.pack_groups(s, slice(0, 1), 0, x)], n), copy))
+            rows.append(
+                measure(
+                    row,
+                    lambda s=side, x=states, n=size: ([lambda: triton_quantize.pack_groups(s, slice(0, 1), 0, x)], n),
+                    copy,
+                )
+            )
     layer = filled_layer(1, 8, 128, 32768, (2, 2))
     token = torch.randn(1, 8, 1, 128, dtype=DTYPE, device="cuda")
     row = Row("packing", "one token", "append_token", 1, 32768)
-    rows.append(measure(row, lambda: ([lambda: triton_quantize.append_token(layer, token, token, [1])], 4 * token.numel()), copy))
+    rows.append(
+        measure(
+            row, lambda: ([lambda: triton_quantize.append_token(layer, token, token, [1])], 4 * token.numel()), copy
+        )
+    )
     return rows
 
 
@@ -259,7 +285,9 @@ def decoding(until: float, steps: int = 32) -> list[Row]:
             chosen, cache = model, model.create_kivi_cache(max_length=tokens + steps + 64)
         else:
             chosen = stock
-            cache = StaticCache(stock.config, max_cache_len=tokens + steps + 64) if method == "stock StaticCache" else None
+            cache = (
+                StaticCache(stock.config, max_cache_len=tokens + steps + 64) if method == "stock StaticCache" else None
+            )
         part = None
         for piece in ids.split(max(1, 8192 // batch), dim=1):
             part = chosen(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -298,7 +326,15 @@ def table(rows: list[Row]) -> str:
     """Aligned text."""
 
     def cell(value) -> str:
-        return "" if value is None else f"{value:.3g}" if isinstance(value, float) and value < 100 else f"{value:.0f}" if isinstance(value, float) else str(value)
+        return (
+            ""
+            if value is None
+            else f"{value:.3g}"
+            if isinstance(value, float) and value < 100
+            else f"{value:.0f}"
+            if isinstance(value, float)
+            else str(value)
+        )
 
     cells = [[cell(v) for v in dataclasses.astuple(row)] for row in rows]
     widths = (10, 22, 20, 6, 8, 10, 8, 8, 8, 0)
@@ -312,7 +348,10 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=7.0, help="measurements that would start later are left out")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        print("gpu_bench.py measures a CUDA GPU and there is none here. Without one: benchmarks/compile_report.py.", file=sys.stderr)
+        print(
+            "gpu_bench.py measures a CUDA GPU and there is none here. Without one: benchmarks/compile_report.py.",
+            file=sys.stderr,
+        )
         return 2
     torch.manual_seed(0)
     begin = time.monotonic()
@@ -328,7 +367,9 @@ def main() -> int:
         rows += attention(copy, until)
     arguments.out.mkdir(parents=True, exist_ok=True)
     about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "copy_gigabytes_per_second": copy}
-    (arguments.out / "gpu_bench.json").write_text(json.dumps(about | {"rows": [dataclasses.asdict(row) for row in rows]}, indent=1))
+    (arguments.out / "gpu_bench.json").write_text(
+        json.dumps(about | {"rows": [dataclasses.asdict(row) for row in rows]}, indent=1)
+    )
     with open(arguments.out / "gpu_bench.csv", "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([field.name for field in dataclasses.fields(Row)])

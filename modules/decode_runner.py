@@ -90,8 +90,14 @@ class DecodeRunner:
         states = self._states()
         for state in states:
             if max(state.lengths) >= state.max_length:
-                raise ValueError(f"the cache was made with max_length={state.max_length} tokens; {max(state.lengths) + 1} are needed.")
-        if self._capture is None or self._capture.bound_to != _memory(states) or self._capture.input_ids.shape != input_ids.shape:
+                raise ValueError(
+                    f"the cache was made with max_length={state.max_length} tokens; {max(state.lengths) + 1} are needed."
+                )
+        if (
+            self._capture is None
+            or self._capture.bound_to != _memory(states)
+            or self._capture.input_ids.shape != input_ids.shape
+        ):
             self._capture = self._record(input_ids)
         if self._capture is None:
             return self._eager(input_ids)
@@ -112,7 +118,9 @@ class DecodeRunner:
         states = self._states()
         counts = [state.device_counts() for state in states]  # before the recording, which may not copy from the host
         still = input_ids.clone()
-        saved = [(layer.columns, layer.column_is_real, state.lengths, state.packed) for layer, state in zip(layers, states)]
+        saved = [
+            (layer.columns, layer.column_is_real, state.lengths, state.packed) for layer, state in zip(layers, states)
+        ]
         for layer in layers:
             layer.column_is_real = None  # the new column is real; `_advance` writes it down
         graph = torch.cuda.CUDAGraph()
@@ -122,7 +130,9 @@ class DecodeRunner:
                 output = self.model(input_ids=still, position_ids=positions, past_key_values=self.cache, use_cache=True)
         except RuntimeError as error:
             self._refused = True
-            warnings.warn(f"decoding stays eager: the step could not be recorded in a CUDA graph ({error}).", stacklevel=3)
+            warnings.warn(
+                f"decoding stays eager: the step could not be recorded in a CUDA graph ({error}).", stacklevel=3
+            )
         for layer, state, (columns, real, lengths, packed) in zip(layers, states, saved):
             layer.state, layer.columns, layer.column_is_real = state, columns, real
             state.lengths, state.packed = lengths, packed

@@ -65,7 +65,12 @@ def make_states(batch, heads, tokens, head_dim, dtype, seed=0):
 def make_layer(lengths, *, bits=(2, 2), head_dim=64, group_size=32, residual=32, sink=4, heads=1, dtype=torch.float16):
     """A layer of the torch backend holding random tokens."""
     options = KIVIOptions(
-        k_bits=bits[0], v_bits=bits[1], group_size=group_size, residual_length=residual, sink_length=sink, k_range="minmax"
+        k_bits=bits[0],
+        v_bits=bits[1],
+        group_size=group_size,
+        residual_length=residual,
+        sink_length=sink,
+        k_range="minmax",
     )
     keys, values = make_states(len(lengths), heads, max(lengths), head_dim, dtype)
     layer = PackedLayer.empty(keys, bits, options)
@@ -95,10 +100,14 @@ def test_every_pair_of_bits(kernels, bits):
     check_attention(kernels, make_layer([150], bits=bits))
 
 
-@pytest.mark.parametrize("head_dim, group_size", [(64, 16), (64, 64), (96, 32), (128, 32), (128, 64), (128, 128), (256, 32)])
+@pytest.mark.parametrize(
+    "head_dim, group_size", [(64, 16), (64, 64), (96, 32), (128, 32), (128, 64), (128, 128), (256, 32)]
+)
 @pytest.mark.parametrize("bits", [2, 8])
 def test_every_head_and_group_size(kernels, head_dim, group_size, bits):
-    check_attention(kernels, make_layer([300], bits=(bits, bits), head_dim=head_dim, group_size=group_size, residual=group_size))
+    check_attention(
+        kernels, make_layer([300], bits=(bits, bits), head_dim=head_dim, group_size=group_size, residual=group_size)
+    )
 
 
 def test_a_head_that_is_no_power_of_two_at_4_bits(kernels):
@@ -143,11 +152,15 @@ def test_states_with_strides_and_large_queries(kernels):
 
 
 @pytest.mark.parametrize("method", ["minmax", "lsq"])
-@pytest.mark.parametrize("head_dim, group_size, bits", [(64, 32, 2), (96, 16, 2), (96, 32, 4), (128, 64, 8), (128, 16, 4)])
+@pytest.mark.parametrize(
+    "head_dim, group_size, bits", [(64, 32, 2), (96, 16, 2), (96, 32, 4), (128, 64, 8), (128, 16, 4)]
+)
 def test_packing_of_a_prompt(kernels, head_dim, group_size, bits, method):
     """Codes and metadata as the torch quantizer's: the same by min-max, as good a fit by least squares."""
     keys, values = make_states(1, 2, 2 * group_size, head_dim, torch.float16)
-    options = KIVIOptions(k_bits=bits, v_bits=bits, group_size=group_size, residual_length=group_size, k_range=method, v_range=method)
+    options = KIVIOptions(
+        k_bits=bits, v_bits=bits, group_size=group_size, residual_length=group_size, k_range=method, v_range=method
+    )
     layer = PackedLayer.empty(keys, (bits, bits), options)
     for side, states, quantize, back in (
         (layer.key, keys, quantize_keys, dequantize_keys),
@@ -171,7 +184,12 @@ def test_packing_of_a_prompt(kernels, head_dim, group_size, bits, method):
 def test_append_step_by_step(kernels, bits, group_size, residual, sink, start, steps):
     """Token by token the buffers, lengths and device counters become what `PackedLayer.append` makes of them."""
     options = KIVIOptions(
-        k_bits=bits[0], v_bits=bits[1], group_size=group_size, residual_length=residual, sink_length=sink, k_range="minmax"
+        k_bits=bits[0],
+        v_bits=bits[1],
+        group_size=group_size,
+        residual_length=residual,
+        sink_length=sink,
+        k_range="minmax",
     )
     keys, values = make_states(2, 1, start + steps, 64, torch.float16)
     torch_layer, layer = (PackedLayer.empty(keys, bits, options) for _ in range(2))
@@ -185,7 +203,10 @@ def test_append_step_by_step(kernels, bits, group_size, residual, sink, start, s
     assert max(layer.packed) > 0
     for ours, theirs in zip(layer.sides, torch_layer.sides):
         for row in range(2):
-            read = (each.read(side, slice(row, row + 1), torch.float32) for each, side in ((layer, ours), (torch_layer, theirs)))
+            read = (
+                each.read(side, slice(row, row + 1), torch.float32)
+                for each, side in ((layer, ours), (torch_layer, theirs))
+            )
             assert torch.equal(*read)
 
 

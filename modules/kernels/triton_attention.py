@@ -19,6 +19,7 @@ Lengths are read from device tensors: nothing here waits for the device or branc
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -31,7 +32,13 @@ LOG2_E = 1.4426950408889634
 HEAD_DIMS = (64, 96, 128, 256)
 GROUP_SIZES = (16, 32, 64, 128)
 FORCE_PLAIN = False  # for tests: no inline assembly on a GPU either
-_WARP_TOKENS = 64  # tokens a warp handles at a time
+_STEPS = (
+    (3, 64),
+    (2, 64),
+    (2, 32),
+    (1, 32),
+)  # stages of the pipeline, tokens a warp handles at a time; the first that fits
+_SHARED_H100 = 233472  # bytes of shared memory of a multiprocessor, where no device says otherwise
 _MAX_SPLITS = 128
 _PROGRAMS_PER_SM = 2  # what registers and shared memory allow
 _MIN_SPLIT_STEPS = 2  # a split of fewer steps costs more to merge than it saves
@@ -99,7 +106,9 @@ def _two_planes_of_bytes(x, second, MASK: tl.constexpr, BITS: tl.constexpr, ASM:
     """`_codes_of_bytes` where columns marked `second` hold the next plane of the same bytes."""
     mask = tl.broadcast_to(tl.where(second, MASK << BITS, MASK).to(tl.uint8), x.shape)
     if ASM:
-        return tl.inline_asm_elementwise(_spread_two_asm(), "=r,=r,r,r", [x, mask], dtype=tl.float16, is_pure=True, pack=4)
+        return tl.inline_asm_elementwise(
+            _spread_two_asm(), "=r,=r,r,r", [x, mask], dtype=tl.float16, is_pure=True, pack=4
+        )
     else:
         return (x & mask).to(tl.int16).to(tl.float16, bitcast=True)
 
@@ -109,7 +118,9 @@ def _two_planes_of_pairs(x, second, MASK: tl.constexpr, BITS: tl.constexpr, SHIF
     """`_codes_of_pairs` where rows marked `second` hold the next plane of the same bytes."""
     mask = tl.broadcast_to(tl.where(second, MASK << BITS, MASK).to(tl.int16), x.shape)
     if ASM:
-        return tl.inline_asm_elementwise(_mask_two_asm(SHIFT), "=r,r,r", [x, mask], dtype=tl.float16, is_pure=True, pack=2)
+        return tl.inline_asm_elementwise(
+            _mask_two_asm(SHIFT), "=r,r,r", [x, mask], dtype=tl.float16, is_pure=True, pack=2
+        )
     else:
         return ((x >> SHIFT) & mask).to(tl.float16, bitcast=True)
 
@@ -263,7 +274,9 @@ def _attend_codes(
                     folded = scaled_queries[seg * K_PLANES + plane] * scale[:, :, None]
                     if K_FOLD == 2:
                         second = (j >= K_SEG)[None, None, :]
-                        operand = _two_planes_of_bytes(codes, second, ((1 << K_BITS) - 1) << (2 * K_BITS * plane), K_BITS, ASM)
+                        operand = _two_planes_of_bytes(
+                            codes, second, ((1 << K_BITS) - 1) << (2 * K_BITS * plane), K_BITS, ASM
+                        )
                     else:
                         operand = _codes_of_bytes(codes, ((1 << K_BITS) - 1) << (K_BITS * plane), ASM)
                     scores = tl.dot(operand, folded, scores)
@@ -342,7 +355,9 @@ def _attend_codes(
                 result = result * to_value[:, None] + offset
             else:
                 channel = i * V_SEG + column
-            tl.store(part + row[None, :] * D + channel[:, None], result, mask=(column * V_PARTS < V_SEG * V_FOLD)[:, None])
+            tl.store(
+                part + row[None, :] * D + channel[:, None], result, mask=(column * V_PARTS < V_SEG * V_FOLD)[:, None]
+            )
 
 
 @triton.jit
@@ -365,7 +380,9 @@ def _attend_full(
     c = tl.arange(0, SEG)
     queries = ()
     for seg in tl.static_range(SEGS):
-        rows = tl.load(q + q_offsets[None, None, :] + (seg * SEG + c)[None, :, None], mask=q_real[None, None, :], other=0.0)
+        rows = tl.load(
+            q + q_offsets[None, None, :] + (seg * SEG + c)[None, :, None], mask=q_real[None, None, :], other=0.0
+        )
         queries += (tl.broadcast_to(rows, [WARPS, SEG, N]),)
     maximum = tl.full([WARPS, N], _EMPTY, tl.float32)
     total = tl.zeros([WARPS, T, N], tl.float32)
@@ -538,11 +555,40 @@ class Shape(NamedTuple):
     def of(cls, layer: PackedLayer, heads: int) -> Shape:
         """The shape of attention with `heads` query heads over `layer`."""
         kv_heads, head_dim = layer.key.window.shape[1], layer.key.window.shape[3]
-        return cls(head_dim, layer.group_size, layer.key.bits, layer.value.bits, kv_heads, heads // kv_heads, layer.sink_length, layer.ring)
+        return cls(
+            head_dim,
+            layer.group_size,
+            layer.key.bits,
+            layer.value.bits,
+            kv_heads,
+            heads // kv_heads,
+            layer.sink_length,
+            layer.ring,
+        )
 
 
-def tile_constants(shape: Shape, rows: int) -> dict[str, int]:
-    """The tile sizes of `attend_splits` for `rows` query rows a KV head (new tokens times `shape.group`), by name."""
+def _pick_step(shape: Shape, n: int, warps: int, shared: int) -> tuple[int, int]:
+    """The first of `_STEPS` of which two programs fit `shared` bytes: all buffers but one are filled ahead.
+
+    A token takes its codes, its share of the key metadata, and of the value metadata 2 bytes a group and a row of 16
+    minima; operands on their way take 20 bytes a channel and query row (from compiled kernels).
+    """
+    d, g, k_bits, v_bits = shape[:4]
+    token = d * (k_bits + v_bits) // 8 + 4 * d // g + 2 * d // g + 32
+    for stages, tokens in _STEPS:
+        if warps * tokens * token * max(0, stages - 1) + 20 * d * n <= shared // 2 - 1024:
+            break
+    return stages, tokens
+
+
+def tile_constants(shape: Shape, rows: int, shared: int = _SHARED_H100) -> dict[str, int]:
+    """The tile sizes of `attend_splits`, by name.
+
+    Args:
+        shape: what the kernel is compiled for.
+        rows: query rows a KV head, new tokens times `shape.group`.
+        shared: bytes of shared memory of a multiprocessor.
+    """
     d, g, k_bits, v_bits = shape[:4]
     k_width, v_width = d * min(k_bits, 8) // 8, d * min(v_bits, 8) // 8
     k_seg = next((seg for seg in (32, 16) if k_width % seg == 0), k_width)
@@ -556,14 +602,15 @@ def tile_constants(shape: Shape, rows: int) -> dict[str, int]:
         v_columns = max(16, triton.next_power_of_2(v_seg // 2))
     groups = d // g
     block_tokens = min(g, 32)
-    whole = FULL_PRECISION_BITS in (k_bits, v_bits)
+    n = 16 if rows > 8 and d <= 128 else 8
+    stages, tokens = _pick_step(shape, n, 4, shared)
     return {
         "D": d,
         "D_PAD": triton.next_power_of_2(d),
         "KV_HEADS": shape.kv_heads,
         "GROUP": shape.group,
         "G": g,
-        "N": 16 if rows > 8 and d <= 128 else 8,
+        "N": n,
         "K_BITS": k_bits,
         "V_BITS": v_bits,
         "K_SEG": k_seg,
@@ -578,9 +625,9 @@ def tile_constants(shape: Shape, rows: int) -> dict[str, int]:
         "SINK": shape.sink_length,
         "RING": shape.ring,
         "T": block_tokens,
-        "U": (32 if whole else _WARP_TOKENS) // block_tokens,
+        "U": tokens // block_tokens,
         "WARPS": 4,
-        "STAGES": 2 if whole else 3,
+        "STAGES": stages,
     }
 
 
@@ -599,11 +646,24 @@ def why_not(layer: PackedLayer) -> str | None:
     return None
 
 
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory of a multiprocessor."""
+    if device.type != "cuda":
+        return _SHARED_H100
+    least = 102400  # of the consumer chips; PyTorch before 2.6 does not tell
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_multiprocessor", least)
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+
+
 def _number_of_splits(device: torch.device, programs: int, capacity: int, step_tokens: int) -> int:
     """Splits that fill the device once, whatever the lengths: from the capacity, which the host knows."""
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
     most = min(_MAX_SPLITS, -(-capacity // (step_tokens * _MIN_SPLIT_STEPS)))
-    return max(min(1, most), min(most, processors * _PROGRAMS_PER_SM // programs))
+    return max(min(1, most), min(most, _processors(device) * _PROGRAMS_PER_SM // programs))
 
 
 def _words(scale: torch.Tensor, per_word: int) -> torch.Tensor:
@@ -643,7 +703,7 @@ def attend(
     """
     batch, heads, new_tokens, head_dim = query.shape
     shape = Shape.of(layer, heads)
-    tile = tile_constants(shape, new_tokens * shape.group)
+    tile = tile_constants(shape, new_tokens * shape.group, _shared_memory(query.device))
     query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
     rows = new_tokens * shape.group
     row_blocks = -(-rows // tile["N"])

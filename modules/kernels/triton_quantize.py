@@ -151,7 +151,20 @@ def pack_states(
         states += block.to(tl.int64) * G * stride_t
         row = token // G * D
         codes += token * (D * BITS // 8)
-        _pack_keys(states, stride_t, codes, scale + row, minimum + row, mark, tl.program_id(2) * COLUMNS, D, G, BITS, LSQ, COLUMNS)
+        _pack_keys(
+            states,
+            stride_t,
+            codes,
+            scale + row,
+            minimum + row,
+            mark,
+            tl.program_id(2) * COLUMNS,
+            D,
+            G,
+            BITS,
+            LSQ,
+            COLUMNS,
+        )
     else:
         token += block * TOKENS
         states += block.to(tl.int64) * TOKENS * stride_t
@@ -240,7 +253,8 @@ def append_step(
         tl.store(counts + sequences + sequence, tl.where(length + 1 - SINK - packed >= RING, packed + G, packed))
 
 
-def _tiles(head_dim: int, group_size: int, bits: int) -> dict[str, int]:
+def tiles(head_dim: int, group_size: int, bits: int) -> dict[str, int]:
+    """The tile sizes of the kernels here, by name; `bits` of 16 count as bytes of two."""
     width = head_dim * bits // 8
     return {
         "COLUMNS": min(_COLUMNS, triton.next_power_of_2(width)),
@@ -259,10 +273,14 @@ def pack_groups(side: PackedSide, rows: slice, start: int, states: torch.Tensor)
     if not tokens:
         return
     states = states if states.stride(-1) == 1 else states.contiguous()
-    tile = _tiles(head_dim, side.group_size, side.bits)
+    tile = tiles(head_dim, side.group_size, side.bits)
     keys = side.what == "keys"
     width = head_dim * side.bits // 8
-    grid = (tokens // side.group_size, batch * heads, -(-width // tile["COLUMNS"])) if keys else (tokens // tile["TOKENS"], batch * heads, 1)
+    grid = (
+        (tokens // side.group_size, batch * heads, -(-width // tile["COLUMNS"]))
+        if keys
+        else (tokens // tile["TOKENS"], batch * heads, 1)
+    )
     mark = torch.zeros(1, dtype=torch.int32, device=states.device)
     pack_states[grid](
         states, codes, scale, minimum, mark, heads, side.capacity, start, *states.stride()[:3],
@@ -284,14 +302,16 @@ def append_token(layer: PackedLayer, key: torch.Tensor, value: torch.Tensor, new
     key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (key, value))
     k, v = layer.key, layer.value
     parts = [t if t is not None else s.codes for s in (k, v) for t in (s.sinks, s.window, s.codes, s.scale, s.minimum)]
-    k_tile, v_tile = _tiles(head_dim, layer.group_size, k.bits), _tiles(head_dim, layer.group_size, v.bits)
+    k_tile, v_tile = tiles(head_dim, layer.group_size, k.bits), tiles(head_dim, layer.group_size, v.bits)
     append_step[(batch * heads, 2)](
         key, value, *parts, layer.device_counts(), batch, heads, k.capacity, *key.stride()[:2], *value.stride()[:2],
         D=head_dim, D_PAD=triton.next_power_of_2(head_dim), G=layer.group_size, K_BITS=k.bits, V_BITS=v.bits,
         K_LSQ=k.method == "lsq", V_LSQ=v.method == "lsq", SINK=layer.sink_length, RING=layer.ring,
         COLUMNS=k_tile["COLUMNS"], TOKENS=v_tile["TOKENS"], V_WIDTH_PAD=v_tile["WIDTH_PAD"], num_warps=4,
     )  # fmt: skip
-    filled = any(length + 1 - layer.sink_length - packed >= layer.ring for length, packed in zip(layer.lengths, layer.packed))
+    filled = any(
+        length + 1 - layer.sink_length - packed >= layer.ring for length, packed in zip(layer.lengths, layer.packed)
+    )
     if filled and not (key.is_cuda and torch.cuda.is_current_stream_capturing()):
         check_packed(layer)
     return True
