@@ -161,12 +161,13 @@ def attention(shape: triton_attention.Shape, rows: int, dtype: str, arch: int) -
     types |= {"k_codes": "*u8" if shape.k_bits < 16 else states, "v_codes": "*i16" if shape.v_bits < 16 else states}
     types |= dict.fromkeys(("k_scale", "k_minimum"), "*fp16" if shape.k_bits < 16 else states)
     types |= {"v_scale": words if shape.v_bits < 16 else states, "v_minimum": "*fp16" if shape.v_bits < 16 else states}
+    types |= {"k_extra": "*u8", "k_wide": "*i64"}
     types |= {"counts": "*i32", "new_lengths": "*i32", "part": "*fp32", "ml": "*fp32", "factor": "fp32"}
     constants = tile | {"ALL_NEW": True, "ASM": True}
     options = {"num_warps": tile["WARPS"]}
     numbers = ("sequences", "new_tokens", "splits", "row_blocks")
     compiled = compile_kernel(triton_attention.attend_splits, types, constants, arch, options, unaligned=numbers)
-    name = f"K{shape.k_bits} V{shape.v_bits} D{shape.head_dim} G{shape.group_size} {dtype}, {rows} rows"
+    name = f"K{shape.k_bits} V{shape.v_bits} D{shape.head_dim} G{shape.group_size}/{shape.value_group_size} W{shape.wide} {dtype}, {rows} rows"
     result, instructions = describe("attend_splits", name, arch, compiled)
     # The loop over codes masks them; the loop over full-precision tokens does not.
     body = max(loops(instructions), key=lambda b: sum(opcode(t).startswith(("LOP3", "LDGSTS")) for t in b))
@@ -190,12 +191,13 @@ def combination(head_dim: int, dtype: str, arch: int) -> Compiled:
     return describe("combine_splits", f"D{head_dim} {dtype}", arch, compiled)[0]
 
 
-def packing(what: str, bits: int, method: str, head_dim: int, group_size: int, arch: int) -> Compiled:
+def packing(what: str, bits: int, method: str, head_dim: int, group_size: int, arch: int, wide: int = 0) -> Compiled:
     """Compile `pack_states` for the keys or the values."""
     types = dict.fromkeys(triton_quantize.pack_states.arg_names, "i32")
     types |= {"states": "*bf16", "codes": "*u8", "scale": "*fp16", "minimum": "*fp16", "mark": "*i32"}
-    constants = {"KEYS": what == "keys", "D": head_dim, "G": group_size, "BITS": bits, "LSQ": method == "lsq"}
-    constants |= triton_quantize.tiles(head_dim, group_size, bits)
+    types |= {"extra": "*u8", "wide": "*i64"}
+    constants = {"KEYS": what == "keys", "D": head_dim, "G": group_size, "BITS": bits, "METHOD": method}
+    constants |= {"WIDE": wide, "WIDE_PAD": max(4, wide)} | triton_quantize.tiles(head_dim, bits, 32)
     options = {"num_warps": 4}
     compiled = compile_kernel(
         triton_quantize.pack_states, types, constants, arch, options, unaligned=("heads", "first_token")
@@ -203,16 +205,18 @@ def packing(what: str, bits: int, method: str, head_dim: int, group_size: int, a
     return describe("pack_states", f"{what} {bits} bits {method} D{head_dim} G{group_size}", arch, compiled)[0]
 
 
-def appending(k_bits: int, v_bits: int, head_dim: int, arch: int) -> Compiled:
+def appending(k_bits: int, v_bits: int, head_dim: int, arch: int, wide: int = 0) -> Compiled:
     """Compile `append_step` with groups of 32, 4 sinks and a window of 128."""
-    types = dict.fromkeys(triton_quantize.append_step.arg_names, "i32") | {"counts": "*i32"}
+    types = dict.fromkeys(triton_quantize.append_step.arg_names, "i32")
+    types |= {"counts": "*i32", "extra": "*u8", "wide": "*i64"}
     types |= dict.fromkeys(("key", "value", "k_sinks", "k_window", "v_sinks", "v_window"), "*bf16")
     for side, bits in (("k", k_bits), ("v", v_bits)):
         types |= {f"{side}_codes": "*u8" if bits < 16 else "*bf16"}
         types |= dict.fromkeys((f"{side}_scale", f"{side}_minimum"), "*fp16" if bits < 16 else "*bf16")
     constants = {"D": head_dim, "D_PAD": triton.next_power_of_2(head_dim), "G": 32, "K_BITS": k_bits, "V_BITS": v_bits}
-    constants |= {"K_LSQ": True, "V_LSQ": False, "SINK": 4, "RING": 160}
-    k_tile, v_tile = (triton_quantize.tiles(head_dim, 32, bits) for bits in (k_bits, v_bits))
+    constants |= {"K_METHOD": "lsq", "V_METHOD": "minmax", "SINK": 4, "RING": 160}
+    constants |= {"VALUE_G": 64 if wide else 32, "WIDE": wide, "WIDE_PAD": max(4, wide)}
+    k_tile, v_tile = (triton_quantize.tiles(head_dim, bits, 32) for bits in (k_bits, v_bits))
     constants |= {"COLUMNS": k_tile["COLUMNS"], "TOKENS": v_tile["TOKENS"], "V_WIDTH_PAD": v_tile["WIDTH_PAD"]}
     compiled = compile_kernel(
         triton_quantize.append_step, types, constants, arch, {"num_warps": 4}, unaligned=("sequences", "heads")
@@ -220,9 +224,13 @@ def appending(k_bits: int, v_bits: int, head_dim: int, arch: int) -> Compiled:
     return describe("append_step", f"K{k_bits} V{v_bits} D{head_dim}", arch, compiled)[0]
 
 
-def shape_of(head_dim: int, group_size: int, k_bits: int, v_bits: int) -> triton_attention.Shape:
+def shape_of(
+    head_dim: int, group_size: int, k_bits: int, v_bits: int, value_group_size: int | None = None, wide: int = 0
+) -> triton_attention.Shape:
     """A shape with 8 KV heads of 4 query heads, 4 sinks and a window of 128."""
-    return triton_attention.Shape(head_dim, group_size, k_bits, v_bits, 8, 4, 4, 128 + group_size)
+    return triton_attention.Shape(
+        head_dim, group_size, k_bits, v_bits, 8, 4, 4, 128 + group_size, value_group_size or group_size, wide
+    )
 
 
 REFERENCE = (shape_of(128, 32, 2, 2), 4, "float16")
@@ -230,7 +238,12 @@ REFERENCE = (shape_of(128, 32, 2, 2), 4, "float16")
 
 def variants(quick: bool) -> list[tuple[triton_attention.Shape, int, str]]:
     """What is compiled: everything people run with `quick`, else every bit pair, head, group size and type too."""
-    chosen = [REFERENCE, (shape_of(128, 32, 4, 4), 4, "bfloat16"), (shape_of(64, 32, 2, 2), 4, "bfloat16")]
+    chosen = [
+        REFERENCE,
+        (shape_of(128, 32, 2, 2, 64, 32), 4, "bfloat16"),
+        (shape_of(128, 32, 4, 4), 4, "bfloat16"),
+        (shape_of(64, 32, 2, 2), 4, "bfloat16"),
+    ]
     chosen += [(shape_of(128, 32, 2, 2), 64, "bfloat16")]
     if quick:
         return chosen
@@ -251,9 +264,9 @@ def report(archs: tuple[int, ...], quick: bool) -> list[Compiled]:
             print(" | ".join(results[-1].row()), file=sys.stderr, flush=True)
         results += [combination(d, "bfloat16", arch) for d in ((128,) if quick else triton_attention.HEAD_DIMS)]
         results += [
-            packing("keys", 2, "lsq", 128, 32, arch),
+            packing("keys", 2, "lsq", 128, 32, arch, wide=32),
             packing("values", 2, "minmax", 128, 32, arch),
-            appending(2, 2, 128, arch),
+            appending(2, 2, 128, arch, wide=32),
         ]
         if not quick:
             results += [packing(what, 8, "lsq", 256, 128, arch) for what in ("keys", "values")]
@@ -268,7 +281,7 @@ def problems(results: list[Compiled]) -> list[str]:
         if r.per_code is not None and r.copy_bytes < 16:
             found.append(f"{r.variant} sm_{r.arch}: codes are copied {r.copy_bytes} bytes a thread")
         if (
-            "K2 V2 D128 G32" in r.variant
+            "K2 V2 D128" in r.variant
             and "4 rows" in r.variant
             and r.arch == 90
             and r.per_code

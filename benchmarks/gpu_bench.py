@@ -107,6 +107,8 @@ def filled_layer(batch: int, kv_heads: int, head_dim: int, tokens: int, bits: tu
     layer.packed = layer.packed_after_append()
     for side in layer.sides:
         side.codes.random_()
+        if side.extra is not None:
+            side.extra.random_()
         side.scale.uniform_(0.2, 0.6)
         side.minimum.uniform_(-1.0, -0.5)
         side.sinks.normal_()
@@ -120,6 +122,8 @@ def bytes_read(layer: PackedLayer) -> int:
     packed, total = layer.packed[0], 0
     for side in layer.sides:
         for name, t in side.tensors().items():
+            if name == "wide":  # a list of channels, not of tokens
+                continue
             per_token = t[0, 0, 0].numel() * t.element_size() * t.shape[0] * t.shape[1]
             if name == "window":
                 total += per_token * (layer.lengths[0] - layer.sink_length - packed)

@@ -68,6 +68,8 @@ class DecodeRunner:
         states = [layer.state for layer in layers]
         if any(state.backend != "triton" for state in states):
             return "some layers do not use the Triton backend"
+        if any(state.key.wide is not None and not all(state.packed) for state in states):
+            return "some sequences are too short to have their wide key channels chosen, which the host does"
         if any(state.max_length is None for state in states):
             return "it was made without max_length, so its buffers may move"
         if len({state.key.window.device for state in states}) > 1:

@@ -90,8 +90,10 @@ class KIVICacheLayer(CacheLayerMixin):
             self.state.backend = pick_backend(self.options.backend, self.state)
         self.is_initialized = True
 
-    def append(self, key_states: torch.Tensor, value_states: torch.Tensor, step: Step) -> None:
-        """Store the real ones of the new tokens `[B, H, q, D]`.
+    def append(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, step: Step, query: torch.Tensor | None = None
+    ) -> None:
+        """Store the real ones of the new tokens `[B, H, q, D]`; their queries, if known, help to choose wide channels.
 
         Raises:
             ValueError: naming the layer, for NaN, infinite or too large states, or a full cache. Nothing is stored then.
@@ -99,8 +101,16 @@ class KIVICacheLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         with self._located():
-            self.state.append(step.real_first(key_states), step.real_first(value_states), step.lengths)
-        self._add_columns(step, key_states.shape[2])
+            key_states, value_states = step.real_first(key_states), step.real_first(value_states)
+            self.state.check_new(key_states, value_states, step.lengths)
+            self._store(key_states, self.state.rotate(value_states), step, None if query is None else step.real_first(query))
+
+    def _store(self, key: torch.Tensor, value: torch.Tensor, step: Step, query: torch.Tensor | None) -> None:
+        """`append` of checked states with the real tokens first and the values as they are stored."""
+        if query is not None:
+            self.state.observe(query, step.lengths)
+        self.state.append(key, value, step.lengths)
+        self._add_columns(step, key.shape[2])
 
     def _add_columns(self, step: Step, length: int) -> None:
         if step.real is not None or self.column_is_real is not None:
@@ -130,17 +140,12 @@ class KIVICacheLayer(CacheLayerMixin):
             `[B, q, num_attention_heads, D]`.
         """
         with self._located():
-            self.state.check_new(key_states, value_states, step.lengths)
-            out = packed_attention(
-                step.real_first(query),
-                step.real_first(key_states),
-                step.real_first(value_states),
-                self.state,
-                scaling,
-                step.lengths,
-            )
-        self.append(key_states, value_states, step)
-        return step.as_given(out)
+            query, key, value = (step.real_first(states) for states in (query, key_states, value_states))
+            self.state.check_new(key, value, step.lengths)
+            value = self.state.rotate(value)
+            out = packed_attention(query, key, value, self.state, scaling, step.lengths)
+            self._store(key, value, step, query)
+        return step.as_given(self.state.rotate(out))
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, step: Step | None = None, **kwargs: Any
@@ -153,12 +158,12 @@ class KIVICacheLayer(CacheLayerMixin):
         if self.columns == 0:
             self.append(key_states, value_states, step)
             return key_states, value_states
-        past = [self._dense(side) for side in self.state.sides]
+        past = [self._dense(self.state.key), self.state.rotate(self._dense(self.state.value))]
         self.append(key_states, value_states, step)
         return tuple(torch.cat([old, new], dim=2) for old, new in zip(past, (key_states, value_states)))
 
     def _dense(self, side) -> torch.Tensor:
-        """What is stored in the columns it came in, `[B, H, columns, D]`; zeros at padding."""
+        """What is stored, as it is stored, in the columns it came in, `[B, H, columns, D]`; zeros at padding."""
         if self.column_is_real is None:
             return self.state.read(side, slice(None), self.dtype)
         batch, heads, _, head_dim = side.sinks.shape
@@ -380,10 +385,12 @@ class KIVICache(Cache):
         layer.offload()
         return out
 
-    def append(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int) -> None:
-        """Store the new tokens of one layer, in the current step."""
+    def append(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, query: torch.Tensor | None = None
+    ) -> None:
+        """`KIVICacheLayer.append` for one layer, in the current step."""
         step = self._step or Step.of(None, key_states.shape[0], key_states.shape[2])
-        self.layers[layer_idx].append(key_states, value_states, step)
+        self.layers[layer_idx].append(key_states, value_states, step, query)
         if self.offloading:
             self.layers[layer_idx].offload()
 

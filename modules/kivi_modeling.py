@@ -43,6 +43,9 @@ class KIVIConfigMixin(PreTrainedConfig):
     sink_length: int = 4
     k_range: str = "lsq"
     v_range: str = "minmax"
+    wide_channels: float | None = None
+    v_rotation: bool | None = None
+    v_group_size: int | None = None
     backend: str = "auto"
     use_kivi_cache: bool = False
     prefill_chunk: int | None = None
@@ -108,7 +111,7 @@ class KIVIAttentionMixin:
                 self.config._attn_implementation, eager_attention_forward
             )
             attended, _ = attend(self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
-            past_key_values.append(key, value, self.layer_idx)
+            past_key_values.append(key, value, self.layer_idx, query)
         else:
             attended = past_key_values.attend(query, key, value, self.layer_idx, self.scaling)
         return self.o_proj(attended.reshape(*hidden_states.shape[:-1], -1).contiguous()), None

@@ -8,8 +8,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 FULL_PRECISION_BITS = 16
+METADATA_BITS = 32  # a scale and a minimum, float16 each
+WIDE_CHANNELS = 0.25
 ALLOWED_BITS = (2, 4, 8, FULL_PRECISION_BITS)
-ALLOWED_RANGES = ("lsq", "minmax")
+ALLOWED_K_RANGES = ("lsq", "minmax")
+ALLOWED_V_RANGES = ("minmax", "clipped", "lsq")
 ALLOWED_BACKENDS = ("auto", "torch", "numba", "triton")
 
 
@@ -44,7 +47,15 @@ class KIVIOptions:
         residual_length: the newest tokens that are always in full precision, a multiple of `group_size`.
         use_kivi: False keeps everything in full precision, as `k_bits=v_bits=16` does.
         sink_length: the first tokens of a sequence, kept in full precision.
-        k_range, v_range: "minmax" (the paper's) or "lsq", the least-squares fit of scale and minimum.
+        k_range, v_range: "minmax" (the paper's) or "lsq", the least-squares fit of scale and minimum; values also
+            "clipped", the range shrunk about its centre. `k_range="minmax"` with `sink_length=0` is the paper's algorithm:
+            it also turns off the two options below where they are None.
+        wide_channels: share of each head's key channels, those that matter most, that get 4 bits in a 2-bit cache.
+            None: a quarter with `k_range="lsq"`.
+        v_rotation: rotate values by a Hadamard matrix before they are quantized. None: 2-bit values with
+            `k_range="lsq"`.
+        v_group_size: channels that share a scale and minimum of the values. None: twice `group_size` where values are
+            rotated and that divides the head, else `group_size`. With the quarter of wide keys this gives 3.0 stored bits.
         backend: "auto" picks Triton on a GPU, Numba on a CPU where it is installed, else torch.
 
     Raises:
@@ -59,6 +70,9 @@ class KIVIOptions:
     sink_length: int = 4
     k_range: str = "lsq"
     v_range: str = "minmax"
+    wide_channels: float | None = None
+    v_rotation: bool | None = None
+    v_group_size: int | None = None
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -77,8 +91,15 @@ class KIVIOptions:
             )
         if not isinstance(self.use_kivi, bool):
             raise ValueError(f"use_kivi must be True or False; got {self.use_kivi!r}.")
-        _check_choice("k_range", self.k_range, ALLOWED_RANGES)
-        _check_choice("v_range", self.v_range, ALLOWED_RANGES)
+        _check_choice("k_range", self.k_range, ALLOWED_K_RANGES)
+        _check_choice("v_range", self.v_range, ALLOWED_V_RANGES)
+        wide = self.wide_channels
+        if wide is not None and (isinstance(wide, bool) or not isinstance(wide, (int, float)) or not 0 <= wide <= 1):
+            raise ValueError(f"wide_channels must be a share between 0 and 1, or None; got {wide!r}.")
+        if self.v_rotation not in (None, True, False):
+            raise ValueError(f"v_rotation must be True, False or None; got {self.v_rotation!r}.")
+        if self.v_group_size is not None:
+            _check_count("v_group_size", self.v_group_size, 1)
         _check_choice("backend", self.backend, ALLOWED_BACKENDS)
 
     @classmethod
@@ -114,18 +135,50 @@ class KIVIOptions:
             chosen.append(value)
         return chosen[0], chosen[1]
 
+    def wide_count(self, k_bits: int, head_dim: int) -> int:
+        """Key channels of a head that get 4 bits in a layer of `k_bits`: a multiple of 4, so that they fill bytes."""
+        share = self.wide_channels
+        if share is None:
+            share = WIDE_CHANNELS if self.k_range == "lsq" else 0.0
+        return int(share * head_dim) // 4 * 4 if k_bits == 2 else 0
+
+    def rotates_values(self, v_bits: int) -> bool:
+        """Whether the values of a layer of `v_bits` are rotated."""
+        if v_bits == FULL_PRECISION_BITS:
+            return False
+        return (v_bits == 2 and self.k_range == "lsq") if self.v_rotation is None else self.v_rotation
+
+    def value_group_size(self, v_bits: int, head_dim: int) -> int:
+        """Channels that share a scale and minimum of the values in a layer of `v_bits`."""
+        if self.v_group_size is not None:
+            return self.v_group_size
+        double = 2 * self.group_size
+        return double if self.rotates_values(v_bits) and head_dim % double == 0 else self.group_size
+
+    def stored_bits(self, k_bits: int, v_bits: int, head_dim: int, element_bits: int = 16) -> tuple[float, float]:
+        """Bits a packed element of the keys and of the values takes, with its share of scale and minimum."""
+        keys = k_bits + METADATA_BITS / self.group_size + 2 * self.wide_count(k_bits, head_dim) / head_dim
+        values = v_bits + METADATA_BITS / self.value_group_size(v_bits, head_dim)
+        return (
+            element_bits if k_bits == FULL_PRECISION_BITS else keys,
+            element_bits if v_bits == FULL_PRECISION_BITS else values,
+        )
+
     def check_head_dim(self, head_dim: int) -> None:
         """Raise `ValueError` where `group_size` or the byte layout does not fit a head of `head_dim` channels."""
-        all_bits = {bits for layer in (self.k_bits, self.v_bits) for bits in (layer if isinstance(layer, (list, tuple)) else [layer])}
-        quantized = sorted(bits for bits in all_bits if bits != FULL_PRECISION_BITS)
-        if not self.use_kivi or not quantized:
+        if not self.use_kivi:
             return
-        if head_dim % self.group_size:
-            allowed = [size for size in (16, 32, 64, 128) if head_dim % size == 0]
-            raise ValueError(
-                f"group_size must divide head_dim; got group_size={self.group_size} and head_dim={head_dim}. "
-                f"Try one of {allowed}."
-            )
+        bits_used = [self.k_bits, self.v_bits]
+        flat = [bits for entry in bits_used for bits in (entry if isinstance(entry, (list, tuple)) else [entry])]
+        quantized = sorted({bits for bits in flat if bits != FULL_PRECISION_BITS})
+        if not quantized:
+            return
+        for name, size in (("group_size", self.group_size), ("v_group_size", self.v_group_size or self.group_size)):
+            if head_dim % size:
+                allowed = [fitting for fitting in (16, 32, 64, 128) if head_dim % fitting == 0]
+                raise ValueError(
+                    f"{name} must divide head_dim; got {name}={size} and head_dim={head_dim}. Try one of {allowed}."
+                )
         codes_per_byte = 8 // quantized[0]
         if head_dim % codes_per_byte:
             raise ValueError(

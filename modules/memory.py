@@ -6,19 +6,12 @@ from typing import Any
 
 import torch
 
-FULL_PRECISION_BITS = 16
-METADATA_BITS = 32  # a scale and a minimum, float16 each
-
+from modules.kivi_options import KIVIOptions
 
 def nominal_bits(tokens: int, bits: float, residual_length: int) -> float:
     """Bits an element by the usual table, `(R*16 + (T-R)*bits) / T`: codes and window, no metadata."""
     window = min(tokens, residual_length)
     return (window * 16 + (tokens - window) * bits) / tokens if tokens else 0.0
-
-
-def stored_bits(bits: int, group_size: int) -> float:
-    """Bits a quantized element takes with its share of scale and minimum: 3.0 at 2 bits and groups of 32."""
-    return FULL_PRECISION_BITS if bits == FULL_PRECISION_BITS else bits + METADATA_BITS / group_size
 
 
 def cache_bytes(
@@ -27,25 +20,26 @@ def cache_bytes(
     num_hidden_layers: int,
     num_key_value_heads: int,
     head_dim: int,
-    k_bits: int = 2,
-    v_bits: int = 2,
-    group_size: int = 32,
-    residual_length: int = 128,
-    sink_length: int = 4,
     element_bytes: int = 2,
     batch_size: int = 1,
+    **options: Any,
 ) -> dict[str, float]:
     """Bytes of a cache of `tokens` tokens a sequence by arithmetic: codes and metadata, sinks, window; without slack.
+
+    Args:
+        element_bytes: of the model's dtype.
+        options: those of `KIVIOptions`; one number of bits for all layers.
 
     Returns:
         `packed`, `full_precision`, `total` and, for the same tokens unquantized, `dense`, in bytes; `ratio` is
         `dense / total`.
     """
+    chosen = KIVIOptions(**options)
     elements = batch_size * num_hidden_layers * num_key_value_heads * head_dim  # of one side, a token
-    packed = max(0, tokens - sink_length - residual_length) // group_size * group_size
-    side_bits = [8 * element_bytes if bits == FULL_PRECISION_BITS else stored_bits(bits, group_size) for bits in (k_bits, v_bits)]
-    packed_bytes = elements * packed * sum(side_bits) / 8
-    full = 2 * elements * element_bytes * (sink_length + residual_length + group_size)
+    packed = max(0, tokens - chosen.sink_length - chosen.residual_length) // chosen.group_size * chosen.group_size
+    bits = chosen.stored_bits(*chosen.bits_of_layer(0, num_hidden_layers), head_dim, 8 * element_bytes)
+    packed_bytes = elements * packed * sum(bits) / 8
+    full = 2 * elements * element_bytes * (chosen.sink_length + chosen.residual_length + chosen.group_size)
     dense = 2 * elements * element_bytes * tokens
     total = packed_bytes + full
     return {"packed": packed_bytes, "full_precision": full, "total": total, "dense": dense, "ratio": dense / total}
@@ -62,7 +56,7 @@ def cache_report(cache: Any) -> dict[str, Any]:
     Keys:
         seq_length: columns seen, padding included (tokens); batch_size: sequences; num_layers; backend.
         tokens: `sinks`, `packed`, `window` of the longest sequence, and `lengths` of all.
-        bytes: `codes`, `metadata`, `full_precision` (sinks, window and 16-bit sides), `slack` (allocated, unused, of the
+        bytes: `codes`, `metadata` (scales, minima; which channels are wide; the rotation), `full_precision` (sinks, window and 16-bit sides), `slack` (allocated, unused, of the
             codes and metadata), `other_layers` (sliding windows), `total`; `dense` is the same tokens in the model's
             dtype; `ratio` is `dense / total`.
         bits: an element's, `stored` (all bytes over all stored elements), `packed` (codes and metadata alone), `nominal`
@@ -85,11 +79,13 @@ def cache_report(cache: Any) -> dict[str, Any]:
     window = lengths[longest] - sinks - packed if layers else 0
     info["tokens"] = {"sinks": sinks, "packed": packed, "window": window, "lengths": lengths}
 
-    codes = metadata = full = slack = dense = elements = packed_elements = packed_used = 0
+    codes = metadata = fixed = full = slack = dense = elements = packed_elements = packed_used = 0
     for layer in layers:
+        fixed += _storage_bytes([t for t in (layer.query_energy, layer.rotation) if t is not None])
         for side in layer.sides:
-            side_packed = side.codes.numel() * side.codes.element_size()
-            side_meta = sum(t.numel() * t.element_size() for t in (side.scale, side.minimum) if t is not None)
+            side_packed = _storage_bytes([t for t in (side.codes, side.extra) if t is not None])
+            side_meta = _storage_bytes([t for t in (side.scale, side.minimum) if t is not None])
+            fixed += _storage_bytes([side.wide] if side.wide is not None else [])
             used = sum(layer.packed) / (len(layer.packed) * side.capacity) if side.capacity else 0.0
             per_token = side.sinks.shape[1] * side.sinks.shape[3]
             elements += per_token * sum(layer.lengths)
@@ -114,7 +110,7 @@ def cache_report(cache: Any) -> dict[str, Any]:
     )
     info["bytes"] = {
         "codes": codes,
-        "metadata": metadata,
+        "metadata": metadata + fixed,
         "full_precision": full,
         "slack": slack,
         "other_layers": other,

@@ -14,7 +14,7 @@ import warnings
 import torch
 
 from modules.packed_state import PackedLayer, PackedSide
-from modules.quantization import Quantized
+from modules.quantization import Quantized, unpack_codes
 
 _PLANE_ELEMENTS = 1 << 17  # floats of one plane of codes at a time: 512 KiB stays in a core's cache
 _SCORE_ELEMENTS = 1 << 20  # floats of scores held at a time
@@ -34,13 +34,15 @@ def packed_attention(
 
     Args:
         query: `[B, num_attention_heads, q, D]`, rotated.
-        key, value: states of the new tokens, `[B, num_key_value_heads, q, D]`, not yet in `layer`.
+        key, value: states of the new tokens, `[B, num_key_value_heads, q, D]`, not yet in `layer`; values as they are
+            stored there, that is `layer.rotate(value)`.
         layer: the stored past, `layer.lengths[b]` tokens of sequence `b`.
         scaling: factor on the scores.
         new_lengths: how many of the `q` tokens of each sequence are real, from the left; None means all.
 
     Returns:
-        `[B, q, num_attention_heads, D]` in the dtype of `query`; zeros where a token is not real.
+        `[B, q, num_attention_heads, D]` in the dtype of `query`, in the basis of the values; zeros where a token is not
+        real.
     """
     if new_lengths is None:
         new_lengths = [query.shape[2]] * query.shape[0]
@@ -57,7 +59,7 @@ def pick_backend(wanted: str, layer: PackedLayer) -> str:
     if wanted == "torch":
         return "torch"
     if wanted == "auto" and device == "cpu":
-        return _pick_for_cpu()
+        return _pick_for_cpu() if layer.key.extra is None else "torch"
     if wanted in ("auto", "triton"):
         problem = _triton_problem(layer)
         if problem is None:
@@ -215,7 +217,18 @@ def _scores(query: torch.Tensor, side: PackedSide, rows: slice, start: int, stop
         plane = _plane(stored.codes, side.bits, number)
         plane.unflatten(2, (-1, side.group_size)).mul_(scale[..., channels])
         scores += query[..., channels] @ plane.transpose(-1, -2)
+    if stored.extra is not None:
+        scores += _extra_scores(query, stored, side.wide[rows], side.group_size)
     return scores
+
+
+def _extra_scores(query: torch.Tensor, stored: Quantized, wide: torch.Tensor, group_size: int) -> torch.Tensor:
+    """What the low bits of the wide key channels add: `Σ (q∘scale/4)·low` over those channels."""
+    index = wide.unsqueeze(2)
+    scale = stored.scale.gather(3, index.expand(-1, -1, stored.scale.shape[2], -1)).float() / 4
+    low = unpack_codes(stored.extra, 2).float()
+    low.unflatten(2, (-1, group_size)).mul_(scale.unsqueeze(3))
+    return query.gather(3, index.expand(-1, -1, query.shape[2], -1)) @ low.transpose(-1, -2)
 
 
 def _weighted_sum(weights: torch.Tensor, side: PackedSide, rows: slice, start: int, stop: int) -> torch.Tensor:

@@ -13,16 +13,21 @@ from collections.abc import Iterator
 
 import torch
 
+from modules.kivi_options import FULL_PRECISION_BITS, KIVIOptions
 from modules.quantization import (
     FLOAT16_MAX,
+    WIDE_BITS,
     Quantized,
+    add_extra,
+    choose_wide,
     dequantize_keys,
     dequantize_values,
+    hadamard,
     quantize_keys,
     quantize_values,
+    widen,
 )
 
-FULL_PRECISION_BITS = 16
 _SLACK = 20  # capacity grows by a twentieth: at most 5 % of the packed part is unused
 _CAST_TOKENS = 1024  # codes are dequantized this many tokens at a time
 
@@ -36,8 +41,11 @@ class PackedSide:
         bits: 2, 4, 8, or 16 for full precision; then `codes` has the model's dtype and there is no metadata.
         codes: uint8 `[B, H, C, D*bits/8]` (or `[B, H, C, D]` at 16 bits); `C` is the capacity in tokens.
         scale, minimum: float16, keys `[B, H, C/G, D]`, values `[B, H, C, D/G]`; None at 16 bits.
+        extra: uint8 `[B, H, C, W/4]`, the low two bits of the `W` wide channels of 2-bit keys; else None.
+        wide: int64 `[B, H, W]`, the numbers of those channels, chosen when a sequence's first groups are packed.
         sinks: `[B, H, sink_length, D]` in the model's dtype.
         window: `[B, H, residual_length + G, D]` in the model's dtype, a ring.
+        group_size: tokens (keys) or channels (values) a group.
     """
 
     what: str
@@ -49,28 +57,40 @@ class PackedSide:
     minimum: torch.Tensor | None
     sinks: torch.Tensor
     window: torch.Tensor
+    extra: torch.Tensor | None = None
+    wide: torch.Tensor | None = None
 
-    TENSORS = ("codes", "scale", "minimum", "sinks", "window")
-    PACKED = ("codes", "scale", "minimum")
+    TENSORS = ("codes", "scale", "minimum", "extra", "wide", "sinks", "window")
+    PACKED = ("codes", "scale", "minimum", "extra")
 
     @classmethod
-    def empty(cls, what: str, bits: int, method: str, like: torch.Tensor, options) -> PackedSide:
+    def empty(cls, what: str, bits: int, like: torch.Tensor, options: KIVIOptions) -> PackedSide:
         """No tokens yet, for states shaped `[B, H, *, D]` as `like`."""
         batch, heads, _, head_dim = like.shape
-        full = bits == FULL_PRECISION_BITS
-        metadata = head_dim if what == "keys" else head_dim // options.group_size
-        none = None if full else like.new_empty(batch, heads, 0, metadata, dtype=torch.float16)
-        return cls(
+
+        def empty(width: int, dtype: torch.dtype | None) -> torch.Tensor:
+            return like.new_empty(batch, heads, 0, width, dtype=dtype)
+
+        side = cls(
             what=what,
             bits=bits,
-            group_size=options.group_size,
-            method=method,
-            codes=like.new_empty(batch, heads, 0, head_dim if full else head_dim * bits // 8, dtype=None if full else torch.uint8),
-            scale=none,
-            minimum=None if none is None else none.clone(),
+            group_size=options.group_size if what == "keys" else options.value_group_size(bits, head_dim),
+            method=options.k_range if what == "keys" else options.v_range,
+            codes=empty(head_dim, None),
+            scale=None,
+            minimum=None,
             sinks=like.new_zeros(batch, heads, options.sink_length, head_dim),
             window=like.new_zeros(batch, heads, options.residual_length + options.group_size, head_dim),
         )
+        if bits != FULL_PRECISION_BITS:
+            metadata = head_dim if what == "keys" else head_dim // side.group_size
+            side.codes = empty(head_dim * bits // 8, torch.uint8)
+            side.scale, side.minimum = empty(metadata, torch.float16), empty(metadata, torch.float16)
+        count = options.wide_count(bits, head_dim) if what == "keys" else 0
+        if count:
+            side.extra = empty(count // 4, torch.uint8)
+            side.wide = torch.arange(count, device=like.device).expand(batch, heads, -1).clone()
+        return side
 
     @property
     def capacity(self) -> int:
@@ -92,23 +112,27 @@ class PackedSide:
             old = getattr(self, name)
             if old is None:
                 continue
-            per_group = self.what == "keys" and name != "codes"
-            size = capacity // self.group_size if per_group else capacity
-            new = old.new_zeros(*old.shape[:2], size, old.shape[3])
+            new = old.new_zeros(*old.shape[:2], self._row(name, capacity), old.shape[3])
             new[:, :, : old.shape[2]] = old
             setattr(self, name, new)
 
-    def quantize(self, x: torch.Tensor, backend: str = "torch") -> Quantized | torch.Tensor:
-        """Whole groups `[b, H, T, D]` as they are stored; "numba" packs on the CPU, any other backend with torch."""
+    def quantize(self, x: torch.Tensor, rows: slice, backend: str = "torch") -> Quantized | torch.Tensor:
+        """Whole groups `[b, H, T, D]` of the sequences `rows` as they are stored; "numba" packs on the CPU."""
         if self.bits == FULL_PRECISION_BITS:
             return x
+        keys, values = quantize_keys, quantize_values
         if backend == "numba" and x.device.type == "cpu":
             from modules.kernels import numba_quantize  # takes a second to import; many never need it
 
-            quantize = numba_quantize.quantize_keys if self.what == "keys" else numba_quantize.quantize_values
-            return quantize(x, self.bits, self.group_size, self.method)
-        quantize = quantize_keys if self.what == "keys" else quantize_values
-        return quantize(x, self.bits, self.group_size, self.method)
+            keys, values = numba_quantize.quantize_keys, numba_quantize.quantize_values
+        if self.what == "values":
+            return values(x, self.bits, self.group_size, self.method)
+        packed = keys(x, self.bits, self.group_size, self.method)
+        if self.wide is None:
+            return packed
+        wide = self.wide[rows]
+        fine = x.gather(3, wide.unsqueeze(2).expand(-1, -1, x.shape[2], -1))
+        return widen(packed, keys(fine, WIDE_BITS, self.group_size, self.method), wide, x.shape[3])
 
     def write(self, rows: slice, start: int, packed: Quantized | torch.Tensor) -> None:
         """Store quantized groups at packed tokens `start…` of the sequences `rows`."""
@@ -116,19 +140,20 @@ class PackedSide:
             self.codes[rows, :, start : start + packed.shape[2]] = packed
             return
         for name, part in zip(self.PACKED, packed):
-            target = getattr(self, name)
-            first = self._row(name, start)
-            target[rows, :, first : first + part.shape[2]] = part
+            if part is not None:
+                first = self._row(name, start)
+                getattr(self, name)[rows, :, first : first + part.shape[2]] = part
 
     def _row(self, name: str, token: int) -> int:
         """Row of `codes`, `scale` or `minimum` at which `token` starts."""
-        return token // self.group_size if self.what == "keys" and name != "codes" else token
+        return token // self.group_size if self.what == "keys" and name in ("scale", "minimum") else token
 
     def stored(self, rows: slice, start: int, stop: int) -> Quantized | torch.Tensor:
         """Views of the packed tokens `start…stop`, multiples of the group size, of the sequences `rows`."""
         views = [
-            getattr(self, name)[rows, :, self._row(name, start) : self._row(name, stop)]
-            for name in (self.PACKED if self.scale is not None else ("codes",))
+            None if t is None else t[rows, :, self._row(name, start) : self._row(name, stop)]
+            for name in self.PACKED
+            for t in (getattr(self, name),)
         ]
         return Quantized(*views) if self.scale is not None else views[0]
 
@@ -137,8 +162,12 @@ class PackedSide:
         stored = self.stored(rows, start, stop)
         if isinstance(stored, torch.Tensor):
             return stored.to(dtype)
-        dequantize = dequantize_keys if self.what == "keys" else dequantize_values
-        return dequantize(stored, self.bits, self.group_size, dtype)
+        if self.what == "values":
+            return dequantize_values(stored, self.bits, self.group_size, dtype)
+        if self.wide is None:
+            return dequantize_keys(stored, self.bits, self.group_size, dtype)
+        keys = dequantize_keys(stored, self.bits, self.group_size)
+        return add_extra(keys, stored, self.wide[rows], self.group_size).to(dtype)
 
 
 @dataclasses.dataclass
@@ -151,6 +180,9 @@ class PackedLayer:
         max_length: tokens a sequence may reach, allocated at once; None grows as needed.
         lengths: tokens of each sequence, in all its parts.
         packed: packed tokens of each sequence.
+        query_energy: float32 `[B, H, D]`, Σ q² of the queries so far, until the wide key channels are chosen by it; None
+            where there are none to choose.
+        rotation: float32 `[D, D]`, symmetric and its own inverse; values are stored times it. None stores them as they are.
         backend: what attends over the layer: "torch", "numba" or "triton".
         counts: `lengths`, `packed` and two rows for the kernels, int32 `[4, B]` on the layer's device, for
             kernels; None until `device_counts` is called and whenever the lists were changed without it.
@@ -164,23 +196,31 @@ class PackedLayer:
     max_length: int | None
     lengths: list[int]
     packed: list[int]
+    query_energy: torch.Tensor | None = None
+    rotation: torch.Tensor | None = None
     backend: str = "torch"
     counts: torch.Tensor | None = None
 
     @classmethod
-    def empty(cls, key: torch.Tensor, bits: tuple[int, int], options, max_length: int | None = None) -> PackedLayer:
+    def empty(
+        cls, key: torch.Tensor, bits: tuple[int, int], options: KIVIOptions, max_length: int | None = None
+    ) -> PackedLayer:
         """No tokens yet, for states shaped `[B, H, *, D]` as `key`."""
-        options.check_head_dim(key.shape[-1])
+        batch, heads, _, head_dim = key.shape
+        options.check_head_dim(head_dim)
         layer = cls(
-            key=PackedSide.empty("keys", bits[0], options.k_range, key, options),
-            value=PackedSide.empty("values", bits[1], options.v_range, key, options),
+            key=PackedSide.empty("keys", bits[0], key, options),
+            value=PackedSide.empty("values", bits[1], key, options),
             group_size=options.group_size,
             residual_length=options.residual_length,
             sink_length=options.sink_length,
             max_length=max_length,
-            lengths=[0] * key.shape[0],
-            packed=[0] * key.shape[0],
+            lengths=[0] * batch,
+            packed=[0] * batch,
+            rotation=hadamard(head_dim, key.device) if options.rotates_values(bits[1]) else None,
         )
+        if layer.key.wide is not None:
+            layer.query_energy = key.new_zeros(batch, heads, head_dim, dtype=torch.float32)
         if max_length is not None:
             for side in layer.sides:
                 side.grow(layer._packed_after(max_length, 0))
@@ -208,7 +248,22 @@ class PackedLayer:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor of the layer, by a dotted name."""
-        return {f"{name}.{part}": t for name, side in (("key", self.key), ("value", self.value)) for part, t in side.tensors().items()}
+        named = {f"key.{name}": t for name, t in self.key.tensors().items()}
+        named |= {f"value.{name}": t for name, t in self.value.tensors().items()}
+        own = {"query_energy": self.query_energy, "rotation": self.rotation}
+        return named | {name: t for name, t in own.items() if t is not None}
+
+    def rotate(self, states: torch.Tensor) -> torch.Tensor:
+        """Values `[..., D]` as they are stored; attended values back from there (the rotation is its own inverse)."""
+        return states if self.rotation is None else (states.float() @ self.rotation).to(states.dtype)
+
+    def observe(self, query: torch.Tensor, new_lengths: list[int]) -> None:
+        """Count the queries `[B, num_attention_heads, q, D]` in, while the wide channels of a sequence are not chosen."""
+        if self.query_energy is None or all(self.packed):
+            return
+        real = torch.tensor(new_lengths, device=query.device).unsqueeze(1) > torch.arange(query.shape[2], device=query.device)
+        energy = (query.float() * real[:, None, :, None]).square().sum(2)
+        self.query_energy = self.query_energy + energy.unflatten(1, (self.query_energy.shape[1], -1)).sum(2)
 
     def _packed_after(self, length: int, packed: int) -> int:
         whole = (length - self.sink_length - self.residual_length) // self.group_size * self.group_size
@@ -258,8 +313,8 @@ class PackedLayer:
                 )
 
     def append(self, key: torch.Tensor, value: torch.Tensor, new_lengths: list[int]) -> None:
-        """Store new tokens `[B, H, q, D]`; of sequence `b` the first `new_lengths[b]` count. Packs full groups."""
-        self.check_new(key, value, new_lengths)
+        """Store new tokens `[B, H, q, D]`, values rotated; of sequence `b` the first `new_lengths[b]` count. Packs full
+        groups. The caller has called `check_new`."""
         self._make_room(new_lengths)
         stored = False
         if self.backend == "triton":
@@ -298,7 +353,11 @@ class PackedLayer:
                 from_new = max(0, packed_after - stored)
                 groups = [side.window[rows, :, slot] for slot in slots] + [rest[:, :, :from_new]]
                 groups = torch.cat(groups, dim=2) if slots else groups[-1]
-                self._pack(side, rows, packed, groups[:, :, : packed_after - packed])
+                groups = groups[:, :, : packed_after - packed]
+                if side.wide is not None and not packed:
+                    chosen = choose_wide(groups, side.wide.shape[-1], self.group_size, self.query_energy[rows])
+                    side.wide[rows] = chosen
+                self._pack(side, rows, packed, groups)
             first = max(0, packed_after - stored)  # earlier ones of `rest` are packed already
             self._write_ring(side, rows, stored + first, rest[:, :, first:])
 
@@ -308,7 +367,7 @@ class PackedLayer:
 
             pack_groups(side, rows, start, states)
         else:
-            side.write(rows, start, side.quantize(states, self.backend))
+            side.write(rows, start, side.quantize(states, rows, self.backend))
 
     def _write_ring(self, side: PackedSide, rows: slice, token: int, states: torch.Tensor) -> None:
         done = 0
@@ -354,6 +413,8 @@ class PackedLayer:
         for side in self.sides:
             for name, t in side.tensors().items():
                 setattr(side, name, t.index_select(0, index.to(t.device)))
+        if self.query_energy is not None:
+            self.query_energy = self.query_energy.index_select(0, index.to(self.query_energy.device))
         self.lengths = [self.lengths[row] for row in order]
         self.packed = [self.packed[row] for row in order]
 
@@ -363,6 +424,9 @@ class PackedLayer:
         for side in self.sides:
             for name, t in side.tensors().items():
                 setattr(side, name, t.to(device, non_blocking=True))
+        for name in ("query_energy", "rotation"):
+            if getattr(self, name) is not None:
+                setattr(self, name, getattr(self, name).to(device, non_blocking=True))
 
     def snapshot(self, new_tokens: int) -> PackedLayer:
         """The layer as it is, to go back to if the step that follows fails.

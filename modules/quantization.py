@@ -17,16 +17,19 @@ import torch
 FLOAT16_MAX = 65504.0
 LSQ_ROUNDS = 4
 LSQ_START = 0.8
+CLIPPED = 0.85
+WIDE_BITS = 4
 _SLICE_ELEMENTS = 1 << 21  # quantized at a time: bounds the temporaries of a long prefill
 
 
 class Quantized(NamedTuple):
     """Packed groups: `codes` uint8 `[..., T, D*bits/8]`; `scale` and `minimum` float16, `[..., T/G, D]` for keys and
-    `[..., T, D/G]` for values."""
+    `[..., T, D/G]` for values; `extra` uint8 `[..., T, W/4]`, the low two bits of `W` wide key channels, or None."""
 
     codes: torch.Tensor
     scale: torch.Tensor
     minimum: torch.Tensor
+    extra: torch.Tensor | None = None
 
 
 def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -57,14 +60,17 @@ def _as_stored(t: torch.Tensor) -> torch.Tensor:
 def _fit(x: torch.Tensor, dim: int, bits: int, method: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes (float32, like `x`), scale and minimum (float32 holding float16 values, size 1 along `dim`) of groups.
 
-    "minmax" spans each group. "lsq" alternates rounding with the least-squares refit of scale and minimum, from the
+    "minmax" spans each group; "clipped" the range shrunk to `CLIPPED` about its centre. "lsq" alternates rounding with the least-squares refit of scale and minimum, from the
     range shrunk to `LSQ_START` about its centre, and keeps the best of all it saw, min-max included.
     """
     levels = (1 << bits) - 1
     low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
+    if method == "clipped":
+        margin = (high - low) * ((1 - CLIPPED) / 2)
+        low, high = low + margin, high - margin
     scale, minimum = _as_stored((high - low) / levels), _as_stored(low)
     codes = _round_to_codes(x, scale, minimum, levels)
-    if method == "minmax":
+    if method != "lsq":
         return codes, scale, minimum
 
     best_error = (codes * scale + minimum).sub_(x).square_().sum(dim, keepdim=True)
@@ -103,8 +109,8 @@ def check_layout(x: torch.Tensor, size: int, what: str, bits: int, group_size: i
     """Raise `ValueError` for bits, method or shapes that do not fit; `size` is of the dimension that is cut into groups."""
     if bits not in (2, 4, 8):
         raise ValueError(f"bits must be 2, 4 or 8; got {bits!r}.")
-    if method not in ("minmax", "lsq"):
-        raise ValueError(f"the range must be 'minmax' or 'lsq'; got {method!r}.")
+    if method not in ("minmax", "lsq", "clipped"):
+        raise ValueError(f"the range must be 'minmax', 'lsq' or 'clipped'; got {method!r}.")
     if group_size < 1 or size % group_size:
         raise ValueError(f"{what} come in groups: {size} is not a multiple of group_size={group_size}.")
     if x.shape[-1] % (8 // bits):
@@ -194,3 +200,57 @@ def dequantize_values(packed: Quantized, bits: int, group_size: int, dtype: torc
     codes = unpack_codes(packed.codes, bits).to(torch.float32).unflatten(-1, (-1, group_size))
     values = codes.mul_(packed.scale.unsqueeze(-1)).add_(packed.minimum.unsqueeze(-1))
     return values.flatten(-2).to(dtype)
+
+
+def choose_wide(keys: torch.Tensor, count: int, group_size: int, query_energy: torch.Tensor) -> torch.Tensor:
+    """The `count` channels of each head whose quantization costs most: mean squared range of a group times query energy.
+
+    Args:
+        keys: float `[b, H, T, D]`, `T` a multiple of `group_size`.
+        query_energy: float `[b, H, D]`, proportional to E[q²] of the queries that meet these keys; zeros if unknown.
+
+    Returns:
+        Channel numbers, int64 `[b, H, count]`, ascending.
+    """
+    groups = keys.float().unflatten(2, (-1, group_size))
+    cost = (groups.amax(3) - groups.amin(3)).square().mean(2)
+    known = query_energy.amax(-1, keepdim=True) > 0
+    cost = cost * torch.where(known, query_energy, torch.ones_like(query_energy))
+    return cost.topk(count, dim=-1).indices.sort(dim=-1).values
+
+
+def widen(packed: Quantized, fine: Quantized, wide: torch.Tensor, head_dim: int) -> Quantized:
+    """2-bit keys whose channels `wide` are replaced by the 4-bit ones of `fine`.
+
+    `scale * code + minimum` at 4 bits is `(4*scale) * high + scale * low + minimum`, so the high bits take the place of the
+    2-bit codes, with a scale four times as large, and the low bits go into `extra`.
+
+    Args:
+        packed: all channels at 2 bits, `[b, H, T, D/4]`.
+        fine: the wide channels at 4 bits, `[b, H, T, W/2]`.
+        wide: their numbers, int64 `[b, H, W]`.
+    """
+    codes, fine_codes = unpack_codes(packed.codes, 2), unpack_codes(fine.codes, WIDE_BITS)
+    tokens, groups = codes.shape[2], packed.scale.shape[2]
+    index = wide.unsqueeze(2)
+    codes.scatter_(3, index.expand(-1, -1, tokens, -1), fine_codes >> 2)
+    scale = packed.scale.scatter(3, index.expand(-1, -1, groups, -1), fine.scale * 4)
+    minimum = packed.minimum.scatter(3, index.expand(-1, -1, groups, -1), fine.minimum)
+    return Quantized(pack_codes(codes, 2), scale, minimum, pack_codes(fine_codes & 3, 2))
+
+
+def add_extra(keys: torch.Tensor, packed: Quantized, wide: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Dequantized keys `[b, H, T, D]` with the low bits of the wide channels added, in place."""
+    index = wide.unsqueeze(2)
+    scale = packed.scale.gather(3, index.expand(-1, -1, packed.scale.shape[2], -1)).float() / 4
+    low = unpack_codes(packed.extra, 2).to(torch.float32).unflatten(2, (-1, group_size)) * scale.unsqueeze(3)
+    low = low.flatten(2, 3).to(keys.dtype)
+    return keys.scatter_add_(3, index.expand(-1, -1, keys.shape[2], -1), low)
+
+
+def hadamard(size: int, device: torch.device | None = None) -> torch.Tensor:
+    """Orthonormal and symmetric `[size, size]`, float32: Sylvester's Hadamard blocks of the largest power of two."""
+    matrix = torch.ones(1, 1, device=device)
+    while size % (2 * matrix.shape[0]) == 0:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)]) / 2**0.5
+    return torch.block_diag(*[matrix] * (size // matrix.shape[0]))

@@ -21,6 +21,7 @@ def filled_layer(lengths, heads, head_dim, bits, group, dtype, residual=None, se
     longest = max(max(lengths), 1)
     states = [torch.randn(len(lengths), heads, longest, head_dim, generator=generator).to(dtype) for _ in "kv"]
     layer = PackedLayer.empty(states[0], bits, options)
+    layer.query_energy = None if layer.query_energy is None else torch.rand_like(layer.query_energy)
     before = [length * 3 // 4 for length in lengths]
     layer.append(*states, before)
     for step in range(max(now - then for now, then in zip(lengths, before))):

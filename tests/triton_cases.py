@@ -62,15 +62,17 @@ def make_states(batch, heads, tokens, head_dim, dtype, seed=0):
     return keys.to(DEVICE, dtype), draw(batch, heads, tokens, head_dim).to(DEVICE, dtype)
 
 
-def make_layer(lengths, *, bits=(2, 2), head_dim=64, group_size=32, residual=32, sink=4, heads=1, dtype=torch.float16):
-    """A layer of the torch backend holding random tokens."""
+def make_layer(
+    lengths, *, bits=(2, 2), head_dim=64, group_size=32, residual=32, sink=4, heads=1, dtype=torch.float16, **more
+):
+    """A layer of the torch backend holding random tokens; min-max without wide channels unless `more` says else."""
     options = KIVIOptions(
         k_bits=bits[0],
         v_bits=bits[1],
         group_size=group_size,
         residual_length=residual,
         sink_length=sink,
-        k_range="minmax",
+        **{"k_range": "minmax"} | more,
     )
     keys, values = make_states(len(lengths), heads, max(lengths), head_dim, dtype)
     layer = PackedLayer.empty(keys, bits, options)
@@ -136,6 +138,19 @@ def test_ragged_batches_and_types(kernels, dtype):
     check_attention(kernels, layer, tokens=3, new_lengths=[3, 1, 0])
 
 
+@pytest.mark.parametrize("head_dim, share", [(64, 0.25), (96, 0.25), (128, 0.25), (128, 0.1)])
+def test_wide_channels_and_wider_groups_of_values(kernels, head_dim, share):
+    layer = make_layer([150, 120], head_dim=head_dim, heads=2, wide_channels=share, v_group_size=16, group_size=32)
+    assert layer.key.wide is not None
+    check_attention(kernels, layer, group=2)
+
+
+def test_the_default_cache(kernels):
+    layer = make_layer([300], head_dim=128, residual=128, k_range="lsq")
+    assert layer.key.wide is not None and layer.value.group_size == 64
+    check_attention(kernels, layer, group=4)
+
+
 @pytest.mark.parametrize("residual, sink", [(0, 0), (0, 3), (64, 0)])
 def test_without_window_or_sinks(kernels, residual, sink):
     check_attention(kernels, make_layer([100], residual=residual, sink=sink))
@@ -159,9 +174,16 @@ def test_packing_of_a_prompt(kernels, head_dim, group_size, bits, method):
     """Codes and metadata as the torch quantizer's: the same by min-max, as good a fit by least squares."""
     keys, values = make_states(1, 2, 2 * group_size, head_dim, torch.float16)
     options = KIVIOptions(
-        k_bits=bits, v_bits=bits, group_size=group_size, residual_length=group_size, k_range=method, v_range=method
+        k_bits=bits,
+        v_bits=bits,
+        group_size=group_size,
+        residual_length=group_size,
+        k_range=method,
+        v_range=method,
+        v_group_size=group_size,
     )
     layer = PackedLayer.empty(keys, (bits, bits), options)
+    layer.key.extra = layer.key.wide = None
     for side, states, quantize, back in (
         (layer.key, keys, quantize_keys, dequantize_keys),
         (layer.value, values, quantize_values, dequantize_values),
@@ -171,7 +193,7 @@ def test_packing_of_a_prompt(kernels, head_dim, group_size, bits, method):
         stored = side.stored(slice(0, 1), group_size, 3 * group_size)
         expected = quantize(states, bits, group_size, method)
         if method == "minmax":
-            assert all(torch.equal(a, b) for a, b in zip(stored, expected))
+            assert all(torch.equal(a, b) for a, b in zip(stored[:3], expected[:3]))
         error, least = ((back(Quantized(*q), bits, group_size) - states.float()).norm() for q in (stored, expected))
         assert error <= least * (1 + 1e-4)
         assert not side.codes[:, :, :group_size].any()
@@ -210,8 +232,27 @@ def test_append_step_by_step(kernels, bits, group_size, residual, sink, start, s
             assert torch.equal(*read)
 
 
+@pytest.mark.parametrize("head_dim", [64, 96])
+def test_append_with_wide_channels(kernels, head_dim):
+    """The first group chooses the channels on the host; prompt and later groups are packed by the kernels."""
+    options = KIVIOptions(
+        group_size=16, residual_length=16, k_range="minmax", wide_channels=0.25, v_group_size=32, v_range="clipped"
+    )
+    keys, values = make_states(1, 2, 75, head_dim, torch.float16)
+    torch_layer, layer = (PackedLayer.empty(keys, (2, 2), options) for _ in range(2))
+    layer.backend = "triton"
+    for each in (torch_layer, layer):
+        each.append(keys[:, :, :55], values[:, :, :55], [55])
+        for token in range(55, 75):
+            each.append(keys[:, :, token : token + 1], values[:, :, token : token + 1], [1])
+    assert layer.packed == torch_layer.packed == [48]
+    assert layer.counts.tolist() == [[75], [48], [0], [0]]
+    for ours, theirs in zip(layer.tensors().values(), torch_layer.tensors().values()):
+        assert torch.equal(ours, theirs)
+
+
 def test_append_refuses_what_float16_cannot_hold(kernels):
-    options = KIVIOptions(group_size=16, residual_length=0, sink_length=0)
+    options = KIVIOptions(group_size=16, residual_length=0, sink_length=0, k_range="minmax")
     token = torch.full((1, 1, 1, 64), 1e5, device=DEVICE)
     layer = PackedLayer.empty(token, (2, 2), options)
     layer.backend = "triton"
@@ -257,7 +298,7 @@ def test_steps_replayed_from_a_graph_equal_eager_ones(kernels):
     eager, graphed = (PackedLayer.empty(keys, (2, 2), options, max_length=300) for _ in range(2))
     for layer in (eager, graphed):
         layer.backend = "triton"
-        layer.append(keys[:, :, :150], values[:, :, :150], [150])
+        layer.append(keys[:, :, :200], values[:, :, :200], [200])
         layer.device_counts()
 
     def step(layer, q, k, v):
@@ -265,12 +306,12 @@ def test_steps_replayed_from_a_graph_equal_eager_ones(kernels):
         kernels[1].append_token(layer, k, v, [1])
         return out
 
-    still = [t[:, :, 150:151].clone() for t in (query, keys, values)]
+    still = [t[:, :, 200:201].clone() for t in (query, keys, values)]
     step(PackedLayer.empty(keys, (2, 2), options, max_length=300), *still)  # compile outside the capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = step(graphed, *still)
-    for token in range(150, 290):
+    for token in range(200, 290):
         now = [t[:, :, token : token + 1] for t in (query, keys, values)]
         expected = kernels[0].attend(*now, eager, 128**-0.5, [1])
         eager.append(*now[1:], [1])

@@ -43,7 +43,7 @@ from modules.packed_state import FULL_PRECISION_BITS, PackedLayer
 _MAX_ROWS = 8
 _MIN_TILE = 128  # tokens of a tile: its scores and weights stay in the first-level cache
 _DENSE_TILES = 2  # what the full-precision tokens count for when tiles are shared out
-_MANY_ROWS = 64  # query rows a KV head from which torch's matrix products are faster
+_MANY_ROWS = 1 << 12  # query rows a KV head above which torch attends: the shares would take too much memory
 _SERIAL_WORK = 1 << 21  # multiply-adds below which starting threads costs more than it saves
 
 
@@ -396,14 +396,14 @@ def _accumulate_dense(typingctx, plan, values, count, weights, offsets, decay, s
 _FIELDS = (
     "BATCH KV_HEADS GROUP QUERIES "
     "QUERY QUERY_BATCH QUERY_HEAD QUERY_TOKEN "  # address, strides in bytes
-    "NEW_KEY NEW_KEY_BATCH NEW_KEY_HEAD NEW_KEY_TOKEN NEW_VALUE NEW_VALUE_BATCH NEW_VALUE_HEAD NEW_VALUE_TOKEN "
+    "NEW_KEY NEW_KEY_BATCH NEW_KEY_HEAD NEW_VALUE NEW_VALUE_BATCH NEW_VALUE_HEAD "
     "K_CODES K_SCALE K_MINIMUM K_SINKS K_WINDOW V_CODES V_SCALE V_MINIMUM V_SINKS V_WINDOW "
     "CAPACITY SINKS RING ROW_TILES SPLITS"
 ).split()
 (
     BATCH, KV_HEADS, GROUP, QUERIES,
     QUERY, QUERY_BATCH, QUERY_HEAD, QUERY_TOKEN,
-    NEW_KEY, NEW_KEY_BATCH, NEW_KEY_HEAD, NEW_KEY_TOKEN, NEW_VALUE, NEW_VALUE_BATCH, NEW_VALUE_HEAD, NEW_VALUE_TOKEN,
+    NEW_KEY, NEW_KEY_BATCH, NEW_KEY_HEAD, NEW_VALUE, NEW_VALUE_BATCH, NEW_VALUE_HEAD,
     K_CODES, K_SCALE, K_MINIMUM, K_SINKS, K_WINDOW, V_CODES, V_SCALE, V_MINIMUM, V_SINKS, V_WINDOW,
     CAPACITY, SINKS, RING, ROW_TILES, SPLITS,
 ) = range(len(_FIELDS))  # fmt: skip
@@ -648,12 +648,12 @@ def _run(plan: Plan, query, key, value, layer: PackedLayer, scaling: float, new_
     threads = allowed_threads() if work > _SERIAL_WORK else 1
     splits = _splits(units, -(-packed // plan.tile_tokens) + _DENSE_TILES, threads)
 
-    tensors = [t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value)]
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    key, value = (t if _tokens_lie_side_by_side(t) else t.contiguous() for t in (key, value))
     stored = [t if t is None or t.is_contiguous() else t.contiguous() for side in layer.sides for t in _stored(side)]
     call = [batch, kv_heads, group, length]
-    for t in tensors:
-        call.append(t.data_ptr())
-        call += [stride * t.element_size() for stride in t.stride()[:3]]
+    for t, strides in ((query, 3), (key, 2), (value, 2)):
+        call += [t.data_ptr(), *(stride * t.element_size() for stride in t.stride()[:strides])]
     call += [0 if t is None else t.data_ptr() for t in stored]
     call += [layer.key.capacity, layer.sink_length, layer.ring, row_tiles, splits]
 
@@ -662,6 +662,10 @@ def _run(plan: Plan, query, key, value, layer: PackedLayer, scaling: float, new_
     partial = buffer("partial", units * splits, plan.partial_floats)
     with numba_threads(threads):
         _compiled(plan)(plan, np.array(call), scaling * math.log2(math.e), lengths, scratch, partial, out.numpy())
+
+
+def _tokens_lie_side_by_side(states: torch.Tensor) -> bool:
+    return states.stride(3) == 1 and (states.shape[2] == 1 or states.stride(2) == states.shape[3])
 
 
 def _stored(side) -> tuple:

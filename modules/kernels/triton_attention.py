@@ -31,6 +31,7 @@ from modules.packed_state import FULL_PRECISION_BITS, PackedLayer, PackedSide
 LOG2_E = 1.4426950408889634
 HEAD_DIMS = (64, 96, 128, 256)
 GROUP_SIZES = (16, 32, 64, 128)
+MAX_WIDE = 64
 FORCE_PLAIN = False  # for tests: no inline assembly on a GPU either
 _STEPS = (
     (3, 64),
@@ -102,15 +103,15 @@ def _mask_two_asm(shift):
 
 
 @triton.jit
-def _two_planes_of_bytes(x, second, MASK: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
-    """`_codes_of_bytes` where columns marked `second` hold the next plane of the same bytes."""
-    mask = tl.broadcast_to(tl.where(second, MASK << BITS, MASK).to(tl.uint8), x.shape)
+def _masked_bytes(x, mask, ASM: tl.constexpr):
+    """`_codes_of_bytes` with a mask for every column, where several planes of the same bytes lie side by side."""
+    masks = tl.broadcast_to(mask.to(tl.uint8), x.shape)
     if ASM:
         return tl.inline_asm_elementwise(
-            _spread_two_asm(), "=r,=r,r,r", [x, mask], dtype=tl.float16, is_pure=True, pack=4
+            _spread_two_asm(), "=r,=r,r,r", [x, masks], dtype=tl.float16, is_pure=True, pack=4
         )
     else:
-        return (x & mask).to(tl.int16).to(tl.float16, bitcast=True)
+        return (x & masks).to(tl.int16).to(tl.float16, bitcast=True)
 
 
 @triton.jit
@@ -186,8 +187,9 @@ def _weigh_codes(
 
 @triton.jit
 def _attend_codes(
-    q, q_offsets, q_real, k_codes, k_scale, k_minimum, v_codes, v_scale, v_minimum, part, ml, packed, first, last, factor,
-    D: tl.constexpr, D_PAD: tl.constexpr, G: tl.constexpr, N: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
+    q, q_offsets, q_real, k_codes, k_scale, k_minimum, k_extra, k_wide, v_codes, v_scale, v_minimum, part, ml, packed, first, last, factor,
+    D: tl.constexpr, D_PAD: tl.constexpr, G: tl.constexpr, VALUE_G: tl.constexpr, WIDE: tl.constexpr,
+    WIDE_PAD: tl.constexpr, N: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
     K_SEG: tl.constexpr, K_SEG_PAD: tl.constexpr, K_FOLD: tl.constexpr, V_SEG: tl.constexpr, V_COLS: tl.constexpr,
     V_FOLD: tl.constexpr, META_PER_WORD: tl.constexpr,
     T: tl.constexpr, U: tl.constexpr, WARPS: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr,
@@ -198,7 +200,7 @@ def _attend_codes(
     K_PLANES: tl.constexpr = D // K_WIDTH // K_FOLD  # a product takes K_FOLD planes at once
     V_PLANES: tl.constexpr = D // V_WIDTH // V_FOLD
     V_PARTS: tl.constexpr = 2 if V_BITS < 16 else 1  # bytes of an int16
-    GROUPS: tl.constexpr = D // G
+    GROUPS: tl.constexpr = D // VALUE_G
     BATCH: tl.constexpr = U * WARPS
 
     j = tl.arange(0, K_SEG_PAD)
@@ -226,6 +228,23 @@ def _attend_codes(
                 scaled_queries += (tl.broadcast_to(scaled, [BATCH, K_SEG_PAD, N]),)
                 x = x.to(tl.float16)
             queries += (tl.broadcast_to(x, [BATCH, K_SEG_PAD, N]),)
+
+    if WIDE > 0:
+        # The low bits of the wide keys, all four planes of their bytes side by side: (q∘scale/4)·low.
+        number = tl.arange(0, WIDE_PAD)
+        is_wide = number < WIDE
+        low_byte, low_plane = number % (WIDE // 4), number // (WIDE // 4)
+        low_plane = tl.minimum(low_plane, 3)
+        low_mask = tl.full([WIDE_PAD], 3, tl.int32) << (2 * low_plane)
+        wide_channel = tl.load(k_wide + number, mask=is_wide, other=0).to(tl.int32)
+        y = tl.load(
+            q + q_offsets[None, None, :] + wide_channel[None, :, None],
+            mask=q_real[None, None, :] & is_wide[None, :, None],
+            other=0.0,
+        )
+        low_unit = 0.25 / (tl.full([WIDE_PAD], 1, tl.int32) << (2 * low_plane)).to(tl.float32)
+        y = (y.to(tl.float32) * inverse[None, None, :] * low_unit[None, :, None]).to(tl.float16)
+        wide_query = tl.broadcast_to(y, [BATCH, WIDE_PAD, N])
 
     warp = tl.arange(0, WARPS)
     batch = tl.arange(0, BATCH)
@@ -273,13 +292,23 @@ def _attend_codes(
                         scale = tl.load(k_scale + meta_at + channel, mask=j[None, :] < K_SEG, other=0.0)
                     folded = scaled_queries[seg * K_PLANES + plane] * scale[:, :, None]
                     if K_FOLD == 2:
-                        second = (j >= K_SEG)[None, None, :]
-                        operand = _two_planes_of_bytes(
-                            codes, second, ((1 << K_BITS) - 1) << (2 * K_BITS * plane), K_BITS, ASM
+                        first_mask = ((1 << K_BITS) - 1) << (2 * K_BITS * plane)
+                        operand = _masked_bytes(
+                            codes, tl.where(j < K_SEG, first_mask, first_mask << K_BITS)[None, None, :], ASM
                         )
                     else:
                         operand = _codes_of_bytes(codes, ((1 << K_BITS) - 1) << (K_BITS * plane), ASM)
                     scores = tl.dot(operand, folded, scores)
+            if WIDE > 0:
+                low_at = (
+                    block[:, None, None] * (T * (WIDE // 4))
+                    + token[None, :, None] * (WIDE // 4)
+                    + low_byte[None, None, :]
+                )
+                low_codes = tl.load(k_extra + low_at, mask=is_wide[None, None, :], other=0)
+                low_scale = tl.load(k_scale + (block * T // G)[:, None] * D + wide_channel[None, :])
+                low_operand = _masked_bytes(low_codes, low_mask[None, None, :], ASM)
+                scores = tl.dot(low_operand, wide_query * low_scale[:, :, None], scores)
         else:
             for seg in tl.static_range(K_WIDTH // K_SEG):
                 scores = _dot(tl.load(k_codes + at + seg * K_SEG), queries[seg], scores, ASM)
@@ -322,7 +351,7 @@ def _attend_codes(
                         new_sums += (
                             _weigh_codes(
                                 sums[(seg * V_PLANES + plane) * 2 + half] * decay[:, None, :], pairs, p, words, column,
-                                plane * V_FOLD * V_WIDTH + seg * V_SEG, V_SEG, V_FOLD, plane * V_FOLD, half, V_BITS, G, META_PER_WORD, ASM,
+                                plane * V_FOLD * V_WIDTH + seg * V_SEG, V_SEG, V_FOLD, plane * V_FOLD, half, V_BITS, VALUE_G, META_PER_WORD, ASM,
                             ),
                         )  # fmt: skip
             low = tl.load(
@@ -348,7 +377,7 @@ def _attend_codes(
             result = _merge_warps(sums[i], weights)
             if V_BITS < 16:
                 channel = (i // 2 % V_PLANES) * V_FOLD * V_WIDTH + (i // 2 // V_PLANES) * V_SEG + 2 * column + i % 2
-                mine = (channel // G)[:, None, None] == group16[None, :, None]
+                mine = (channel // VALUE_G)[:, None, None] == group16[None, :, None]
                 offset = tl.sum(tl.where(mine, merged_offsets[None, :, :], 0.0), 1)
                 to_value = tl.where(next_plane > 0, _TWO_24 / (1 << V_BITS), _TWO_24)
                 to_value = to_value * (1.0 / (1 << (V_BITS * V_FOLD * (i // 2 % V_PLANES))))
@@ -442,11 +471,11 @@ def _attend_full(
 
 @triton.jit
 def attend_splits(
-    q, k_new, v_new, k_codes, k_scale, k_minimum, k_sinks, k_window, v_codes, v_scale, v_minimum, v_sinks, v_window,
+    q, k_new, v_new, k_codes, k_scale, k_minimum, k_sinks, k_window, k_extra, k_wide, v_codes, v_scale, v_minimum, v_sinks, v_window,
     counts, new_lengths, part, ml, factor, sequences, capacity, new_tokens, splits, row_blocks,
     q_stride_b, q_stride_h, q_stride_t, k_stride_b, k_stride_h, k_stride_t, v_stride_b, v_stride_h, v_stride_t,
-    D: tl.constexpr, D_PAD: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, G: tl.constexpr, N: tl.constexpr,
-    K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_SEG: tl.constexpr, K_SEG_PAD: tl.constexpr, K_FOLD: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, G: tl.constexpr, VALUE_G: tl.constexpr,
+    WIDE: tl.constexpr, WIDE_PAD: tl.constexpr, N: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr, K_SEG: tl.constexpr, K_SEG_PAD: tl.constexpr, K_FOLD: tl.constexpr,
     V_SEG: tl.constexpr, V_COLS: tl.constexpr, V_FOLD: tl.constexpr, META_PER_WORD: tl.constexpr, FULL_SEG: tl.constexpr, FULL_T: tl.constexpr, SINK: tl.constexpr, RING: tl.constexpr,
     T: tl.constexpr, U: tl.constexpr, WARPS: tl.constexpr, ALL_NEW: tl.constexpr, ASM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -492,9 +521,10 @@ def attend_splits(
         _attend_codes(
             q, q_offsets, q_real,
             k_codes + token0 * k_bytes, k_scale + token0 // G * D, k_minimum + token0 // G * D,
-            v_codes + token0 * v_units, v_scale + token0 * (D // G // META_PER_WORD), v_minimum + token0 * (D // G),
+            k_extra + token0 * (WIDE // 4), k_wide + head64 * WIDE,
+            v_codes + token0 * v_units, v_scale + token0 * (D // VALUE_G // META_PER_WORD), v_minimum + token0 * (D // VALUE_G),
             part, ml, packed, first, tl.minimum(first + share, steps), factor,
-            D, D_PAD, G, N, K_BITS, V_BITS, K_SEG, K_SEG_PAD, K_FOLD, V_SEG, V_COLS, V_FOLD, META_PER_WORD, T, U, WARPS, ASM, STAGES,
+            D, D_PAD, G, VALUE_G, WIDE, WIDE_PAD, N, K_BITS, V_BITS, K_SEG, K_SEG_PAD, K_FOLD, V_SEG, V_COLS, V_FOLD, META_PER_WORD, T, U, WARPS, ASM, STAGES,
         )  # fmt: skip
 
 
@@ -550,20 +580,24 @@ class Shape(NamedTuple):
     group: int  # query heads a KV head
     sink_length: int
     ring: int
+    value_group_size: int
+    wide: int = 0  # key channels with 4 bits
 
     @classmethod
     def of(cls, layer: PackedLayer, heads: int) -> Shape:
         """The shape of attention with `heads` query heads over `layer`."""
         kv_heads, head_dim = layer.key.window.shape[1], layer.key.window.shape[3]
         return cls(
-            head_dim,
-            layer.group_size,
-            layer.key.bits,
-            layer.value.bits,
-            kv_heads,
-            heads // kv_heads,
-            layer.sink_length,
-            layer.ring,
+            head_dim=head_dim,
+            group_size=layer.group_size,
+            k_bits=layer.key.bits,
+            v_bits=layer.value.bits,
+            kv_heads=kv_heads,
+            group=heads // kv_heads,
+            sink_length=layer.sink_length,
+            ring=layer.ring,
+            value_group_size=layer.value.group_size,
+            wide=0 if layer.key.wide is None else layer.key.wide.shape[-1],
         )
 
 
@@ -574,7 +608,7 @@ def _pick_step(shape: Shape, n: int, warps: int, shared: int) -> tuple[int, int]
     minima; operands on their way take 20 bytes a channel and query row (from compiled kernels).
     """
     d, g, k_bits, v_bits = shape[:4]
-    token = d * (k_bits + v_bits) // 8 + 4 * d // g + 2 * d // g + 32
+    token = d * (k_bits + v_bits) // 8 + 4 * d // g + 2 * d // shape.value_group_size + 32 + shape.wide
     for stages, tokens in _STEPS:
         if warps * tokens * token * max(0, stages - 1) + 20 * d * n <= shared // 2 - 1024:
             break
@@ -590,17 +624,18 @@ def tile_constants(shape: Shape, rows: int, shared: int = _SHARED_H100) -> dict[
         shared: bytes of shared memory of a multiprocessor.
     """
     d, g, k_bits, v_bits = shape[:4]
+    v_g = shape.value_group_size
     k_width, v_width = d * min(k_bits, 8) // 8, d * min(v_bits, 8) // 8
     k_seg = next((seg for seg in (32, 16) if k_width % seg == 0), k_width)
     # Planes of 16 bytes (2 bits, 64 channels) fill half a tile: two go into one product.
     k_fold = 2 if k_width == 16 else 1
-    v_fold = 2 if v_width == 16 and g >= 16 else 1
+    v_fold = 2 if v_width == 16 else 1
     if v_bits == FULL_PRECISION_BITS:
         v_seg = v_columns = 32
     else:
-        v_seg = g if v_width % g == 0 and v_fold == 1 else v_width
+        v_seg = v_g if v_width % v_g == 0 and v_fold == 1 else v_width
         v_columns = max(16, triton.next_power_of_2(v_seg // 2))
-    groups = d // g
+    groups = d // v_g
     block_tokens = min(g, 32)
     n = 16 if rows > 8 and d <= 128 else 8
     stages, tokens = _pick_step(shape, n, 4, shared)
@@ -610,6 +645,9 @@ def tile_constants(shape: Shape, rows: int, shared: int = _SHARED_H100) -> dict[
         "KV_HEADS": shape.kv_heads,
         "GROUP": shape.group,
         "G": g,
+        "VALUE_G": v_g,
+        "WIDE": shape.wide,
+        "WIDE_PAD": max(16, triton.next_power_of_2(shape.wide)),
         "N": n,
         "K_BITS": k_bits,
         "V_BITS": v_bits,
@@ -641,6 +679,10 @@ def why_not(layer: PackedLayer) -> str | None:
         return f"group_size={layer.group_size} is not one of {GROUP_SIZES}"
     if head_dim % layer.group_size:
         return f"group_size={layer.group_size} does not divide head_dim={head_dim}"
+    if layer.value.group_size not in GROUP_SIZES or head_dim % layer.value.group_size:
+        return f"v_group_size={layer.value.group_size} is not one of {GROUP_SIZES} that divides head_dim={head_dim}"
+    if layer.key.wide is not None and layer.key.wide.shape[-1] > MAX_WIDE:
+        return f"{layer.key.wide.shape[-1]} wide key channels are more than {MAX_WIDE}"
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"{dtype} is not a type the kernels take"
     return None
@@ -720,8 +762,10 @@ def attend(
     part, ml = scratch[: size * head_dim], scratch[size * head_dim :]
     out = torch.empty(batch, new_tokens, heads, head_dim, dtype=query.dtype, device=query.device)
     per_word = tile["META_PER_WORD"]
+    wide = (counts, counts) if layer.key.wide is None else (layer.key.extra, layer.key.wide)
     attend_splits[(splits + 1, batch * shape.kv_heads, row_blocks)](
-        query, key, value, *_side_tensors(layer.key, per_word), *_side_tensors(layer.value, per_word), counts, fresh, part, ml,
+        query, key, value, *_side_tensors(layer.key, per_word), *wide, *_side_tensors(layer.value, per_word),
+        counts, fresh, part, ml,
         scaling * LOG2_E, batch, layer.key.capacity, new_tokens, splits, row_blocks,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         **tile, ALL_NEW=all_new, ASM=query.is_cuda and not FORCE_PLAIN, num_warps=tile["WARPS"],

@@ -1,0 +1,190 @@
+"""Time of one decode step's attention in one layer on the CPU: packed caches against `DynamicCache` and SDPA.
+
+    python benchmarks/attention_cpu.py --shapes llama-3.1-8b --lengths 8192 32768 --threads 1
+
+All contenders of a row take turns within the same loop, so that what else the machine does hits them alike. The baseline
+is what a stock model does a layer and step: append to a `DynamicCache`, which concatenates everything, then SDPA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import json
+import pathlib
+import platform
+import random
+import statistics
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from transformers import DynamicCache  # noqa: E402
+
+from modules.kivi_options import KIVIOptions  # noqa: E402
+from modules.packed_attention import packed_attention, pick_backend  # noqa: E402
+from modules.packed_state import PackedLayer  # noqa: E402
+
+SHAPES = {"smollm2-135m": (9, 3, 64), "llama-3.1-8b": (32, 8, 128), "qwen2.5-7b": (28, 4, 128)}  # heads, KV heads, size
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def packed_step(backend: str, bits: int, query, key, value, past):
+    """A function that attends with one token over a packed layer holding `past`; the token is not stored."""
+    options = KIVIOptions(k_bits=bits, v_bits=bits, backend=backend)
+    layer = PackedLayer.empty(past[0], (bits, bits), options)
+    layer.backend = pick_backend(backend, layer)
+    layer.append(*past, [past[0].shape[2]])
+    scaling = query.shape[-1] ** -0.5
+    return lambda: packed_attention(query, key, value, layer, scaling)
+
+
+def dense_step(query, key, value, past):
+    """A function that appends one token to a `DynamicCache` holding `past`, attends, and forgets it."""
+    cache = DynamicCache()
+    cache.update(*past, 0)
+    layer = cache.layers[0]
+    kept = layer.keys, layer.values
+
+    def step():
+        keys, values = cache.update(key, value, 0)
+        layer.keys, layer.values = kept
+        return torch.nn.functional.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
+
+    return step
+
+
+def interleaved(steps: dict, seconds: float, most: int) -> dict[str, list[float]]:
+    """Milliseconds of each step, taking turns, for about `seconds` and at most `most` rounds.
+
+    The order changes from round to round: whoever follows a step that reads much finds the CPU's cache empty.
+    """
+    shuffled, order = random.Random(0), list(steps)
+    times = {name: [] for name in steps}
+    for step in steps.values():
+        step()
+        step()
+    end = time.perf_counter() + seconds
+    while len(next(iter(times.values()))) < 5 or (
+        time.perf_counter() < end and len(next(iter(times.values()))) < most
+    ):
+        shuffled.shuffle(order)
+        for name in order:
+            start = time.perf_counter()
+            steps[name]()
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def rows_of(shape: str, length: int, dtype: str, args: argparse.Namespace) -> list[dict]:
+    """One row of results a contender."""
+    heads, kv_heads, head_dim = SHAPES[shape]
+    generator = torch.Generator().manual_seed(0)
+
+    def states(count: int, tokens: int) -> torch.Tensor:
+        return torch.randn(1, count, tokens, head_dim, generator=generator).to(DTYPES[dtype])
+
+    past = states(kv_heads, length), states(kv_heads, length)
+    token = states(heads, 1), states(kv_heads, 1), states(kv_heads, 1)
+    steps = {"DynamicCache+SDPA": dense_step(*token, past)}
+    for backend in args.backends:
+        for bits in args.bits:
+            steps[f"{backend} {bits} bits"] = packed_step(backend, bits, *token, past)
+    times = interleaved(steps, args.seconds, args.rounds)
+    base = statistics.median(times["DynamicCache+SDPA"])
+    rows = []
+    for name, samples in times.items():
+        p20, p50, p80 = (statistics.quantiles(samples, n=10)[i] for i in (1, 4, 7))
+        rows.append(
+            {
+                "shape": shape, "tokens": length, "dtype": dtype, "contender": name, "p20_ms": p20, "p50_ms": p50,
+                "p80_ms": p80, "min_ms": min(samples), "speedup_p50": base / p50, "rounds": len(samples),
+            }
+        )  # fmt: skip
+    return rows
+
+
+def cpu_name() -> str:
+    """The CPU's name as the system gives it."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def environment() -> dict[str, str | int]:
+    """What the numbers depend on."""
+    try:
+        import numba
+
+        numba_version = numba.__version__
+    except ImportError:
+        numba_version = "not installed"
+    return {
+        "date": datetime.date.today().isoformat(),
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "numba": numba_version,
+    }
+
+
+def write(rows: list[dict], about: dict, folder: pathlib.Path) -> pathlib.Path:
+    """`attention_cpu_<threads>threads.json` and `.csv` in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"attention_cpu_{about['threads']}threads.json"
+    path.write_text(json.dumps({"environment": about, "rows": rows}, indent=1) + "\n")
+    with path.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=[*rows[0], *about])
+        writer.writeheader()
+        writer.writerows({**row, **about} for row in rows)
+    return path
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--lengths", nargs="+", type=int, default=[512, 2048, 8192, 32768], help="stored tokens")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
+    parser.add_argument("--backends", nargs="+", choices=["numba", "torch"], default=["numba", "torch"])
+    parser.add_argument("--bits", nargs="+", type=int, choices=[2, 4, 8], default=[2, 4, 8])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch and of Numba")
+    parser.add_argument("--seconds", type=float, default=5.0, help="about how long to measure each row")
+    parser.add_argument("--rounds", type=int, default=200, help="at most this many repetitions")
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS, help="folder of the JSON and CSV")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print and write."""
+    args = parse(argv)
+    torch.set_num_threads(args.threads)
+    about, rows = environment(), []
+    print(", ".join(f"{name} {value}" for name, value in about.items()))
+    print(f"{'shape':14} {'tokens':>6} {'dtype':9} {'':18} {'p20 ms':>8} {'p50 ms':>8} {'p80 ms':>8} {'faster':>7}")
+    for shape in args.shapes:
+        for dtype in args.dtypes:
+            for length in args.lengths:
+                for row in rows_of(shape, length, dtype, args):
+                    rows.append(row)
+                    print(
+                        f"{shape:14} {length:6} {dtype:9} {row['contender']:18} {row['p20_ms']:8.3f} {row['p50_ms']:8.3f} "
+                        f"{row['p80_ms']:8.3f} {row['speedup_p50']:6.1f}x",
+                        flush=True,
+                    )
+    print(f"written to {write(rows, about, args.out)} and .csv")
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()
