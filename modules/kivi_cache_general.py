@@ -148,7 +148,13 @@ class KIVICacheLayer(CacheLayerMixin):
         return step.as_given(self.state.rotate(out))
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, step: Step | None = None, **kwargs: Any
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        *args: Any,
+        step: Step | None = None,
+        query: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Store new tokens and return all keys and values, the past dequantized: `[B, H, columns, D]`.
 
@@ -156,10 +162,10 @@ class KIVICacheLayer(CacheLayerMixin):
         """
         step = step or Step.of(None, key_states.shape[0], key_states.shape[2])
         if self.columns == 0:
-            self.append(key_states, value_states, step)
+            self.append(key_states, value_states, step, query)
             return key_states, value_states
         past = [self._dense(self.state.key), self.state.rotate(self._dense(self.state.value))]
-        self.append(key_states, value_states, step)
+        self.append(key_states, value_states, step, query)
         return tuple(torch.cat([old, new], dim=2) for old, new in zip(past, (key_states, value_states)))
 
     def _dense(self, side) -> torch.Tensor:
@@ -384,15 +390,6 @@ class KIVICache(Cache):
         out = layer.attend(query, key_states, value_states, scaling, step)
         layer.offload()
         return out
-
-    def append(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, query: torch.Tensor | None = None
-    ) -> None:
-        """`KIVICacheLayer.append` for one layer, in the current step."""
-        step = self._step or Step.of(None, key_states.shape[0], key_states.shape[2])
-        self.layers[layer_idx].append(key_states, value_states, step, query)
-        if self.offloading:
-            self.layers[layer_idx].offload()
 
     def get_cache_info(self) -> dict[str, Any]:
         """What is stored, counted from the tensors: tokens, bytes by part, bits an element as stored and nominal."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -52,21 +52,29 @@ class KIVIConfigMixin(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)
-        check_config(self)
+        check_fields(self)
 
 
 def check_config(config: PreTrainedConfig) -> None:
-    """Give a config the KIVI fields it lacks and raise `ValueError` for one that is not allowed."""
+    """Give a config the KIVI fields it lacks and raise `ValueError` for one that is not allowed or does not fit."""
     for name, default in FIELD_DEFAULTS.items():
         if not hasattr(config, name):
             setattr(config, name, default)
-    options = KIVIOptions.from_config(config)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    options.check_head_dim(head_dim)
+    options = check_fields(config)
+    options.check_head_dim(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     options.bits_of_layer(0, config.num_hidden_layers)
+
+
+def check_fields(config: PreTrainedConfig) -> KIVIOptions:
+    """The options of a config; `ValueError` for a value that no model could have.
+
+    Whether they fit the model is for `check_config`: `from_pretrained` sets its arguments one by one, after construction.
+    """
+    options = KIVIOptions.from_config(config)
     chunk = config.prefill_chunk
     if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
         raise ValueError(f"prefill_chunk must be a whole number of tokens, 1 or more, or None; got {chunk!r}.")
+    return options
 
 
 def packed_layer(cache: Cache | None, layer_idx: int) -> KIVICacheLayer | None:
@@ -79,7 +87,8 @@ class KIVIAttentionMixin:
     """Attention over a `KIVICache`; with any other cache, or none, the stock attention.
 
     The first tokens of an empty cache attend in full precision through transformers' own SDPA or flash function and are
-    then packed; later ones attend over the codes. With "eager" attention, the stock forward runs on dequantized states.
+    then packed; later ones attend over the codes, except with "eager" attention, which runs on dequantized states and can
+    give its weights.
     """
 
     def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -96,7 +105,7 @@ class KIVIAttentionMixin:
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         layer = packed_layer(past_key_values, self.layer_idx)
-        if layer is None or self.config._attn_implementation == "eager":
+        if layer is None:
             return super().forward(
                 hidden_states=hidden_states,
                 position_embeddings=position_embeddings,
@@ -106,15 +115,16 @@ class KIVIAttentionMixin:
             )
         query, key, value = self.project(hidden_states)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        if layer.get_seq_length() == 0:
-            attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-                self.config._attn_implementation, eager_attention_forward
+        implementation, weights = self.config._attn_implementation, None
+        if layer.get_seq_length() == 0 or implementation == "eager":
+            keys, values = past_key_values.update(key, value, self.layer_idx, query=query)
+            attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+            attended, weights = attend(
+                self, query, keys, values, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
             )
-            attended, _ = attend(self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
-            past_key_values.append(key, value, self.layer_idx, query)
         else:
             attended = past_key_values.attend(query, key, value, self.layer_idx, self.scaling)
-        return self.o_proj(attended.reshape(*hidden_states.shape[:-1], -1).contiguous()), None
+        return self.o_proj(attended.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
 
 
 class KIVIFlashMixin:
@@ -320,7 +330,7 @@ class KIVIForCausalLMMixin:
             model_kwargs["past_key_values"].activate_past_recording()
 
 
-def load_kivi(families: dict[str, type], name: str, **kwargs: Any) -> tuple[Any, Any]:
+def load_kivi(families: Mapping[str, type], name: str, **kwargs: Any) -> tuple[Any, Any]:
     """Load a checkpoint of one of `families` (model type to KIVI class) and its tokenizer.
 
     Raises:

@@ -30,7 +30,7 @@ SMALL = {"group_size": 16, "residual_length": 32}  # flushes often
 
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM, LlamaKIVIConfig, LlamaForCausalLM_KIVI, {"head_dim": 32}),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM, Qwen2KIVIConfig, Qwen2ForCausalLM_KIVI, {}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, Qwen2KIVIConfig, Qwen2ForCausalLM_KIVI, {"hidden_size": 192}),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, Qwen3KIVIConfig, Qwen3ForCausalLM_KIVI, {"head_dim": 48}),
 }
 REAL_MODELS = {"llama": "smollm2-135m-instruct", "qwen2": "qwen2.5-coder-0.5b-instruct"}
@@ -45,11 +45,11 @@ def make_pair(family: str, **options):
     """A stock model of random weights and the KIVI model with the same ones."""
     config_class, stock_class, kivi_config_class, kivi_class, extra = FAMILIES[family]
     torch.manual_seed(0)
-    stock = stock_class(config_class(**SIZES, **extra)).eval()
+    stock = stock_class(config_class(**{**SIZES, **extra})).eval()
     for name, parameter in stock.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(parameter, std=0.5)  # Qwen2's biases are what breaks other schemes
-    kivi = kivi_class(kivi_config_class(**SIZES, **extra, **SMALL, **options)).eval()
+    kivi = kivi_class(kivi_config_class(**{**SIZES, **extra, **SMALL, **options})).eval()
     kivi.load_state_dict(stock.state_dict())
     return stock, kivi
 

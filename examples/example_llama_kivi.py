@@ -1,0 +1,8 @@
+"""Llama with a packed KIVI cache: `python example_llama_kivi.py --demo memory` (`--help` lists the others)."""
+
+import sys
+
+from demos import main
+
+if __name__ == "__main__":
+    sys.exit(main("llama"))

@@ -1,0 +1,75 @@
+"""What `docs/quality.md` is made of, so that one command measures it anew."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+MODELS_VARIABLE = "KIVI_MODELS"
+MODELS_FOLDER = "~/.cache/kivi-models"
+SMOLLM2 = "smollm2-135m-instruct"
+QWEN = "qwen2.5-coder-0.5b-instruct"
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One measurement of the page.
+
+    Attributes:
+        name: on the command line and in the file name of its result.
+        model: folder of the model.
+        text: what goes through the caches, or the filler.
+        tokens: of the text; lengths: of the passkey prompts, which make it a passkey step.
+        candidates: name of a set of candidates; peers: transformers' own quantized caches too.
+    """
+
+    name: str
+    model: str
+    text: str = "prose"
+    tokens: int = 3072
+    candidates: str = "short"
+    peers: bool = True
+    lengths: tuple[int, ...] = ()
+
+    @property
+    def file(self) -> str:
+        """Name of the result's file."""
+        return f"quality-{self.name}.json"
+
+
+PLAN = [
+    Step("smollm2-prose", SMOLLM2, candidates="grid"),
+    Step("qwen-prose", QWEN),
+    Step("qwen-code", QWEN, text="code", peers=False),
+    Step("qwen-passkey-2000", QWEN, lengths=(2000,)),
+]
+LONG = [
+    Step("qwen-passkey-4000", QWEN, lengths=(4000,)),
+    Step("qwen-passkey-8000", QWEN, lengths=(8000,)),
+]
+
+
+def steps(names: list[str]) -> list[Step]:
+    """The steps of these names, "all" standing for those of the page that take minutes.
+
+    Raises:
+        ValueError: for a name that there is not.
+    """
+    known = {step.name: step for step in PLAN + LONG}
+    for name in names:
+        if name != "all" and name not in known:
+            raise ValueError(f"there is no measurement {name!r}; there are all, {', '.join(known)}.")
+    return PLAN if "all" in names else [known[name] for name in names]
+
+
+def models_folder(given: str | None = None) -> Path:
+    """Where the models of the plan lie: `given`, the variable `KIVI_MODELS`, or `~/.cache/kivi-models`.
+
+    Raises:
+        ValueError: where there is no such folder.
+    """
+    folder = Path(given or os.environ.get(MODELS_VARIABLE) or MODELS_FOLDER).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder of models at {folder}; set {MODELS_VARIABLE} or give --models.")
+    return folder
