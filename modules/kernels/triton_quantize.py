@@ -21,7 +21,7 @@ _ROUNDS = tl.constexpr(LSQ_ROUNDS)
 _START = tl.constexpr(LSQ_START)
 _MARGIN = tl.constexpr((1 - CLIPPED) / 2)
 _HALF_EVEN = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding and taking it off rounds a small float32 to an integer
-_COLUMNS = 32  # bytes of a token a program packs
+_COLUMNS = 16  # bytes of a token a program packs; with 32 the fit of wide channels spills
 _TOKENS = 32  # tokens whose values are packed at a time
 
 
