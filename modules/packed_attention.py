@@ -7,6 +7,7 @@ here, runs on any device and is what the others are tested against.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import math
 import warnings
 
@@ -57,15 +58,23 @@ def pick_backend(wanted: str, layer: PackedLayer) -> str:
     device = layer.key.codes.device.type
     if wanted == "torch":
         return "torch"
-    if wanted == "auto":
-        return _pick_for_cpu() if device == "cpu" and layer.key.extra is None else "torch"
+    if wanted == "auto" and device == "cpu":
+        return _pick_for_cpu() if layer.key.extra is None else "torch"
+    if wanted in ("auto", "triton"):
+        problem = _triton_problem(layer)
+        if problem is None:
+            return "triton"
+        if wanted == "triton":
+            raise ValueError(f"backend='triton' cannot run here: {problem}; use 'auto' or 'torch'.")
+        warnings.warn(f"KIVI attends with plain torch, much slower than its kernels for GPUs, because {problem}.", stacklevel=2)
+        return "torch"
     if wanted == "numba":
         if device != "cpu":
             raise ValueError(f"backend='numba' runs on the CPU, not on {device!r}; use 'auto' or 'torch'.")
         if problem := _numba_problem():
             raise ValueError(f"backend='numba': {problem}; `pip install numba`, or use 'auto' or 'torch'.")
         return "numba"
-    raise ValueError(f"backend={wanted!r} is not available here; use 'auto', 'numba' or 'torch'.")
+    raise ValueError(f"backend={wanted!r} is not one of 'auto', 'torch', 'numba', 'triton'.")
 
 
 @functools.cache
@@ -94,6 +103,25 @@ def _attend_numba(*args) -> torch.Tensor:
     from modules.kernels.numba_attention import attend  # takes a second to import; many never need it
 
     return attend(*args)
+
+
+def _triton_problem(layer: PackedLayer) -> str | None:
+    """What keeps the Triton kernels from attending over `layer`; None where nothing does."""
+    if not layer.key.window.is_cuda:
+        return f"the cache is on {layer.key.window.device.type!r} and the kernels need a GPU"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    from modules.kernels import triton_attention
+
+    return triton_attention.why_not(layer)
+
+
+def _attend_triton(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: PackedLayer, scaling: float, new_lengths: list[int]
+) -> torch.Tensor:
+    from modules.kernels import triton_attention  # imported where it runs: a CPU needs no triton
+
+    return triton_attention.attend(query, key, value, layer, scaling, new_lengths)
 
 
 def _attend_torch(
@@ -263,4 +291,4 @@ class _OnlineSoftmax:
         return self.sum / self.total
 
 
-_ATTEND = {"torch": _attend_torch, "numba": _attend_numba}
+_ATTEND = {"torch": _attend_torch, "numba": _attend_numba, "triton": _attend_triton}

@@ -184,6 +184,8 @@ class PackedLayer:
             there are none to choose.
         rotates: values are stored times a Hadamard matrix.
         backend: what attends over the layer: "torch", "numba" or "triton".
+        counts: `lengths`, `packed` and two rows for the kernels, int32 `[4, B]` on the layer's device, for
+            kernels; None until `device_counts` is called and whenever the lists were changed without it.
     """
 
     key: PackedSide
@@ -197,6 +199,7 @@ class PackedLayer:
     query_energy: torch.Tensor | None = None
     rotates: bool = False
     backend: str = "torch"
+    counts: torch.Tensor | None = None
 
     @classmethod
     def empty(
@@ -236,6 +239,13 @@ class PackedLayer:
     def batch_size(self) -> int:
         return len(self.lengths)
 
+    def device_counts(self) -> torch.Tensor:
+        """`counts`, made from the lists where it is not in step with them."""
+        if self.counts is None:
+            rows = [self.lengths, self.packed, [0] * self.batch_size, [0] * self.batch_size]
+            self.counts = torch.tensor(rows, dtype=torch.int32, device=self.key.window.device)
+        return self.counts
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor of the layer, by a dotted name."""
         named = {f"key.{name}": t for name, t in self.key.tensors().items()}
@@ -261,6 +271,10 @@ class PackedLayer:
     def _packed_after(self, length: int, packed: int) -> int:
         whole = (length - self.sink_length - self.residual_length) // self.group_size * self.group_size
         return max(packed, whole)
+
+    def packed_after_append(self) -> list[int]:
+        """Packed tokens of each sequence once all groups that `lengths` fill are packed."""
+        return [self._packed_after(length, packed) for length, packed in zip(self.lengths, self.packed)]
 
     def uniform_rows(self, new_lengths: list[int]) -> Iterator[tuple[slice, int]]:
         """Slices of the batch whose sequences hold and receive equally many tokens, with that number of new ones."""
@@ -305,10 +319,17 @@ class PackedLayer:
         """Store new tokens `[B, H, q, D]`, values rotated; of sequence `b` the first `new_lengths[b]` count. Packs full
         groups. The caller has called `check_new`."""
         self._make_room(new_lengths)
-        for rows, count in list(self.uniform_rows(new_lengths)):
-            self._append_rows(rows, key[rows, :, :count], value[rows, :, :count])
+        stored = False
+        if self.backend == "triton":
+            from modules.kernels.triton_quantize import append_token
+
+            stored = append_token(self, key, value, new_lengths)
+        if not stored:
+            self.counts = None
+            for rows, count in list(self.uniform_rows(new_lengths)):
+                self._append_rows(rows, key[rows, :, :count], value[rows, :, :count])
         self.lengths = [old + new for old, new in zip(self.lengths, new_lengths)]
-        self.packed = [self._packed_after(length, packed) for length, packed in zip(self.lengths, self.packed)]
+        self.packed = self.packed_after_append()
 
     def _make_room(self, new_lengths: list[int]) -> None:
         need = max(
@@ -337,11 +358,19 @@ class PackedLayer:
                 groups = torch.cat(groups, dim=2) if slots else groups[-1]
                 groups = groups[:, :, : packed_after - packed]
                 if side.wide is not None and not packed:
-                    count = side.wide.shape[-1]
-                    side.wide[rows] = choose_wide(groups, count, self.group_size, self.query_energy[rows])
-                side.write(rows, packed, side.quantize(groups, rows, self.backend))
+                    chosen = choose_wide(groups, side.wide.shape[-1], self.group_size, self.query_energy[rows])
+                    side.wide[rows] = chosen
+                self._pack(side, rows, packed, groups)
             first = max(0, packed_after - stored)  # earlier ones of `rest` are packed already
             self._write_ring(side, rows, stored + first, rest[:, :, first:])
+
+    def _pack(self, side: PackedSide, rows: slice, start: int, states: torch.Tensor) -> None:
+        if self.backend == "triton" and side.bits != FULL_PRECISION_BITS:
+            from modules.kernels.triton_quantize import pack_groups
+
+            pack_groups(side, rows, start, states)
+        else:
+            side.write(rows, start, side.quantize(states, rows, self.backend))
 
     def _write_ring(self, side: PackedSide, rows: slice, token: int, states: torch.Tensor) -> None:
         done = 0
@@ -366,6 +395,7 @@ class PackedLayer:
 
         A group that is cut is dequantized into the window, from where it is packed again when the window is full.
         """
+        self.counts = None
         for row, length in enumerate(lengths):
             after_sinks = max(0, length - self.sink_length)
             if after_sinks < self.packed[row]:
@@ -382,6 +412,7 @@ class PackedLayer:
         order = index.tolist()
         if order == list(range(self.batch_size)):
             return
+        self.counts = None
         for side in self.sides:
             for name, t in side.tensors().items():
                 setattr(side, name, t.index_select(0, index.to(t.device)))
@@ -392,6 +423,7 @@ class PackedLayer:
 
     def to(self, device: torch.device | str) -> None:
         """Move every tensor to `device`."""
+        self.counts = None
         for side in self.sides:
             for name, t in side.tensors().items():
                 setattr(side, name, t.to(device, non_blocking=True))
@@ -405,7 +437,7 @@ class PackedLayer:
         """
         saved = copy.copy(self)
         saved.key, saved.value = copy.copy(self.key), copy.copy(self.value)
-        saved.lengths, saved.packed = list(self.lengths), list(self.packed)
+        saved.lengths, saved.packed, saved.counts = list(self.lengths), list(self.packed), None
         if new_tokens > 1:
             for side in self.sides:
                 side.window = side.window.clone()

@@ -1,0 +1,315 @@
+"""Compile every Triton kernel for GPUs that need not be present, and read the machine code.
+
+    python benchmarks/compile_report.py                       # the table of docs, a few minutes on one core
+    python benchmarks/compile_report.py --quick --arch 90     # the variants people run most
+    python benchmarks/compile_report.py --json report.json --check
+
+Columns: registers a thread; bytes spilled (stack and local memory); static plus dynamic shared memory; widest copy of
+codes from global memory in bytes a thread; and, for attention, instructions per code: the SASS instructions of the main
+loop's body (from the target of its backward branch to that branch, every instruction counted, `NOP` too) over the codes a
+thread accounts for in one iteration. An iteration of a warp covers `U*T` tokens, keys and values, so a thread's share is
+`2*U*T*D/32` codes. Both sides are in the loop, so the figure is the mean of keys and values.
+
+`--check` exits with 1 where a kernel spills, copies codes in less than 16 bytes a thread, or spends more than 4
+instructions per code in the reference variant (2 bits, head 128, 4 query heads a KV head, sm_90).
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from modules.kernels import triton_attention, triton_quantize  # noqa: E402
+
+ARCHITECTURES = (80, 90, 100)
+SHARED = {80: 167936, 86: 102400, 89: 102400, 90: 233472, 100: 233472, 120: 102400}  # bytes a multiprocessor
+TYPES = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}
+_BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_INSTRUCTION = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(.*?);")
+MOST_PER_CODE = 4.0
+
+
+@dataclasses.dataclass
+class Compiled:
+    """What the compiler made of one kernel variant."""
+
+    kernel: str
+    variant: str
+    arch: int
+    registers: int
+    spilled: int
+    shared: int
+    copy_bytes: int
+    loop: int | None = None
+    per_code: float | None = None
+    opcodes: dict[str, int] | None = None
+
+    def row(self) -> list[str]:
+        per_code = "" if self.per_code is None else f"{self.per_code:.2f}"
+        loop = "" if self.loop is None else str(self.loop)
+        return [
+            self.kernel,
+            self.variant,
+            f"sm_{self.arch}",
+            *map(str, (self.registers, self.spilled, self.shared, self.copy_bytes)),
+            loop,
+            per_code,
+        ]
+
+
+HEADER = [
+    "kernel",
+    "variant",
+    "target",
+    "registers",
+    "spilled bytes",
+    "shared bytes",
+    "copy bytes",
+    "loop instructions",
+    "per code",
+]
+
+
+def compile_kernel(
+    kernel, types: dict[str, str], constants: dict[str, object], arch: int, options: dict[str, int], unaligned=()
+):
+    """Compile a jitted kernel as a launch would with pointers and sizes that are multiples of 16."""
+    signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
+    aligned = [
+        index
+        for index, name in enumerate(kernel.arg_names)
+        if name not in constants
+        and name not in unaligned
+        and (signature[name].startswith("*") or signature[name] == "i32")
+    ]
+    attributes = {(index,): [["tt.divisibility", 16]] for index in aligned}
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def _tool(name: str, *arguments: str) -> str:
+    return subprocess.run([_BIN / name, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def machine_code(cubin: bytes) -> tuple[dict[str, int], list[tuple[int, str]]]:
+    """Resources (`REG`, `STACK`, `LOCAL`, `SHARED`) and the instructions with their addresses."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
+        sass = _tool("cuobjdump", "--dump-sass", file.name)
+    resources = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage)}
+    lines = [match for line in sass.splitlines() if (match := _INSTRUCTION.match(line))]
+    return resources, [(int(match[1], 16), match[2].strip()) for match in lines]
+
+
+def opcode(instruction: str) -> str:
+    """The opcode, without its predicate."""
+    return re.sub(r"^@!?U?P\w+\s+", "", instruction).split()[0]
+
+
+def loops(instructions: list[tuple[int, str]]) -> list[list[str]]:
+    """Bodies of the innermost loops: what lies between the target of a backward branch and the branch."""
+    spans = []
+    for address, text in instructions:
+        target = re.search(r"BRA\S*.*?0x([0-9a-f]+)", text)
+        if target and int(target[1], 16) < address:
+            spans.append((int(target[1], 16), address))
+    inner = [a for a in spans if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
+    return [[text for address, text in instructions if low <= address <= high] for low, high in inner]
+
+
+def copy_width(instructions: list[tuple[int, str]]) -> int:
+    """Bytes of the widest load from global memory, asynchronous copies included."""
+    widths = [32]
+    for _, text in instructions:
+        if opcode(text).startswith(("LDG", "LDGSTS")):
+            widths += [int(w) for w in re.findall(r"\.(64|128|256)\b", opcode(text))]
+    return max(widths) // 8
+
+
+def describe(kernel: str, variant: str, arch: int, compiled) -> tuple[Compiled, list[tuple[int, str]]]:
+    """The row of a compiled kernel and its instructions."""
+    resources, instructions = machine_code(compiled.asm["cubin"])
+    spilled = resources.get("STACK", 0) + resources.get("LOCAL", 0)
+    shared = max(resources.get("SHARED", 0), compiled.metadata.shared)
+    return Compiled(kernel, variant, arch, resources["REG"], spilled, shared, copy_width(instructions)), instructions
+
+
+def attention(shape: triton_attention.Shape, rows: int, dtype: str, arch: int) -> Compiled:
+    """Compile `attend_splits`; the main loop is the one with most tensor-core instructions on packed codes."""
+    tile = triton_attention.tile_constants(shape, rows, SHARED[arch])
+    states = TYPES[dtype]
+    words = {1: "*i16", 2: "*i32", 4: "*i64"}[tile["META_PER_WORD"]]
+    types = dict.fromkeys(triton_attention.attend_splits.arg_names, "i32")
+    types |= dict.fromkeys(("q", "k_new", "v_new", "k_sinks", "k_window", "v_sinks", "v_window"), states)
+    types |= {"k_codes": "*u8" if shape.k_bits < 16 else states, "v_codes": "*i16" if shape.v_bits < 16 else states}
+    types |= dict.fromkeys(("k_scale", "k_minimum"), "*fp16" if shape.k_bits < 16 else states)
+    types |= {"v_scale": words if shape.v_bits < 16 else states, "v_minimum": "*fp16" if shape.v_bits < 16 else states}
+    types |= {"k_extra": "*u8", "k_wide": "*i64"}
+    types |= {"counts": "*i32", "new_lengths": "*i32", "part": "*fp32", "ml": "*fp32", "factor": "fp32"}
+    constants = tile | {"ALL_NEW": True, "ASM": True}
+    options = {"num_warps": tile["WARPS"]}
+    numbers = ("sequences", "new_tokens", "splits", "row_blocks")
+    compiled = compile_kernel(triton_attention.attend_splits, types, constants, arch, options, unaligned=numbers)
+    name = f"K{shape.k_bits} V{shape.v_bits} D{shape.head_dim} G{shape.group_size}/{shape.value_group_size} W{shape.wide} {dtype}, {rows} rows"
+    result, instructions = describe("attend_splits", name, arch, compiled)
+    # The loop over codes masks them; the loop over full-precision tokens does not.
+    body = max(loops(instructions), key=lambda b: sum(opcode(t).startswith(("LOP3", "LDGSTS")) for t in b))
+    result.loop = len(body)
+    result.per_code = len(body) / (2 * tile["U"] * tile["T"] * shape.head_dim / 32)
+    result.opcodes = dict(collections.Counter(opcode(text) for text in body).most_common())
+    return result
+
+
+def combination(head_dim: int, dtype: str, arch: int) -> Compiled:
+    """Compile `combine_splits`."""
+    names = triton_attention.combine_splits.arg_names
+    types = dict.fromkeys(names, "i32") | {"part": "*fp32", "ml": "*fp32", "new_lengths": "*i32", "out": TYPES[dtype]}
+    constants = dict(
+        KV_HEADS=8, GROUP=4, D=head_dim, D_PAD=triton.next_power_of_2(head_dim), N=8, BLOCK=16, ALL_NEW=True
+    )
+    numbers = ("parts", "row_blocks", "new_tokens")
+    compiled = compile_kernel(
+        triton_attention.combine_splits, types, constants, arch, {"num_warps": 4}, unaligned=numbers
+    )
+    return describe("combine_splits", f"D{head_dim} {dtype}", arch, compiled)[0]
+
+
+def packing(what: str, bits: int, method: str, head_dim: int, group_size: int, arch: int, wide: int = 0) -> Compiled:
+    """Compile `pack_states` for the keys or the values."""
+    types = dict.fromkeys(triton_quantize.pack_states.arg_names, "i32")
+    types |= {"states": "*bf16", "codes": "*u8", "scale": "*fp16", "minimum": "*fp16", "mark": "*i32"}
+    types |= {"extra": "*u8", "wide": "*i64"}
+    constants = {"KEYS": what == "keys", "D": head_dim, "G": group_size, "BITS": bits, "METHOD": method}
+    constants |= {"WIDE": wide, "WIDE_PAD": max(4, wide)} | triton_quantize.tiles(head_dim, bits, 32)
+    options = {"num_warps": 4}
+    compiled = compile_kernel(
+        triton_quantize.pack_states, types, constants, arch, options, unaligned=("heads", "first_token")
+    )
+    return describe("pack_states", f"{what} {bits} bits {method} D{head_dim} G{group_size}", arch, compiled)[0]
+
+
+def appending(k_bits: int, v_bits: int, head_dim: int, arch: int, wide: int = 0) -> Compiled:
+    """Compile `append_step` with groups of 32, 4 sinks and a window of 128."""
+    types = dict.fromkeys(triton_quantize.append_step.arg_names, "i32")
+    types |= {"counts": "*i32", "extra": "*u8", "wide": "*i64"}
+    types |= dict.fromkeys(("key", "value", "k_sinks", "k_window", "v_sinks", "v_window"), "*bf16")
+    for side, bits in (("k", k_bits), ("v", v_bits)):
+        types |= {f"{side}_codes": "*u8" if bits < 16 else "*bf16"}
+        types |= dict.fromkeys((f"{side}_scale", f"{side}_minimum"), "*fp16" if bits < 16 else "*bf16")
+    constants = {"D": head_dim, "D_PAD": triton.next_power_of_2(head_dim), "G": 32, "K_BITS": k_bits, "V_BITS": v_bits}
+    constants |= {"K_METHOD": "lsq", "V_METHOD": "minmax", "SINK": 4, "RING": 160}
+    constants |= {"VALUE_G": 64 if wide else 32, "WIDE": wide, "WIDE_PAD": max(4, wide)}
+    k_tile, v_tile = (triton_quantize.tiles(head_dim, bits, 32) for bits in (k_bits, v_bits))
+    constants |= {"COLUMNS": k_tile["COLUMNS"], "TOKENS": v_tile["TOKENS"], "V_WIDTH_PAD": v_tile["WIDTH_PAD"]}
+    compiled = compile_kernel(
+        triton_quantize.append_step, types, constants, arch, {"num_warps": 4}, unaligned=("sequences", "heads")
+    )
+    return describe("append_step", f"K{k_bits} V{v_bits} D{head_dim}", arch, compiled)[0]
+
+
+def shape_of(
+    head_dim: int, group_size: int, k_bits: int, v_bits: int, value_group_size: int | None = None, wide: int = 0
+) -> triton_attention.Shape:
+    """A shape with 8 KV heads of 4 query heads, 4 sinks and a window of 128."""
+    return triton_attention.Shape(
+        head_dim, group_size, k_bits, v_bits, 8, 4, 4, 128 + group_size, value_group_size or group_size, wide
+    )
+
+
+REFERENCE = (shape_of(128, 32, 2, 2), 4, "float16")
+
+
+def variants(quick: bool) -> list[tuple[triton_attention.Shape, int, str]]:
+    """What is compiled: everything people run with `quick`, else every bit pair, head, group size and type too."""
+    chosen = [
+        REFERENCE,
+        (shape_of(128, 32, 2, 2, 64, 32), 4, "bfloat16"),
+        (shape_of(128, 32, 4, 4), 4, "bfloat16"),
+        (shape_of(64, 32, 2, 2), 4, "bfloat16"),
+    ]
+    chosen += [(shape_of(128, 32, 2, 2), 64, "bfloat16")]
+    if quick:
+        return chosen
+    chosen += [(shape_of(128, 32, 2, 2), 4, "bfloat16")]
+    chosen += [(shape_of(128, 32, k, v), 4, "bfloat16") for k, v in itertools.product((2, 4, 8, 16), repeat=2)]
+    chosen += [(shape_of(d, 32, b, b), 4, "bfloat16") for d in (64, 96, 256) for b in (2, 4, 8)]
+    chosen += [(shape_of(128, g, b, b), 4, "bfloat16") for g in (16, 64, 128) for b in (2, 4, 8)]
+    chosen += [(shape_of(128, 32, 2, 2), 4, "float32")]
+    return list(dict.fromkeys(chosen))
+
+
+def report(archs: tuple[int, ...], quick: bool) -> list[Compiled]:
+    """Compile all of it."""
+    results = []
+    for arch in archs:
+        for shape, rows, dtype in variants(quick):
+            results.append(attention(shape, rows, dtype, arch))
+            print(" | ".join(results[-1].row()), file=sys.stderr, flush=True)
+        results += [combination(d, "bfloat16", arch) for d in ((128,) if quick else triton_attention.HEAD_DIMS)]
+        results += [
+            packing("keys", 2, "lsq", 128, 32, arch, wide=32),
+            packing("values", 2, "minmax", 128, 32, arch),
+            appending(2, 2, 128, arch, wide=32),
+        ]
+        if not quick:
+            results += [packing(what, 8, "lsq", 256, 128, arch) for what in ("keys", "values")]
+            results += [appending(4, 16, 96, arch), appending(16, 8, 64, arch)]
+    return results
+
+
+def problems(results: list[Compiled]) -> list[str]:
+    """What `--check` refuses."""
+    found = [f"{r.variant} sm_{r.arch}: {r.spilled} bytes spilled" for r in results if r.spilled]
+    for r in results:
+        if r.per_code is not None and r.copy_bytes < 16:
+            found.append(f"{r.variant} sm_{r.arch}: codes are copied {r.copy_bytes} bytes a thread")
+        if (
+            "K2 V2 D128" in r.variant
+            and "4 rows" in r.variant
+            and r.arch == 90
+            and r.per_code
+            and r.per_code > MOST_PER_CODE
+        ):
+            found.append(f"{r.variant} sm_{r.arch}: {r.per_code:.2f} instructions per code, more than {MOST_PER_CODE}")
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, help="compute capabilities, as 90")
+    parser.add_argument("--quick", action="store_true", help="only the variants people run most")
+    parser.add_argument("--json", type=Path, help="write everything here, opcode counts of the loops included")
+    parser.add_argument("--check", action="store_true", help="exit with 1 where a limit is exceeded")
+    arguments = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    results = report(tuple(arguments.arch), arguments.quick)
+    rows = [HEADER, ["---"] * len(HEADER)] + [r.row() for r in results]
+    print("\n".join("| " + " | ".join(row) + " |" for row in rows))
+    if arguments.json:
+        arguments.json.write_text(
+            json.dumps({"triton": triton.__version__, "kernels": [dataclasses.asdict(r) for r in results]}, indent=1)
+        )
+    found = problems(results) if arguments.check else []
+    print("\n".join(found), file=sys.stderr)
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

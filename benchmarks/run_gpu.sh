@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Test and measure the GPU backend in one go, in under nine minutes: benchmarks/run_gpu.sh [folder for results]
+set -uo pipefail
+cd "$(dirname "$0")/.."
+out=${1:-${OUT:-results}}
+python=${PYTHON:-python}
+if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    echo "run_gpu.sh needs a CUDA GPU and there is none here. Without one: $python benchmarks/compile_report.py --quick" >&2
+    exit 2
+fi
+mkdir -p "$out"
+timeout 150 "$python" -m pytest -q -m gpu tests 2>&1 | tee "$out/tests.txt"
+tests=${PIPESTATUS[0]}
+timeout 380 "$python" benchmarks/gpu_bench.py --out "$out" --minutes "${MINUTES:-5.5}" 2>&1 | tee "$out/gpu_bench.txt"
+bench=${PIPESTATUS[0]}
+echo "tests: exit $tests, benchmark: exit $bench; results in $out"
+exit $((tests || bench))

@@ -1,0 +1,162 @@
+"""Decode steps replayed from a CUDA graph, so that launching some hundred kernels a token costs one launch."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+
+import torch
+
+from modules.kivi_cache_general import KIVICache, KIVICacheLayer
+from modules.packed_state import PackedLayer
+
+
+@dataclasses.dataclass
+class _Capture:
+    """A recorded step and what it is bound to: the memory of the cache at the time."""
+
+    graph: torch.cuda.CUDAGraph
+    input_ids: torch.Tensor  # int64 [B, 1]
+    logits: torch.Tensor  # [B, 1, vocabulary]
+    bound_to: list[int]
+
+
+class DecodeRunner:
+    """Runs a model one token at a time over a KIVI cache; replays the step from a CUDA graph where it can.
+
+    Covered: one new token for every sequence of the batch, all of them real, over a cache that was made with
+    `max_length=` (so that no buffer ever moves), lies on one GPU, uses the Triton backend in every layer and is not
+    offloaded. Lengths live on the device, so one graph serves every position, packing included; the host-side lengths of
+    the cache are advanced here and stay right, also for padded prompts. Positions are those of the cache
+    (`position_ids` = tokens stored of each sequence).
+
+    Not covered, and then run eagerly, with the same result: anything `why_not` names, several new tokens at once
+    (prefill, speculative decoding), and the first step, which compiles the kernels. After something changed the cache's
+    memory (`reorder_cache`, `batch_select_indices`, `crop`, a step that failed) the next step records again; beam search
+    would record at every step, so leave it to the eager path. Model code that waits for the device or branches on values
+    of tensors inside `forward` cannot be recorded: the first attempt then warns and the runner stays eager.
+
+    The kernels have run through Triton's interpreter and been compiled for sm_80, sm_90 and sm_100; the tests that replay
+    a graph need a GPU.
+
+    Args:
+        model: a causal LM whose forward takes `input_ids`, `position_ids`, `past_key_values` and returns `.logits`.
+        cache: the cache, already holding the prompt.
+
+    Example:
+        >>> runner = DecodeRunner(model, cache)
+        >>> for _ in range(new_tokens):
+        ...     token = runner.step(token).argmax(-1)
+    """
+
+    def __init__(self, model: torch.nn.Module, cache: KIVICache) -> None:
+        self.model, self.cache = model, cache
+        self._capture: _Capture | None = None
+        self._warm_batch: int | None = None  # the batch size that has run eagerly once
+        self._refused = False
+
+    @staticmethod
+    def why_not(cache: KIVICache) -> str | None:
+        """What keeps steps over `cache` from being replayed; None where nothing does."""
+        if not torch.cuda.is_available():
+            return "there is no GPU"
+        if not isinstance(cache, KIVICache) or cache.offloading:
+            return "it is not a KIVI cache that stays on the GPU"
+        layers = cache.layers
+        if not all(isinstance(layer, KIVICacheLayer) and layer.state is not None for layer in layers):
+            return "some layers are not packed, or hold no prompt yet"
+        states = [layer.state for layer in layers]
+        if any(state.backend != "triton" for state in states):
+            return "some layers do not use the Triton backend"
+        if any(state.key.wide is not None and not all(state.packed) for state in states):
+            return "some sequences are too short to have their wide key channels chosen, which the host does"
+        if any(state.max_length is None for state in states):
+            return "it was made without max_length, so its buffers may move"
+        if len({state.key.window.device for state in states}) > 1:
+            return "its layers are on several devices"
+        return None
+
+    @torch.no_grad()
+    def step(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Logits `[B, q, vocabulary]` after storing the tokens `input_ids`, int64 `[B, q]`.
+
+        From a graph (`q = 1`) the logits are a buffer that the next step overwrites; clone them to keep them.
+
+        Raises:
+            ValueError: where the cache is full, or packed states that its metadata cannot hold (seen when they are packed).
+        """
+        replayable = input_ids.shape[1] == 1 and not self._refused and self.why_not(self.cache) is None
+        if not replayable or self._warm_batch != input_ids.shape[0]:
+            self._warm_batch = input_ids.shape[0] if input_ids.shape[1] == 1 else self._warm_batch
+            return self._eager(input_ids)
+        states = self._states()
+        for state in states:
+            if max(state.lengths) >= state.max_length:
+                raise ValueError(
+                    f"the cache was made with max_length={state.max_length} tokens; {max(state.lengths) + 1} are needed."
+                )
+        if (
+            self._capture is None
+            or self._capture.bound_to != _memory(states)
+            or self._capture.input_ids.shape != input_ids.shape
+        ):
+            self._capture = self._record(input_ids)
+        if self._capture is None:
+            return self._eager(input_ids)
+        self._capture.input_ids.copy_(input_ids)
+        self._capture.graph.replay()
+        self._advance()
+        return self._capture.logits
+
+    def _eager(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids=input_ids, past_key_values=self.cache, use_cache=True).logits
+
+    def _states(self) -> list[PackedLayer]:
+        return [layer.state for layer in self.cache.layers]
+
+    def _record(self, input_ids: torch.Tensor) -> _Capture | None:
+        """Record a step without running it: what it did to the host's side of the cache is undone."""
+        layers = self.cache.layers
+        states = self._states()
+        counts = [state.device_counts() for state in states]  # before the recording, which may not copy from the host
+        still = input_ids.clone()
+        saved = [
+            (layer.columns, layer.column_is_real, state.lengths, state.packed) for layer, state in zip(layers, states)
+        ]
+        for layer in layers:
+            layer.column_is_real = None  # the new column is real; `_advance` writes it down
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                positions = counts[0][0].to(torch.int64).unsqueeze(1)
+                output = self.model(input_ids=still, position_ids=positions, past_key_values=self.cache, use_cache=True)
+        except RuntimeError as error:
+            self._refused = True
+            warnings.warn(
+                f"decoding stays eager: the step could not be recorded in a CUDA graph ({error}).", stacklevel=3
+            )
+        for layer, state, (columns, real, lengths, packed) in zip(layers, states, saved):
+            layer.state, layer.columns, layer.column_is_real = state, columns, real
+            state.lengths, state.packed = lengths, packed
+            if self._refused:
+                state.counts = None
+        return None if self._refused else _Capture(graph, still, output.logits, _memory(states))
+
+    def _advance(self) -> None:
+        """One more token in every sequence, on the host's side."""
+        from modules.kernels.triton_quantize import check_packed
+
+        for layer, state in zip(self.cache.layers, self._states()):
+            state.lengths = [length + 1 for length in state.lengths]
+            before, state.packed = state.packed, state.packed_after_append()
+            layer.columns += 1
+            if layer.column_is_real is not None:
+                layer.column_is_real = torch.nn.functional.pad(layer.column_is_real, (0, 1), value=True)
+            if state.packed != before:
+                check_packed(state)
+
+
+def _memory(states: list[PackedLayer]) -> list[int]:
+    """Addresses of all that a recorded step reads and writes."""
+    tensors = [t for state in states for t in (*state.tensors().values(), state.device_counts())]
+    return [t.data_ptr() for t in tensors]
