@@ -97,11 +97,12 @@ def short_candidates() -> list[Candidate]:
 
 
 def main_candidates() -> list[Candidate]:
-    """What a user would choose between, and each of our changes to the paper's setting alone."""
+    """What a user would choose between, and the way from the paper's setting to the defaults, a change at a time."""
     return [
         *short_candidates(),
-        kivi("paper and sinks", {"k_range": "minmax"}),
-        kivi("paper and fitted keys", {"sink_length": 0}),
+        kivi("paper + sinks", {"k_range": "minmax"}),
+        kivi("paper + sinks, fitted keys", {"wide_channels": 0.0, "v_rotation": False}),
+        kivi("paper + sinks, fitted and wide keys", {"v_rotation": False}),
         _pair(2, 4),
         *(kivi(f"defaults, groups of {size}", {"group_size": size}) for size in (16, 64)),
     ]
@@ -168,9 +169,12 @@ def parse_options(text: str) -> Candidate:
 
 
 def _value(text: str) -> Any:
-    if text in ("True", "False"):
-        return text == "True"
-    return int(text) if re.fullmatch(r"-?\d+", text) else text
+    words = {"True": True, "False": False, "None": None}
+    if text in words:
+        return words[text]
+    if re.fullmatch(r"-?\d+", text):
+        return int(text)
+    return float(text) if re.fullmatch(r"-?\d*\.\d+", text) else text
 
 
 def stored_bits(cache: Cache, candidate: Candidate) -> float | None:

@@ -216,8 +216,6 @@ def _label(row: QualityRow) -> str:
     label = f"{options.get('k_bits', 2)}/{options.get('v_bits', 2)}"
     if "group_size" in options:
         label += f" g{options['group_size']}"
-    if row.kind == "kivi" and "k_range" in options:
-        label += " " + options["k_range"]
-    if row.kind == "kivi" and options.get("sink_length") == 0:
-        label += " no sinks"
+    if row.kind == "kivi" and row.name.startswith("paper"):
+        label += row.name.removeprefix("paper")
     return label
