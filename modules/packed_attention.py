@@ -58,7 +58,7 @@ def pick_backend(wanted: str, layer: PackedLayer) -> str:
     if wanted == "torch":
         return "torch"
     if wanted == "auto":
-        return _pick_for_cpu() if device == "cpu" and layer.key.extra is None else "torch"
+        return _pick_for_cpu() if device == "cpu" else "torch"
     if wanted == "numba":
         if device != "cpu":
             raise ValueError(f"backend='numba' runs on the CPU, not on {device!r}; use 'auto' or 'torch'.")

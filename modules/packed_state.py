@@ -334,8 +334,8 @@ class PackedLayer:
                 groups = torch.cat(groups, dim=2) if slots else groups[-1]
                 groups = groups[:, :, : packed_after - packed]
                 if side.wide is not None and not packed:
-                    count = side.wide.shape[-1]
-                    side.wide[rows] = choose_wide(groups, count, self.group_size, self.query_energy[rows])
+                    wide_count = side.wide.shape[-1]
+                    side.wide[rows] = choose_wide(groups, wide_count, self.group_size, self.query_energy[rows])
                 side.write(rows, packed, side.quantize(groups, rows, self.backend))
             first = max(0, packed_after - stored)  # earlier ones of `rest` are packed already
             self._write_ring(side, rows, stored + first, rest[:, :, first:])

@@ -35,7 +35,7 @@ from modules.kernels.numba_vectors import (
     numba_threads,
     void_signature,
 )
-from modules.quantization import FLOAT16_MAX, LSQ_ROUNDS, LSQ_START, Quantized, check_layout, refuse_unrepresentable
+from modules.quantization import CLIPPED, FLOAT16_MAX, LSQ_ROUNDS, LSQ_START, Quantized, check_layout, refuse_unrepresentable
 from modules.quantization import quantize_keys as _torch_keys
 from modules.quantization import quantize_values as _torch_values
 
@@ -51,7 +51,7 @@ class Packing:
         what: "keys" or "values".
         bits: 2, 4 or 8.
         group_size: tokens of a key's group, channels of a value's.
-        method: "minmax" or "lsq".
+        method: "minmax", "clipped" or "lsq".
         form: dtype of the input.
         head_dim: channels.
         lanes: float32 lanes of a vector.
@@ -184,9 +184,13 @@ class _Fit:
         low, high, total, largest = self.range()
         span = self.b.fsub(high, low)
         levels = self.spec.levels
+        if self.spec.method == "clipped":
+            margin = self.b.fmul(span, self.splat((1 - CLIPPED) / 2))
+            low, high = self.b.fadd(low, margin), self.b.fsub(high, margin)
+            span = self.b.fsub(high, low)
         best_scale = self.as_stored(self.b.fdiv(span, self.splat(float(levels))))
         best_minimum = self.as_stored(low)
-        if self.spec.method == "minmax":
+        if self.spec.method != "lsq":
             return best_scale, best_minimum, largest
         mean = self.b.fmul(total, self.splat(1.0 / self.spec.group_size))
         best_error = self._measure(best_scale, best_minimum, mean)[0]
