@@ -220,6 +220,17 @@ def test_packing_is_that_of_torch(what, method, bits, dtype, head_dim, group):
     assert errors[0] <= errors[1] * (1 + slack)
 
 
+@pytest.mark.parametrize("count", [12, 24, 32])
+def test_widening_is_that_of_torch(count):
+    x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(count))
+    wide = torch.rand(2, 3, 64, generator=torch.Generator().manual_seed(count)).topk(count).indices.sort().values
+    fine = x.gather(3, wide.unsqueeze(2).expand(-1, -1, 64, -1))
+    fine = quantization.quantize_keys(fine, 4, 32)
+    theirs = quantization.widen(quantization.quantize_keys(x, 2, 32), fine, wide)
+    for a, b in zip(numba_quantize.widen(quantization.quantize_keys(x, 2, 32), fine, wide), theirs):
+        assert torch.equal(a, b)
+
+
 def test_packing_refuses_what_torch_refuses():
     x = torch.randn(1, 2, 64, 128)
     for bad in (torch.nan, torch.inf, -7e4):

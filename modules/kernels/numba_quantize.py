@@ -318,6 +318,34 @@ def quantize_values(values: torch.Tensor, bits: int, group_size: int, method: st
     return _quantize("values", values, bits, group_size, method, values.shape[-1], _torch_values)
 
 
+@njit(cache=True, nogil=True)
+def _place_high_bits(codes, fine, wide, extra):
+    """The high bits of 4-bit codes `fine` `[heads, T, W/2]` into 2-bit `codes` `[heads, T, D/4]`, in place of those of the
+    channels `wide` `[heads, W]`; the low ones into `extra` `[heads, T, W/4]`, zeros before."""
+    heads, tokens, width = codes.shape
+    half, quarter = fine.shape[2], extra.shape[2]
+    for head in range(heads):
+        for number in range(wide.shape[1]):
+            plane, byte = divmod(wide[head, number], width)
+            fine_plane, fine_byte = divmod(number, half)
+            low_plane, low_byte = divmod(number, quarter)
+            keep = ~(3 << 2 * plane)
+            for token in range(tokens):
+                code = fine[head, token, fine_byte] >> 4 * fine_plane & 15
+                codes[head, token, byte] = codes[head, token, byte] & keep | code >> 2 << 2 * plane
+                extra[head, token, low_byte] |= (code & 3) << 2 * low_plane
+
+
+def widen(packed: Quantized, fine: Quantized, wide: torch.Tensor) -> Quantized:
+    """As `modules.quantization.widen`, for `[B, H, T, *]` on the CPU; it may write into `packed`."""
+    codes = packed.codes.contiguous()
+    extra = codes.new_zeros(*codes.shape[:3], wide.shape[-1] // 4)
+    _place_high_bits(*(t.contiguous().flatten(0, 1).numpy() for t in (codes, fine.codes, wide, extra)))
+    index = wide.unsqueeze(2).expand(-1, -1, packed.scale.shape[2], -1)
+    scale = packed.scale.scatter_(3, index, fine.scale * 4)
+    return Quantized(codes, scale, packed.minimum.scatter_(3, index, fine.minimum), extra)
+
+
 def _quantize(what: str, x: torch.Tensor, bits: int, group_size: int, method: str, size: int, fallback) -> Quantized:
     check_layout(x, size, what, bits, group_size, method)
     spec = _packing(what, bits, group_size, method, x.dtype, x.shape[-1])
