@@ -240,7 +240,8 @@ def _emit_gather(e: Emitter, source, form: str, wide, numbers: list[int | None])
 def _emit_gather_query(e: Emitter, query, wide, gathered) -> None:
     """Of each row of queries `[rows, head_dim]` the wide channels, with the unit of each lane: `[rows, columns, lanes]`."""
     plan, columns = e.plan, e.plan.wide_columns
-    units = ir.Constant(ir.VectorType(F32, plan.lanes), [ir.Constant(F32, 2.0 ** -(bit + 2)) for bit in e.low_code_bits()])
+    units = [ir.Constant(F32, 2.0 ** -(bit + 2)) for bit in e.low_code_bits()]
+    units = ir.Constant(ir.VectorType(F32, plan.lanes), units)
     with cgutils.for_range(e.b, I64(plan.rows)) as loop:
         source = e.address(query, 0, loop.index, plan.head_dim * 4)
         target = e.address(gathered, 0, loop.index, len(columns) * plan.lanes * 4)

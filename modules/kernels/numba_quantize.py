@@ -35,7 +35,15 @@ from modules.kernels.numba_vectors import (
     numba_threads,
     void_signature,
 )
-from modules.quantization import CLIPPED, FLOAT16_MAX, LSQ_ROUNDS, LSQ_START, Quantized, check_layout, refuse_unrepresentable
+from modules.quantization import (
+    CLIPPED,
+    FLOAT16_MAX,
+    LSQ_ROUNDS,
+    LSQ_START,
+    Quantized,
+    check_layout,
+    refuse_unrepresentable,
+)
 from modules.quantization import quantize_keys as _torch_keys
 from modules.quantization import quantize_values as _torch_values
 
