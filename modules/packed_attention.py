@@ -59,7 +59,7 @@ def pick_backend(wanted: str, layer: PackedLayer) -> str:
     if wanted == "torch":
         return "torch"
     if wanted == "auto" and device == "cpu":
-        return _pick_for_cpu() if layer.key.extra is None else "torch"
+        return _pick_for_cpu()
     if wanted in ("auto", "triton"):
         problem = _triton_problem(layer)
         if problem is None:

@@ -120,11 +120,12 @@ class PackedSide:
         """Whole groups `[b, H, T, D]` of the sequences `rows` as they are stored; "numba" packs on the CPU."""
         if self.bits == FULL_PRECISION_BITS:
             return x
-        keys, values = quantize_keys, quantize_values
+        keys, values, widen_keys = quantize_keys, quantize_values, widen
         if backend == "numba" and x.device.type == "cpu":
             from modules.kernels import numba_quantize  # takes a second to import; many never need it
 
             keys, values = numba_quantize.quantize_keys, numba_quantize.quantize_values
+            widen_keys = numba_quantize.widen
         if self.what == "values":
             return values(x, self.bits, self.group_size, self.method)
         packed = keys(x, self.bits, self.group_size, self.method)
@@ -132,7 +133,7 @@ class PackedSide:
             return packed
         wide = self.wide[rows]
         fine = x.gather(3, wide.unsqueeze(2).expand(-1, -1, x.shape[2], -1))
-        return widen(packed, keys(fine, WIDE_BITS, self.group_size, self.method), wide, x.shape[3])
+        return widen_keys(packed, keys(fine, WIDE_BITS, self.group_size, self.method), wide)
 
     def write(self, rows: slice, start: int, packed: Quantized | torch.Tensor) -> None:
         """Store quantized groups at packed tokens `start…` of the sequences `rows`."""

@@ -222,7 +222,7 @@ def choose_wide(keys: torch.Tensor, count: int, group_size: int, query_energy: t
     return cost.topk(count, dim=-1).indices.sort(dim=-1).values
 
 
-def widen(packed: Quantized, fine: Quantized, wide: torch.Tensor, head_dim: int) -> Quantized:
+def widen(packed: Quantized, fine: Quantized, wide: torch.Tensor) -> Quantized:
     """2-bit keys whose channels `wide` are replaced by the 4-bit ones of `fine`.
 
     `scale * code + minimum` at 4 bits is `(4*scale) * high + scale * low + minimum`, so the high bits take the place of the

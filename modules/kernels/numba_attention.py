@@ -23,6 +23,7 @@ from numba.extending import intrinsic
 
 from modules.kernels.numba_vectors import (
     FLOAT_NAMES,
+    I16,
     I32,
     I64,
     ITEM_BYTES,
@@ -54,7 +55,9 @@ class Plan:
         k_format, v_format: bits of the packed codes, 2, 4 or 8, or the dtype where that side is in full precision.
         dense: dtype of sinks, window and new tokens: "float32", "bfloat16" or "float16".
         rows: query rows that share each load, 1 to 8.
-        head_dim, group_size: channels; tokens (keys) or channels (values).
+        head_dim: channels.
+        group_size, v_group: tokens that share the scale of a key channel; channels that share one of a value.
+        wide: wide channels of 2-bit keys, a multiple of 4.
         lanes: float32 lanes of a vector.
         block: scores of one register block, `padded_rows * tokens`.
     """
@@ -65,6 +68,8 @@ class Plan:
     rows: int
     head_dim: int
     group_size: int
+    v_group: int
+    wide: int
     lanes: int
     block: int
 
@@ -81,7 +86,7 @@ class Plan:
     @property
     def groups(self) -> int:
         """Groups of channels of a value."""
-        return self.head_dim // self.group_size
+        return self.head_dim // self.v_group
 
     @property
     def tile_tokens(self) -> int:
@@ -106,6 +111,11 @@ class Plan:
         return row_bytes(self.v_format, self.head_dim)
 
     @property
+    def extra_bytes(self) -> int:
+        """Bytes of the low bits of one key's wide channels."""
+        return self.wide // 4
+
+    @property
     def dense_bytes(self) -> int:
         return row_bytes(self.dense, self.head_dim)
 
@@ -119,15 +129,38 @@ class Plan:
         planes = 8 // form if isinstance(form, int) else 1
         return plane * (self.head_dim // planes) + chunk * self.lanes
 
+    @property
+    def wide_columns(self) -> list[tuple[int, int, list[int | None]]]:
+        """`(byte, plane, numbers)` of the vectors that make up the wide channels.
+
+        Four bytes of a token, from `byte` on, are 16 low codes: lane `i` has byte `i % 4` and plane `plane + i // 4` of
+        them, which is wide channel `numbers[i]`, or None where there is none or another vector has it.
+        """
+        width, columns = self.extra_bytes, []
+        for fresh in range(0, width, 4):
+            first = max(0, min(fresh, width - 4))  # the last four may overlap those before
+            for plane in range(0, 4, self.lanes // 4):
+                places = [(plane + lane // 4, first + lane % 4) for lane in range(self.lanes)]
+                numbers = [p * width + byte if fresh <= byte < width else None for p, byte in places]
+                columns.append((first, plane, numbers))
+        return columns
+
+    @property
+    def at_wide(self) -> int:
+        """Where the wide channels of a folded query start, in floats, `[rows, columns, lanes]`."""
+        return self.rows * (self.head_dim + self.lanes)
+
     # Sections of a thread's scratch, float32, in multiples of a cache line.
 
     def _sections(self) -> dict[str, int]:
         head = self.rows * self.head_dim
         start = self.rows * self.lanes
+        wide = self.rows * len(self.wide_columns) * self.lanes
         scores = self.tile_tokens * self.padded_rows
         return {
             "query": head + start,
-            "folded": head + start,
+            "folded": head + start + wide,
+            "narrow": wide,
             "scores": scores,
             "spread": scores * self.groups,
             "offsets": self.groups * self.block,
@@ -188,7 +221,60 @@ def _emit_fold_keys(e: Emitter, query, scale, minimum, folded) -> None:
         e.store(start, e.address(folded, (plan.rows * plan.head_dim + row * plan.lanes) * 4))
 
 
-def _emit_scores(e: Emitter, form: int | str, keys, count, folded, scores) -> None:
+def _emit_gather(e: Emitter, source, form: str, wide, numbers: list[int | None]):
+    """Vector of the wide channels `numbers` of a row `[head_dim]`, float32; 0 for None. `wide` are channel numbers."""
+    element = {"float32": F32, "float16": I16}[form]
+    vector = ir.Constant(ir.VectorType(element, len(numbers)), None)
+    for lane, number in enumerate(numbers):
+        if number is not None:
+            channel = e.load_scalar(e.address(wide, number * 8), I64, 8)
+            one = e.load_scalar(e.address(source, 0, channel, ITEM_BYTES[form]), element, ITEM_BYTES[form])
+            vector = e.b.insert_element(vector, one, I32(lane))
+    if form == "float32":
+        return vector
+    half = e.b.bitcast(vector, ir.VectorType(ir.HalfType(), len(numbers)))
+    return e.b.fpext(half, ir.VectorType(F32, len(numbers)))
+
+
+def _emit_gather_query(e: Emitter, query, wide, gathered) -> None:
+    """Of each row of queries `[rows, head_dim]` the wide channels, with the unit of each lane: `[rows, columns, lanes]`."""
+    plan, columns = e.plan, e.plan.wide_columns
+    units = [ir.Constant(F32, 2.0 ** -(bit + 2)) for bit in e.low_code_bits()]
+    units = ir.Constant(ir.VectorType(F32, plan.lanes), units)
+    with cgutils.for_range(e.b, I64(plan.rows)) as loop:
+        source = e.address(query, 0, loop.index, plan.head_dim * 4)
+        target = e.address(gathered, 0, loop.index, len(columns) * plan.lanes * 4)
+        for number, (_, _, numbers) in enumerate(columns):
+            part = e.b.fmul(_emit_gather(e, source, "float32", wide, numbers), units)
+            e.store(part, e.address(target, number * plan.lanes * 4))
+
+
+def _emit_fold_wide(e: Emitter, gathered, scale, wide, folded) -> None:
+    """`query∘scale/4` of the wide channels of one group of tokens, behind the other channels of `folded`."""
+    plan, columns = e.plan, e.plan.wide_columns
+    for number, (_, _, numbers) in enumerate(columns):
+        scales = _emit_gather(e, scale, "float16", wide, numbers)
+        for row in range(plan.rows):
+            place = (row * len(columns) + number) * plan.lanes * 4
+            part = e.b.fmul(e.load(e.address(gathered, place)), scales)
+            e.store(part, e.address(folded, plan.at_wide * 4 + place))
+
+
+def _emit_add_low_codes(e: Emitter, places: list, folded, parts: list[list]) -> None:
+    """Add what the low bits at `places`, one for each token, give to `parts` `[tokens][rows]`."""
+    plan, columns = e.plan, e.plan.wide_columns
+    words, first = [], None
+    for number, (byte, plane, _) in enumerate(columns):
+        if byte != first:
+            words, first = [e.word(e.address(place, byte), min(4, plan.extra_bytes)) for place in places], byte
+        codes = [e.low_codes(word, plane) for word in words]
+        for row in range(plan.rows):
+            query = e.load(e.address(folded, (plan.at_wide + (row * len(columns) + number) * plan.lanes) * 4))
+            for i, code in enumerate(codes):
+                parts[i][row] = e.multiply_add(code, query, parts[i][row])
+
+
+def _emit_scores(e: Emitter, form: int | str, keys, extra, count, folded, scores) -> None:
     """Scores of `count` tokens, `[blocks, padded_rows, tokens]`; those of tokens past the last repeat it."""
     plan = e.plan
     columns, together = plan.columns(form), min(4, plan.tokens)
@@ -214,6 +300,9 @@ def _emit_scores(e: Emitter, form: int | str, keys, count, folded, scores) -> No
                     query = e.load(e.address(folded, (row * plan.head_dim + channel) * 4))
                     for i, code in enumerate(codes):
                         parts[i][row] = e.multiply_add(code, query, parts[i][row])
+            if isinstance(form, int) and plan.wide:
+                low = [e.address(extra, index=token, stride=plan.extra_bytes) for token in tokens]
+                _emit_add_low_codes(e, low, folded, parts)
             for i in range(together):
                 for row in range(plan.rows):
                     sums[row * plan.tokens + base + i] = parts[i][row]
@@ -305,7 +394,7 @@ def _emit_accumulate(e: Emitter, form: int | str, values, count, weights, offset
             for row, slot in enumerate(column):
                 part = e.b.load(slot)
                 if isinstance(form, int):
-                    place = (channel // plan.group_size * plan.block + row * plan.tokens) * 4
+                    place = (channel // plan.v_group * plan.block + row * plan.tokens) * 4
                     offset = e.broadcast(e.load_float(e.address(offsets, place)))
                     part = e.multiply_add(part, e.float_splat(e.unit(form, plane)), offset)
                 place = e.address(sums, (row * plan.head_dim + channel) * 4)
@@ -331,7 +420,7 @@ def _emit_one_value(e: Emitter, form: int | str, values, token, last, block, lan
         if chunk != loaded:
             raw, loaded = e.raw(e.address(value, e.raw_offset(form, chunk)), form), chunk
         codes = e.plane(raw, form, plane)
-        group = plan.channel(form, plane, chunk) // plan.group_size if isinstance(form, int) else 0
+        group = plan.channel(form, plane, chunk) // plan.v_group if isinstance(form, int) else 0
         for row in range(plan.rows):
             if (group, row) not in factors:
                 place = e.address(block, group * tile + (row * plan.tokens + lane) * 4)
@@ -353,13 +442,25 @@ def _fold_keys(typingctx, plan, query, scale, minimum, folded):
 
 
 @intrinsic
-def _score_packed(typingctx, plan, keys, count, folded, scores):
-    return void_signature(plan, keys, count, folded, scores), emitting(lambda e, *a: _emit_scores(e, e.plan.k_format, *a))
+def _gather_query(typingctx, plan, query, wide, gathered):
+    return void_signature(plan, query, wide, gathered), emitting(_emit_gather_query)
+
+
+@intrinsic
+def _fold_wide(typingctx, plan, gathered, scale, wide, folded):
+    return void_signature(plan, gathered, scale, wide, folded), emitting(_emit_fold_wide)
+
+
+@intrinsic
+def _score_packed(typingctx, plan, keys, extra, count, folded, scores):
+    emit = emitting(lambda e, *a: _emit_scores(e, e.plan.k_format, *a))
+    return void_signature(plan, keys, extra, count, folded, scores), emit
 
 
 @intrinsic
 def _score_dense(typingctx, plan, keys, count, folded, scores):
-    return void_signature(plan, keys, count, folded, scores), emitting(lambda e, *a: _emit_scores(e, e.plan.dense, *a))
+    emit = emitting(lambda e, keys, *a: _emit_scores(e, e.plan.dense, keys, None, *a))
+    return void_signature(plan, keys, count, folded, scores), emit
 
 
 @intrinsic
@@ -396,14 +497,14 @@ _FIELDS = (
     "BATCH KV_HEADS GROUP QUERIES "
     "QUERY QUERY_BATCH QUERY_HEAD QUERY_TOKEN "  # address, strides in bytes
     "NEW_KEY NEW_KEY_BATCH NEW_KEY_HEAD NEW_VALUE NEW_VALUE_BATCH NEW_VALUE_HEAD "
-    "K_CODES K_SCALE K_MINIMUM K_SINKS K_WINDOW V_CODES V_SCALE V_MINIMUM V_SINKS V_WINDOW "
+    "K_CODES K_SCALE K_MINIMUM K_EXTRA K_WIDE K_SINKS K_WINDOW V_CODES V_SCALE V_MINIMUM V_SINKS V_WINDOW "
     "CAPACITY SINKS RING ROW_TILES SPLITS"
 ).split()
 (
     BATCH, KV_HEADS, GROUP, QUERIES,
     QUERY, QUERY_BATCH, QUERY_HEAD, QUERY_TOKEN,
     NEW_KEY, NEW_KEY_BATCH, NEW_KEY_HEAD, NEW_VALUE, NEW_VALUE_BATCH, NEW_VALUE_HEAD,
-    K_CODES, K_SCALE, K_MINIMUM, K_SINKS, K_WINDOW, V_CODES, V_SCALE, V_MINIMUM, V_SINKS, V_WINDOW,
+    K_CODES, K_SCALE, K_MINIMUM, K_EXTRA, K_WIDE, K_SINKS, K_WINDOW, V_CODES, V_SCALE, V_MINIMUM, V_SINKS, V_WINDOW,
     CAPACITY, SINKS, RING, ROW_TILES, SPLITS,
 ) = range(len(_FIELDS))  # fmt: skip
 _LENGTH, _PACKED, _NEW = range(3)  # columns of `lengths`
@@ -463,13 +564,17 @@ def _score_groups(plan, call, head, first, count, base):
     query, folded, scores = base + plan.at_query * 4, base + plan.at_folded * 4, base + plan.at_scores * 4
     token = head * call[CAPACITY] + first
     if not plan.k_quantized:
-        _score_packed(plan, call[K_CODES] + token * plan.k_bytes, count, query, scores)
+        _score_packed(plan, call[K_CODES] + token * plan.k_bytes, 0, count, query, scores)
         return
+    wide = call[K_WIDE] + head * plan.wide * 8
     for done in range(0, count, plan.group_size):
         meta = (token + done) // plan.group_size * plan.head_dim * 2
         _fold_keys(plan, query, call[K_SCALE] + meta, call[K_MINIMUM] + meta, folded)
+        if plan.wide:
+            _fold_wide(plan, base + plan.at_narrow * 4, call[K_SCALE] + meta, wide, folded)
         target = scores + done * plan.padded_rows * 4
-        _score_packed(plan, call[K_CODES] + (token + done) * plan.k_bytes, plan.group_size, folded, target)
+        codes, extra = call[K_CODES] + (token + done) * plan.k_bytes, call[K_EXTRA] + (token + done) * plan.extra_bytes
+        _score_packed(plan, codes, extra, plan.group_size, folded, target)
 
 
 @njit
@@ -503,6 +608,9 @@ def _attend_unit(plan, call, scaling, lengths, scratch, partial, unit, thread):
         token, head = divmod(min(row_tile * plan.rows + row, rows - 1), call[GROUP])
         source = call[QUERY] + b * call[QUERY_BATCH] + (h * call[GROUP] + head) * call[QUERY_HEAD] + token * call[QUERY_TOKEN]
         _copy_row(plan, source, base + (plan.at_query + row * plan.head_dim) * 4, scaling)
+    if plan.wide:
+        wide = call[K_WIDE] + (b * call[KV_HEADS] + h) * plan.wide * 8
+        _gather_query(plan, base + plan.at_query * 4, wide, base + plan.at_narrow * 4)
     scratch[thread, plan.at_query + plan.rows * plan.head_dim : plan.at_folded] = 0.0
     scratch[thread, plan.at_maximum : plan.at_maximum + plan.block] = -np.inf
     scratch[thread, plan.at_total : plan.at_total + plan.block] = 0.0
@@ -584,18 +692,23 @@ def _compiled(plan: Plan):
 
 
 @functools.cache
-def _plan(bits: tuple[int, int], dtype: torch.dtype, rows: int, head_dim: int, group_size: int) -> Plan | None:
-    """The plan for a layer, or None where the layout fits no vector or the dtype is not one of the three."""
+def _plan(
+    bits: tuple[int, int], dtype: torch.dtype, rows: int, head_dim: int, groups: tuple[int, int], wide: int
+) -> Plan | None:
+    """The plan for a layer, or None where the layout fits no vector or the dtype is not one of the three.
+
+    `groups` are tokens (keys) and channels (values); a side in full precision has none.
+    """
     if dtype not in FLOAT_NAMES or not host_is_supported():
         return None
     dense = FLOAT_NAMES[dtype]
     formats = [dense if b == FULL_PRECISION_BITS else b for b in bits]
-    if all(b == FULL_PRECISION_BITS for b in bits):
-        group_size = head_dim
+    group_size = head_dim if all(b == FULL_PRECISION_BITS for b in bits) else groups[0]
+    v_group = head_dim if bits[1] == FULL_PRECISION_BITS else groups[1]
     most, block = host()
     planes = [8 // b for b in bits if b != FULL_PRECISION_BITS]
-    lanes = math.gcd(most, head_dim, group_size, *(head_dim // p for p in planes))
-    plan = Plan(formats[0], formats[1], dense, rows, head_dim, group_size, lanes, max(block, lanes))
+    lanes = math.gcd(most, head_dim, v_group, *(head_dim // p for p in planes))
+    plan = Plan(formats[0], formats[1], dense, rows, head_dim, group_size, v_group, wide, lanes, max(block, lanes))
     return plan if lanes >= 4 and group_size % plan.tokens == 0 else None
 
 
@@ -625,7 +738,9 @@ def attend(
     batch, heads, length, head_dim = query.shape
     group = heads // key.shape[1]
     rows = group if length == 1 and group <= _MAX_ROWS else _MAX_ROWS
-    plan = _plan((layer.key.bits, layer.value.bits), query.dtype, rows, head_dim, layer.group_size)
+    bits, groups = (layer.key.bits, layer.value.bits), (layer.group_size, layer.value.group_size)
+    wide = 0 if layer.key.wide is None else layer.key.wide.shape[-1]
+    plan = _plan(bits, query.dtype, rows, head_dim, groups, wide)
     one_dtype = query.dtype == key.dtype == value.dtype == layer.key.window.dtype == layer.value.window.dtype
     differentiated = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     if plan is None or group * length > _MANY_ROWS or not one_dtype or differentiated:
@@ -649,7 +764,7 @@ def _run(plan: Plan, query, key, value, layer: PackedLayer, scaling: float, new_
 
     query = query if query.stride(-1) == 1 else query.contiguous()
     key, value = (t if _tokens_lie_side_by_side(t) else t.contiguous() for t in (key, value))
-    stored = [t if t is None or t.is_contiguous() else t.contiguous() for side in layer.sides for t in _stored(side)]
+    stored = [t if t is None or t.is_contiguous() else t.contiguous() for t in _stored(layer)]
     call = [batch, kv_heads, group, length]
     for t, strides in ((query, 3), (key, 2), (value, 2)):
         call += [t.data_ptr(), *(stride * t.element_size() for stride in t.stride()[:strides])]
@@ -667,5 +782,7 @@ def _tokens_lie_side_by_side(states: torch.Tensor) -> bool:
     return states.stride(3) == 1 and (states.shape[2] == 1 or states.stride(2) == states.shape[3])
 
 
-def _stored(side) -> tuple:
-    return side.codes, side.scale, side.minimum, side.sinks, side.window
+def _stored(layer: PackedLayer) -> tuple:
+    key, value = layer.sides
+    of_key = (key.codes, key.scale, key.minimum, key.extra, key.wide, key.sinks, key.window)
+    return *of_key, value.codes, value.scale, value.minimum, value.sinks, value.window

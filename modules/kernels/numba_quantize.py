@@ -35,7 +35,15 @@ from modules.kernels.numba_vectors import (
     numba_threads,
     void_signature,
 )
-from modules.quantization import FLOAT16_MAX, LSQ_ROUNDS, LSQ_START, Quantized, check_layout, refuse_unrepresentable
+from modules.quantization import (
+    CLIPPED,
+    FLOAT16_MAX,
+    LSQ_ROUNDS,
+    LSQ_START,
+    Quantized,
+    check_layout,
+    refuse_unrepresentable,
+)
 from modules.quantization import quantize_keys as _torch_keys
 from modules.quantization import quantize_values as _torch_values
 
@@ -51,7 +59,7 @@ class Packing:
         what: "keys" or "values".
         bits: 2, 4 or 8.
         group_size: tokens of a key's group, channels of a value's.
-        method: "minmax" or "lsq".
+        method: "minmax", "clipped" or "lsq".
         form: dtype of the input.
         head_dim: channels.
         lanes: float32 lanes of a vector.
@@ -184,9 +192,13 @@ class _Fit:
         low, high, total, largest = self.range()
         span = self.b.fsub(high, low)
         levels = self.spec.levels
+        if self.spec.method == "clipped":
+            margin = self.b.fmul(span, self.splat((1 - CLIPPED) / 2))
+            low, high = self.b.fadd(low, margin), self.b.fsub(high, margin)
+            span = self.b.fsub(high, low)
         best_scale = self.as_stored(self.b.fdiv(span, self.splat(float(levels))))
         best_minimum = self.as_stored(low)
-        if self.spec.method == "minmax":
+        if self.spec.method != "lsq":
             return best_scale, best_minimum, largest
         mean = self.b.fmul(total, self.splat(1.0 / self.spec.group_size))
         best_error = self._measure(best_scale, best_minimum, mean)[0]
@@ -312,6 +324,34 @@ def quantize_keys(keys: torch.Tensor, bits: int, group_size: int, method: str = 
 def quantize_values(values: torch.Tensor, bits: int, group_size: int, method: str = "minmax") -> Quantized:
     """As `modules.quantization.quantize_values`, for `[B, H, T, D]` on the CPU."""
     return _quantize("values", values, bits, group_size, method, values.shape[-1], _torch_values)
+
+
+@njit(cache=True, nogil=True)
+def _place_high_bits(codes, fine, wide, extra):
+    """The high bits of 4-bit codes `fine` `[heads, T, W/2]` into 2-bit `codes` `[heads, T, D/4]`, in place of those of the
+    channels `wide` `[heads, W]`; the low ones into `extra` `[heads, T, W/4]`, zeros before."""
+    heads, tokens, width = codes.shape
+    half, quarter = fine.shape[2], extra.shape[2]
+    for head in range(heads):
+        for number in range(wide.shape[1]):
+            plane, byte = divmod(wide[head, number], width)
+            fine_plane, fine_byte = divmod(number, half)
+            low_plane, low_byte = divmod(number, quarter)
+            keep = ~(3 << 2 * plane)
+            for token in range(tokens):
+                code = fine[head, token, fine_byte] >> 4 * fine_plane & 15
+                codes[head, token, byte] = codes[head, token, byte] & keep | code >> 2 << 2 * plane
+                extra[head, token, low_byte] |= (code & 3) << 2 * low_plane
+
+
+def widen(packed: Quantized, fine: Quantized, wide: torch.Tensor) -> Quantized:
+    """As `modules.quantization.widen`, for `[B, H, T, *]` on the CPU; it may write into `packed`."""
+    codes = packed.codes.contiguous()
+    extra = codes.new_zeros(*codes.shape[:3], wide.shape[-1] // 4)
+    _place_high_bits(*(t.contiguous().flatten(0, 1).numpy() for t in (codes, fine.codes, wide, extra)))
+    index = wide.unsqueeze(2).expand(-1, -1, packed.scale.shape[2], -1)
+    scale = packed.scale.scatter_(3, index, fine.scale * 4)
+    return Quantized(codes, scale, packed.minimum.scatter_(3, index, fine.minimum), extra)
 
 
 def _quantize(what: str, x: torch.Tensor, bits: int, group_size: int, method: str, size: int, fallback) -> Quantized:

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import math
 import pathlib
+import struct
 import threading
 from collections.abc import Iterator
 
@@ -111,6 +112,10 @@ class Emitter:
 
     def _load(self, address, typ, align: int):
         return self.b.load(self.b.inttoptr(address, typ.as_pointer()), align=align)
+
+    def load_scalar(self, address, typ, align: int):
+        """One number of an IR type."""
+        return self._load(address, typ, align)
 
     def load_float(self, address):
         return self._load(address, F32, 4)
@@ -222,6 +227,32 @@ class Emitter:
     def unit(self, form: int | str, plane: int) -> float:
         """What `plane` is to be multiplied with to give codes; a power of two."""
         return 2.0 ** -(form * plane) if isinstance(form, int) else 1.0
+
+    # Low codes of the wide channels: four bytes at a time, in every lane
+
+    def word(self, address, count: int):
+        """`count` bytes, at most four, as one int32."""
+        if count == 4:
+            return self._load(address, I32, 1)
+        word = I32(0)
+        for number in range(count):
+            byte = self.b.zext(self._load(self.address(address, number), I8, 1), I32)
+            word = self.b.or_(word, self.b.shl(byte, I32(8 * number)))
+        return word
+
+    def low_code_bits(self) -> list[int]:
+        """The bit at which each lane's code starts in what `low_codes` masks."""
+        return [8 * (lane % 4) + 2 * (lane // 4) for lane in range(self.plan.lanes)]
+
+    def low_codes(self, word, plane: int):
+        """The codes of a word from `plane` on, times `2**bit` of each lane, as floats."""
+        lanes = self.plan.lanes
+        if plane:
+            word = self.b.lshr(word, I32(2 * plane))
+        masks = [struct.unpack("<i", struct.pack("<I", 3 << bit))[0] for bit in self.low_code_bits()]
+        codes = self.b.and_(self.broadcast(word), ir.Constant(ir.VectorType(I32, lanes), [I32(mask) for mask in masks]))
+        convert = self.b.uitofp if lanes == 16 else self.b.sitofp  # 16 lanes use the sign bit; fewer do not
+        return convert(codes, ir.VectorType(F32, lanes))
 
     def row_sums(self, vectors: list) -> list:
         """Sums over the lanes of each of `vectors`, in order, as vectors: a tree of shuffles and additions."""
