@@ -171,15 +171,17 @@ def _report(args: argparse.Namespace, console: Console) -> None:
 
 def measure_steps(wanted: list[Step], models: Path, results: Path, args: argparse.Namespace, console: Console) -> None:
     """Measure steps of the plan and save each; peers' rows of an earlier run are kept where nothing has changed."""
-    loaded: dict[str, tuple] = {}
+    loaded: dict[str, Any] = {}
     for step in wanted:
         console.rule(step.name)
         if step.model not in loaded:
             loaded = {step.model: load_model(str(models / step.model), args.dtype, args.device)}  # one at a time
         path = results / step.file
         if step.lengths:
+            model, tokenizer = loaded[step.model]
             result: Any = run_passkey(
-                *loaded[step.model],
+                model,
+                tokenizer,
                 short_candidates()[:2],
                 console=console,
                 model_name=step.model,
@@ -191,12 +193,13 @@ def measure_steps(wanted: list[Step], models: Path, results: Path, args: argpars
         _show(result, str(path))
 
 
-def _measure_step(step: Step, loaded: tuple, earlier: Any, console: Console) -> QualityResult:
+def _measure_step(step: Step, loaded: Any, earlier: Any, console: Console) -> QualityResult:
     own = CANDIDATE_SETS[step.candidates]()
 
     def measure(candidates: list[Candidate]) -> QualityResult:
+        model, tokenizer = loaded
         return run_quality(
-            *loaded, candidates, console=console, model_name=step.model, text=step.text, tokens=step.tokens
+            model, tokenizer, candidates, console=console, model_name=step.model, text=step.text, tokens=step.tokens
         )
 
     result = keep_peers(measure(own), earlier)

@@ -6,6 +6,7 @@ import math
 import string
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from modules.evaluation.candidates import DEFAULTS, FOUR_BITS, FULL, PAPER
 from modules.evaluation.results import Environment, PasskeyResult, QualityResult, QualityRow, load_result
@@ -53,6 +54,7 @@ def write_report(folder: str | Path, output: str | Path) -> list[Path]:
 
 def render(quality: Sequence[QualityResult], passkeys: Sequence[PasskeyResult], plot: str) -> str:
     """The report as Markdown."""
+    measured: list[Any] = [*quality, *passkeys]
     return string.Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
         summary=_summary(quality),
         choices=_choices(quality),
@@ -61,7 +63,7 @@ def render(quality: Sequence[QualityResult], passkeys: Sequence[PasskeyResult], 
         passkey=_passkey(passkeys),
         chunk=quality[0].chunk,
         skip=quality[0].skip,
-        environment=_environment([result.environment for result in [*quality, *passkeys]]),
+        environment=_environment([result.environment for result in measured]),
     )
 
 

@@ -22,6 +22,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from modules.kernels.numba_vectors import (
+    F32,
     FLOAT_NAMES,
     I16,
     I32,
@@ -493,7 +494,7 @@ def _accumulate_dense(typingctx, plan, values, count, weights, offsets, decay, s
 # --- compiled control -------------------------------------------------------------------------------------------------
 
 # Fields of `call`, int64: addresses and sizes of one call.
-_FIELDS = (
+_FIELDS = (  # noqa: SIM905 - reads better
     "BATCH KV_HEADS GROUP QUERIES "
     "QUERY QUERY_BATCH QUERY_HEAD QUERY_TOKEN "  # address, strides in bytes
     "NEW_KEY NEW_KEY_BATCH NEW_KEY_HEAD NEW_VALUE NEW_VALUE_BATCH NEW_VALUE_HEAD "

@@ -15,6 +15,7 @@ import pathlib
 import struct
 import threading
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import llvmlite.binding as llvm
 import numpy as np
@@ -24,6 +25,9 @@ from numba import get_num_threads, set_num_threads, types
 from numba.core import cgutils
 from numba.core.typing.templates import AttributeTemplate
 from numba.extending import NativeValue, infer_getattr, lower_getattr_generic, models, register_model, unbox
+
+if TYPE_CHECKING:
+    from modules.kernels.numba_attention import Plan
 
 FLOAT_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}

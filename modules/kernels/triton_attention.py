@@ -490,7 +490,7 @@ def attend_splits(
     kv_head = head % KV_HEADS
     length = tl.load(counts + sequence)
     packed = tl.load(counts + sequences + sequence)
-    if ALL_NEW:
+    if ALL_NEW:  # noqa: SIM108 - decided at compilation
         mine = new_tokens
     else:
         mine = tl.load(new_lengths + sequence)
