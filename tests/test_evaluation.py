@@ -85,7 +85,7 @@ def test_a_single_forward_measures_nothing_and_chunks_do(kivi_model):
 def test_more_bits_are_better(kivi_model):
     result = measure(kivi_model, **{str(bits): {**TWO, "k_bits": bits, "v_bits": bits} for bits in (2, 4, 8)})
     two, four, eight = (result.row(str(bits)) for bits in (2, 4, 8))
-    assert two.kl > 10 * four.kl > 100 * eight.kl > 0
+    assert two.kl > 10 * four.kl > 0 and four.kl > 10 * abs(eight.kl)
     assert [row.stored_bits for row in (two, four, eight)] == pytest.approx([4, 6, 10])
 
 
