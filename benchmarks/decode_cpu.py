@@ -1,0 +1,126 @@
+"""One decode step of a whole model on this machine: `DynamicCache` against KIVI caches, in turns within one run.
+
+    python benchmarks/decode_cpu.py --model path/to/smollm2-135m-instruct --tokens 512 8000
+
+The caches are filled with random keys and values of the model's shapes (the time of a step does not depend on them); each
+round then takes one step with every cache, so that what else the machine does hits them alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import pathlib
+import platform
+import statistics
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+from transformers import DynamicCache  # noqa: E402
+
+from modeling_llama_kivi import load_llama_kivi  # noqa: E402
+from modules.kivi_cache_general import KIVICache, Step  # noqa: E402
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def contenders(model) -> dict[str, object]:
+    """Empty caches by name."""
+    caches: dict[str, object] = {"DynamicCache": DynamicCache()}
+    for backend in ("torch", "numba"):
+        caches[f"KIVI 2 bits, {backend}"] = model.create_kivi_cache(backend=backend)
+    caches["KIVI 4 bits, numba"] = model.create_kivi_cache(k_bits=4, v_bits=4, backend="numba")
+    caches["KIVI 8 bits, numba"] = model.create_kivi_cache(k_bits=8, v_bits=8, backend="numba")
+    return caches
+
+
+def fill(caches: dict[str, object], config, tokens: int, dtype: torch.dtype) -> None:
+    """Put the same random tokens into every cache."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shape = (1, config.num_key_value_heads, tokens, head_dim)
+    generator = torch.Generator().manual_seed(0)
+    for index in range(config.num_hidden_layers):
+        key, value = (torch.randn(shape, generator=generator).to(dtype) for _ in "kv")
+        for cache in caches.values():
+            if isinstance(cache, KIVICache):
+                cache.layers[index].append(key, value, Step.of(None, 1, tokens))
+            else:
+                cache.update(key, value, index)
+
+
+def measure(model, tokens: int, rounds: int) -> list[dict]:
+    """p20, p50 and p80 of a step in milliseconds for every cache at `tokens` tokens of context."""
+    caches = contenders(model)
+    fill(caches, model.config, tokens, model.dtype)
+    token, times = torch.tensor([[100]]), {name: [] for name in caches}
+    with torch.no_grad():
+        for number in range(rounds + 2):
+            for name, cache in caches.items():
+                start = time.perf_counter()
+                model(token, past_key_values=cache)
+                if number >= 2:  # the first ones compile and warm up
+                    times[name].append((time.perf_counter() - start) * 1e3)
+    rows = []
+    baseline = statistics.median(times["DynamicCache"])
+    for name, values in times.items():
+        cuts = statistics.quantiles(values, n=10)
+        row = {"cache": name, "tokens": tokens, "dtype": str(model.dtype).removeprefix("torch.")}
+        row |= {"p20_ms": cuts[1], "p50_ms": statistics.median(values), "p80_ms": cuts[7]}
+        rows.append(row | {"speedup": baseline / row["p50_ms"]})
+    return rows
+
+
+def processor() -> str:
+    """Name of the CPU."""
+    info = pathlib.Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
+    return names[0] if names else platform.processor()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a folder; default SmolLM2-135M-Instruct, fetched")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[512, 8000])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--output", type=pathlib.Path, default=ROOT / "benchmarks" / "results" / "decode-cpu.json")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.model is None:
+        import common
+
+        args.model = str(common.small_model("smollm2"))
+    rows = []
+    for dtype in args.dtypes:
+        model, _ = load_llama_kivi(args.model, dtype=DTYPES[dtype])
+        for tokens in args.tokens:
+            rows += measure(model, tokens, args.rounds)
+    about = {
+        "model": pathlib.Path(args.model).name,
+        "cpu": processor(),
+        "threads": args.threads,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+    table = Table("dtype", "tokens", "cache", "p20 ms", "p50 ms", "p80 ms", "against DynamicCache", title=str(about))
+    for row in rows:
+        figures = [f"{row[name]:.1f}" for name in ("p20_ms", "p50_ms", "p80_ms")]
+        table.add_row(row["dtype"], str(row["tokens"]), row["cache"], *figures, f"{row['speedup']:.2f}x")
+    Console().print(table)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps({"about": about, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
