@@ -89,7 +89,7 @@ def test(arguments):
         ("ruff", ("-m", "ruff", "check", "--output-format", "concise", ".")),
         ("mypy", ("-m", "mypy")),
         ("fetching the model", (ROOT / "examples" / "common.py", "smollm2")),
-        ("pytest", ("-m", "pytest", *arguments)),
+        ("pytest", ("-m", "pytest", "-n", "2", "--dist", "worksteal", *arguments)),
     ):
         if name == "pytest" and failed:
             print(f"Failed so far: {', '.join(failed)} (see above). The tests follow.", flush=True)
