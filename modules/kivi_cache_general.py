@@ -268,7 +268,7 @@ class KIVICache(Cache):
     Sliding-window layers keep transformers' own layer.
 
     Args:
-        config: of the model; gives the layers.
+        config: of the model; gives the layers. None makes layers as they come, all of them packed.
         options: what is stored; None takes what the config carries.
         max_length: tokens a sequence may reach, allocated at once; None grows as needed.
         offloading: keep the layers on the CPU but for the one in use, as `DynamicCache(offloading=True)` does.
@@ -284,31 +284,48 @@ class KIVICache(Cache):
 
     def __init__(
         self,
-        config: PreTrainedConfig,
+        config: PreTrainedConfig | None = None,
         options: KIVIOptions | None = None,
         *,
         max_length: int | None = None,
         offloading: bool = False,
         **overrides: Any,
     ) -> None:
-        config = config.get_text_config(decoder=True)
-        options = (
-            KIVIOptions.from_config(config, overrides) if options is None else dataclasses.replace(options, **overrides)
-        )
+        if options is None:
+            options = KIVIOptions.from_config(config and config.get_text_config(decoder=True), overrides)
+        else:
+            options = dataclasses.replace(options, **overrides)
         if max_length is not None and (
             isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1
         ):
             raise ValueError(f"max_length must be a whole number of tokens, 1 or more, or None; got {max_length!r}.")
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        options.check_head_dim(head_dim)
+        self.options, self.max_length = options, max_length
+        if config is None:
+            options.bits_of_layer(0, 1)  # a list of bits needs to know how many layers there are
+            super().__init__(layer_class_to_replicate=self._new_layer, offloading=offloading)
+        else:
+            super().__init__(layers=self._layers_of(config.get_text_config(decoder=True)), offloading=offloading)
+        self._step: Step | None = None
+
+    def _layers_of(self, config: PreTrainedConfig) -> list[CacheLayerMixin]:
+        self.options.check_head_dim(
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
         layers = DynamicCache(config=config).layers  # transformers' own choice of layer for each kind of attention
         for index, layer in enumerate(layers):
             if type(layer) is DynamicLayer:
-                bits = options.bits_of_layer(index, len(layers))
-                layers[index] = KIVICacheLayer(options, bits, index, max_length)
-        super().__init__(layers=layers, offloading=offloading)
-        self.options = options
-        self._step: Step | None = None
+                bits = self.options.bits_of_layer(index, len(layers))
+                layers[index] = KIVICacheLayer(self.options, bits, index, self.max_length)
+        return layers
+
+    def _new_layer(self) -> KIVICacheLayer:
+        return KIVICacheLayer(self.options, self.options.bits_of_layer(0, 1), len(self.layers), self.max_length)
+
+    def layer(self, layer_idx: int) -> CacheLayerMixin:
+        """The layer `layer_idx`; without a config it is made when it is first asked for."""
+        while self.layer_class_to_replicate is not None and len(self.layers) <= layer_idx:
+            self.layers.append(self.layer_class_to_replicate())
+        return self.layers[layer_idx]
 
     @property
     def kivi_layers(self) -> list[KIVICacheLayer]:
@@ -327,6 +344,7 @@ class KIVICache(Cache):
         try:
             yield
         except BaseException:
+            del self.layers[len(saved) :]
             for layer, state in zip(self.layers, saved):
                 layer.__dict__.clear()
                 layer.__dict__.update(state)

@@ -108,7 +108,7 @@ def check_fields(config: PreTrainedConfig) -> KIVIOptions:
 
 def packed_layer(cache: Cache | None, layer_idx: int) -> KIVICacheLayer | None:
     """The packed layer of a cache, None where it is not a KIVI cache or the layer is of another kind."""
-    layer = cache.layers[layer_idx] if isinstance(cache, KIVICache) else None
+    layer = cache.layer(layer_idx) if isinstance(cache, KIVICache) else None
     return layer if isinstance(layer, KIVICacheLayer) else None
 
 
@@ -136,7 +136,7 @@ class KIVIAttentionMixin:
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         layer = packed_layer(past_key_values, self.layer_idx)
-        if layer is None:
+        if layer is None or getattr(self, "sliding_window", None):  # attention over codes knows no sliding window
             return super().forward(
                 hidden_states=hidden_states,
                 position_embeddings=position_embeddings,

@@ -308,3 +308,18 @@ def test_a_stock_model_can_use_the_cache(llama_pair):
         for piece in (ids[:, :120], ids[:, 120:121], ids[:, 121:]):
             out2 = kivi(piece, past_key_values=packed).logits
     assert relative_error(out2, out) < 1e-4  # the same codes, attended two ways
+
+
+def test_a_cache_without_a_config_makes_its_layers_as_they_come(llama_pair):
+    stock, kivi = llama_pair
+    ids = torch.randint(3, 100, (1, 120), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        for model in (kivi, stock):
+            cache, expected = KIVICache(**SMALL), make()
+            for piece in (ids[:, :100], ids[:, 100:]):
+                out = model(piece, past_key_values=cache).logits
+                ref = model(piece, past_key_values=expected).logits
+            assert torch.equal(out, ref) and len(cache) == LAYERS
+            assert copy.deepcopy(cache).get_seq_length() == 120
+    with pytest.raises(ValueError, match="entries for 1 layers"):
+        KIVICache(k_bits=[2, 4, 2])
