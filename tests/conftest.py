@@ -31,7 +31,7 @@ SMALL = {"group_size": 16, "residual_length": 32}  # flushes often
 FAMILIES = {
     "llama": (LlamaConfig, LlamaForCausalLM, LlamaKIVIConfig, LlamaForCausalLM_KIVI, {"head_dim": 32}),
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, Qwen2KIVIConfig, Qwen2ForCausalLM_KIVI, {"hidden_size": 192}),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM, Qwen3KIVIConfig, Qwen3ForCausalLM_KIVI, {"head_dim": 48}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, Qwen3KIVIConfig, Qwen3ForCausalLM_KIVI, {"head_dim": 64}),
 }
 REAL_MODELS = {"llama": "smollm2-135m-instruct", "qwen2": "qwen2.5-coder-0.5b-instruct"}
 
