@@ -115,7 +115,7 @@ def test_packed_attention_equals_attention_over_dequantized_states(pair):
     full = run(kivi, DynamicCache(), pieces)
     kivi.set_attn_implementation("eager")
     ref = run(kivi, kivi.create_kivi_cache(), pieces)
-    assert relative_error(out, ref) < 1e-3  # a key on the edge between two codes may go either way
+    assert relative_error(out, ref) < 1e-4
     assert relative_error(out, full) > 1e-2  # it was quantized
 
 
