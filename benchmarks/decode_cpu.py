@@ -9,6 +9,7 @@ round then takes one step with every cache, so that what else the machine does h
 from __future__ import annotations
 
 import argparse
+import copy
 import datetime
 import json
 import pathlib
@@ -43,17 +44,20 @@ def contenders(model) -> dict[str, object]:
 
 
 def fill(caches: dict[str, object], config, tokens: int, dtype: torch.dtype) -> None:
-    """Put the same random tokens into every cache."""
+    """Put the same random tokens into every layer of every cache."""
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     shape = (1, config.num_key_value_heads, tokens, head_dim)
     generator = torch.Generator().manual_seed(0)
-    for index in range(config.num_hidden_layers):
-        key, value = (torch.randn(shape, generator=generator).to(dtype) for _ in "kv")
-        for cache in caches.values():
-            if isinstance(cache, KIVICache):
-                cache.layers[index].append(key, value, Step.of(None, 1, tokens))
-            else:
-                cache.update(key, value, index)
+    key, value = (torch.randn(shape, generator=generator).to(dtype) for _ in "kv")
+    for cache in caches.values():
+        if not isinstance(cache, KIVICache):
+            for index in range(config.num_hidden_layers):
+                cache.update(key.clone(), value.clone(), index)
+            continue
+        first = cache.layers[0]
+        first.append(key, value, Step.of(None, 1, tokens))
+        for index, layer in enumerate(cache.layers[1:], start=1):
+            layer.__dict__.update(copy.deepcopy(first).__dict__, layer_idx=index)
 
 
 def measure(model, tokens: int, rounds: int) -> list[dict]:

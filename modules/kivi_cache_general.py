@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,7 +15,12 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from modules.kivi_options import KIVIOptions
 from modules.memory import cache_report, format_report
 from modules.packed_attention import packed_attention, pick_backend
-from modules.packed_state import PackedLayer
+from modules.packed_state import PackedLayer, PackedSide
+
+
+def _as_data(method: Callable) -> Callable:
+    """A method without autograd and without inference tensors: what it stores serves steps in every mode."""
+    return torch.inference_mode(False)(torch.no_grad()(method))
 
 
 @dataclasses.dataclass
@@ -82,6 +88,7 @@ class KIVICacheLayer(CacheLayerMixin):
         k_bits, v_bits = self.bits
         return f"{type(self).__name__}(k_bits={k_bits}, v_bits={v_bits}, tokens={self.columns})"
 
+    @_as_data
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocate for states shaped `[B, H, *, D]`; no token is stored."""
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -90,6 +97,7 @@ class KIVICacheLayer(CacheLayerMixin):
             self.state.backend = pick_backend(self.options.backend, self.state)
         self.is_initialized = True
 
+    @_as_data
     def append(
         self, key_states: torch.Tensor, value_states: torch.Tensor, step: Step, query: torch.Tensor | None = None
     ) -> None:
@@ -101,10 +109,13 @@ class KIVICacheLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         with self._located():
-            key_states, value_states = step.real_first(key_states), step.real_first(value_states)
+            key_states, value_states = (step.real_first(states.detach()) for states in (key_states, value_states))
             self.state.check_new(key_states, value_states, step.lengths)
             self._store(
-                key_states, self.state.rotate(value_states), step, None if query is None else step.real_first(query)
+                key_states,
+                self.state.rotate(value_states),
+                step,
+                None if query is None else step.real_first(query.detach()),
             )
 
     def _store(self, key: torch.Tensor, value: torch.Tensor, step: Step, query: torch.Tensor | None) -> None:
@@ -130,10 +141,11 @@ class KIVICacheLayer(CacheLayerMixin):
         except ValueError as error:
             raise ValueError(f"KIVI cache, layer {self.layer_idx}: {error}") from error
 
+    @_as_data
     def attend(
         self, query: torch.Tensor, key_states: torch.Tensor, value_states: torch.Tensor, scaling: float, step: Step
     ) -> torch.Tensor:
-        """Attend with the new tokens over what is stored and over themselves, then store them.
+        """Attend with the new tokens over what is stored and over themselves, then store them. Gives no gradients.
 
         Args:
             query: `[B, num_attention_heads, q, D]`; key_states, value_states: `[B, num_key_value_heads, q, D]`.
@@ -142,7 +154,7 @@ class KIVICacheLayer(CacheLayerMixin):
             `[B, q, num_attention_heads, D]`.
         """
         with self._located():
-            query, key, value = (step.real_first(states) for states in (query, key_states, value_states))
+            query, key, value = (step.real_first(states.detach()) for states in (query, key_states, value_states))
             self.state.check_new(key, value, step.lengths)
             value = self.state.rotate(value)
             out = packed_attention(query, key, value, self.state, scaling, step.lengths)
@@ -166,12 +178,17 @@ class KIVICacheLayer(CacheLayerMixin):
         if self.columns == 0:
             self.append(key_states, value_states, step, query)
             return key_states, value_states
-        past = [self._dense(self.state.key), self.state.rotate(self._dense(self.state.value))]
+        past = [self._dense(self.state.key), self._dense(self.state.value)]
         self.append(key_states, value_states, step, query)
         return tuple(torch.cat([old, new], dim=2) for old, new in zip(past, (key_states, value_states)))
 
-    def _dense(self, side) -> torch.Tensor:
-        """What is stored, as it is stored, in the columns it came in, `[B, H, columns, D]`; zeros at padding."""
+    @_as_data
+    def _dense(self, side: PackedSide) -> torch.Tensor:
+        """All stored states in the columns they came in, `[B, H, columns, D]`; zeros at padding."""
+        dense = self._dense_as_stored(side)
+        return self.state.rotate(dense) if side is self.state.value else dense
+
+    def _dense_as_stored(self, side: PackedSide) -> torch.Tensor:
         if self.column_is_real is None:
             return self.state.read(side, slice(None), self.dtype)
         batch, heads, _, head_dim = side.sinks.shape
@@ -199,6 +216,7 @@ class KIVICacheLayer(CacheLayerMixin):
             raise AttributeError("batch_size")
         return self.state.batch_size
 
+    @_as_data
     def reset(self) -> None:
         """Forget everything; with `max_length` the memory is kept."""
         if self.max_length is not None and self.state is not None:
@@ -207,6 +225,7 @@ class KIVICacheLayer(CacheLayerMixin):
             self.state, self.is_initialized = None, False
         self.columns, self.column_is_real = 0, None
 
+    @_as_data
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest `-tokens_to_remove` columns; a positive number is the older convention, columns to keep."""
         given = int(tokens_to_remove)
@@ -221,6 +240,7 @@ class KIVICacheLayer(CacheLayerMixin):
         self.state.keep(lengths)
         self.columns = keep
 
+    @_as_data
     def _select(self, index: torch.Tensor) -> None:
         if self.state is None:
             return
@@ -243,16 +263,25 @@ class KIVICacheLayer(CacheLayerMixin):
         if self.state is not None:
             self._select(indices.nonzero().flatten() if indices.dtype == torch.bool else indices % self.batch_size)
 
+    @_as_data
     def offload(self) -> None:
         """Move the tensors to the CPU."""
         if self.state is not None:
             self.state.to("cpu")
 
+    @_as_data
     def prefetch(self) -> None:
         """Move the tensors back to the layer's device."""
         if self.state is not None:
             self.state.to(self.device)
 
+    @_as_data
+    def __deepcopy__(self, memo: dict[int, Any]) -> KIVICacheLayer:
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    @_as_data
     def snapshot(self, new_tokens: int) -> dict[str, Any]:
         """What `restore` needs to undo a step of `new_tokens` tokens."""
         saved = dict(self.__dict__)

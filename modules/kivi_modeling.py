@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -154,6 +155,12 @@ class KIVIAttentionMixin:
                 self, query, keys, values, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
             )
         else:
+            if self.training and query.requires_grad:
+                warnings.warn(
+                    "attention over stored tokens passes no gradients on. To train, pass an empty KIVI cache or a "
+                    "DynamicCache, and no prefill_chunk.",
+                    stacklevel=2,
+                )
             attended = past_key_values.attend(query, key, value, self.layer_idx, self.scaling)
         return self.o_proj(attended.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
 

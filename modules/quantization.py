@@ -252,6 +252,7 @@ def add_extra(keys: torch.Tensor, packed: Quantized, wide: torch.Tensor, group_s
 
 
 @functools.cache
+@torch.inference_mode(False)
 def hadamard(size: int, device: torch.device | None = None) -> torch.Tensor:
     """Orthonormal and symmetric `[size, size]`, float32: Sylvester's Hadamard blocks of the largest power of two.
 
