@@ -10,15 +10,17 @@ import functools
 import importlib.util
 import math
 import warnings
+from collections.abc import Iterator
 
 import torch
 
 from modules.packed_state import PackedLayer, PackedSide
-from modules.quantization import Quantized, unpack_codes
+from modules.quantization import unpack_codes
 
-_PLANE_ELEMENTS = 1 << 17  # floats of one plane of codes at a time: 512 KiB stays in a core's cache
+_PLANE_ELEMENTS = 1 << 19  # floats of one plane of codes at a time: 2 MiB stay in a core's cache
 _SCORE_ELEMENTS = 1 << 20  # floats of scores held at a time
-_MIN_BLOCKS = 10  # so that a block stays small beside the cache
+_SHARE_OF_CACHE = 8  # a plane takes at most this share of the bytes the layer would take unpacked
+_FLOAT_BYTES = 4
 _SMALL_BLOCK = 64  # tokens times planes that are never worth cutting
 
 
@@ -184,76 +186,88 @@ def _future(length: int, group: int, keys: int, device: torch.device) -> torch.T
 def _blocks(layer: PackedLayer, row: int, heads: int, queries: int, head_dim: int) -> list[tuple[int, int]]:
     """Ranges of packed tokens for which a plane of codes, as floats, and the scores stay within bounds."""
     packed, planes = layer.packed[row], min(layer.key.planes, layer.value.planes)
+    dense_bytes = 2 * packed * layer.key.window.element_size()  # keys and values of one channel, unpacked
     tokens = min(
         _PLANE_ELEMENTS * planes // (heads * head_dim),
         _SCORE_ELEMENTS // (heads * queries),
-        max(packed // _MIN_BLOCKS, _SMALL_BLOCK) * planes,
+        max(dense_bytes // _SHARE_OF_CACHE // _FLOAT_BYTES, _SMALL_BLOCK) * planes,
     )
     step = max(layer.group_size, tokens // layer.group_size * layer.group_size)
     return [(start, min(start + step, packed)) for start in range(0, packed, step)]
 
 
-def _plane(codes: torch.Tensor, bits: int, number: int) -> torch.Tensor:
-    """Plane `number` of packed codes less `_middle(bits)`, float32 `[b, H, T, D*bits/8]`.
-
-    Codes about zero keep float32 exact where the parts with and without codes nearly cancel.
-    """
-    shifted = codes >> (bits * number) if number else codes
-    last = number == 8 // bits - 1
-    return (shifted if last else shifted & ((1 << bits) - 1)).float().sub_(_middle(bits))
-
-
-def _middle(bits: int) -> float:
-    return ((1 << bits) - 1) / 2
-
-
-def _offsets(stored: Quantized, bits: int) -> torch.Tensor:
-    """What goes with codes about zero: `x ≈ scale * (code - middle) + offset`, float32."""
-    return torch.add(stored.minimum.float(), stored.scale.float(), alpha=_middle(bits))
+def _planes(codes: torch.Tensor, bits: int) -> Iterator[torch.Tensor]:
+    """The planes of packed codes, one at a time, float32 `[b, H, T, D*bits/8]`; each may be written to."""
+    if bits == 8:
+        yield codes.float()
+        return
+    mask = (1 << bits) - 1
+    by_word = codes.shape[-1] % 4 == 0
+    if by_word:  # four bytes at a time; the mask drops what a shift brings in from the next byte or from the sign
+        codes, mask = codes.view(torch.int32), mask * 0x01010101
+    for shift in range(0, 8, bits):
+        plane = (codes >> shift if shift else codes) & mask
+        yield (plane.view(torch.uint8) if by_word else plane).float()
 
 
 def _scores(query: torch.Tensor, side: PackedSide, rows: slice, start: int, stop: int) -> torch.Tensor:
-    """`query` `[b, H, n, D]` on packed keys: `q·k = (q∘scale)·code + q·offset`, float32 `[b, H, n, T]`."""
+    """`query` `[b, H, n, D]` on packed keys: `q·k = q·(scale∘code) + q·minimum`, float32 `[b, H, n, T]`."""
     stored = side.stored(rows, start, stop)
     if isinstance(stored, torch.Tensor):
         return query @ stored.float().transpose(-1, -2)
-    scores = (query @ _offsets(stored, side.bits).transpose(-1, -2)).repeat_interleave(side.group_size, dim=-1)
-    scale, width = stored.scale.unsqueeze(-2), stored.codes.shape[-1]
-    for number in range(side.planes):
+    scores = (query @ stored.minimum.float().transpose(-1, -2)).repeat_interleave(side.group_size, dim=-1)
+    scale, width = stored.scale.float(), stored.codes.shape[-1]
+    for number, plane in enumerate(_planes(stored.codes, side.bits)):
         channels = slice(number * width, (number + 1) * width)
-        plane = _plane(stored.codes, side.bits, number)
-        plane.unflatten(2, (-1, side.group_size)).mul_(scale[..., channels])
-        scores += query[..., channels] @ plane.transpose(-1, -2)
+        _add_scores(scores, query[..., channels], plane, scale[..., channels])
     if stored.extra is not None:
-        scores += _extra_scores(query, stored, side.wide[rows], side.group_size)
+        order = _as_looked_up(side.wide[rows]).unsqueeze(2)
+        low_scale = scale.gather(3, order.expand(-1, -1, scale.shape[2], -1)) / 4
+        low = torch.nn.functional.embedding(stored.extra.int(), _low_bits(query.device)).flatten(3)
+        _add_scores(scores, query.gather(3, order.expand(-1, -1, query.shape[2], -1)), low, low_scale)
     return scores
 
 
-def _extra_scores(query: torch.Tensor, stored: Quantized, wide: torch.Tensor, group_size: int) -> torch.Tensor:
-    """What the low bits of the wide key channels add: `Σ (q∘scale/4)·low` over those channels."""
-    index = wide.unsqueeze(2)
-    scale = stored.scale.gather(3, index.expand(-1, -1, stored.scale.shape[2], -1)).float() / 4
-    low = unpack_codes(stored.extra, 2).float()
-    low.unflatten(2, (-1, group_size)).mul_(scale.unsqueeze(3))
-    return query.gather(3, index.expand(-1, -1, query.shape[2], -1)) @ low.transpose(-1, -2)
+def _add_scores(scores: torch.Tensor, query: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> None:
+    """Add `query` `[b, H, n, C]` on `codes` `[b, H, T, C]`, which become keys, with a scale for every group of them."""
+    codes.unflatten(2, (scale.shape[2], -1)).mul_(scale.unsqueeze(3))
+    scores.flatten(0, 1).baddbmm_(query.flatten(0, 1), codes.flatten(0, 1).transpose(1, 2))
+
+
+@functools.cache
+@torch.inference_mode(False)
+def _low_bits(device: torch.device) -> torch.Tensor:
+    """The four 2-bit codes of each byte, float32 `[256, 4]`: one lookup, where planes would be a few channels wide."""
+    return unpack_codes(torch.arange(256, dtype=torch.uint8, device=device).unsqueeze(1), 2).float()
+
+
+def _as_looked_up(wide: torch.Tensor) -> torch.Tensor:
+    """Numbers of the wide channels `[b, H, W]` in the order in which looking bytes up gives their low bits."""
+    return wide.unflatten(-1, (4, -1)).transpose(-1, -2).flatten(-2)
 
 
 def _weighted_sum(weights: torch.Tensor, side: PackedSide, rows: slice, start: int, stop: int) -> torch.Tensor:
-    """`weights` `[b, H, n, T]` of packed values: `Σ p v = Σ (p·scale) code + Σ p·offset`, float32 `[b, H, n, D]`."""
+    """`weights` `[b, H, n, T]` of packed values, float32 `[b, H, n, D]`: `Σ p v = Σ (p·scale) (code − m) + Σ p·middle`.
+
+    `m` is half the largest code and `middle` the value that goes with it: about zero, both sums stay as small as their
+    total, which is often much smaller than the values, and float32 stays exact.
+    """
     stored = side.stored(rows, start, stop)
     if isinstance(stored, torch.Tensor):
         return weights @ stored.float()
     width, parts, scaled_by, scaled = stored.codes.shape[-1], [], -1, weights
     segment = math.gcd(width, side.group_size)  # channels of one plane and one group
-    for number in range(side.planes):
-        plane = _plane(stored.codes, side.bits, number)
+    half = ((1 << side.bits) - 1) / 2
+    for number, plane in enumerate(_planes(stored.codes, side.bits)):
+        plane.sub_(half)
         for first in range(0, width, segment):
             group = (number * width + first) // side.group_size
             if group != scaled_by:
-                scaled, scaled_by = weights * stored.scale[..., group].unsqueeze(-2), group
+                scaled, scaled_by = weights * stored.scale[..., group].float().unsqueeze(-2), group
             parts.append(scaled @ plane[..., first : first + segment])
-    offsets = weights @ _offsets(stored, side.bits)
-    return torch.cat(parts, dim=-1).unflatten(-1, (-1, side.group_size)).add_(offsets.unsqueeze(-1)).flatten(-2)
+    middle = torch.add(stored.minimum.float(), stored.scale.float(), alpha=half)
+    offsets = (weights @ middle).unsqueeze(-1)
+    return torch.cat(parts, dim=-1).unflatten(-1, (-1, side.group_size)).add_(offsets).flatten(-2)
 
 
 class _OnlineSoftmax:
