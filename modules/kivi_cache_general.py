@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,7 +21,14 @@ from modules.packed_state import PackedLayer, PackedSide
 
 def _as_data(method: Callable) -> Callable:
     """A method without autograd and without inference tensors: what it stores serves steps in every mode."""
-    return torch.inference_mode(False)(torch.no_grad()(method))
+    apart = torch.inference_mode(False)(torch.no_grad()(method))
+
+    @functools.wraps(method)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        plain = not torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+        return (method if plain else apart)(*args, **kwargs)
+
+    return run
 
 
 @dataclasses.dataclass

@@ -7,9 +7,9 @@ slot `t mod ring`. Groups therefore lie in contiguous slots and nothing is ever 
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -257,7 +257,8 @@ class PackedLayer:
         """Values `[..., D]` as they are stored; attended values back from there (the rotation is its own inverse)."""
         if not self.rotates:
             return states
-        return (states.float() @ hadamard(states.shape[-1], states.device)).to(states.dtype)
+        rotation = hadamard(states.shape[-1], states.device)  # symmetric, so `linear` may take it for its transpose
+        return torch.nn.functional.linear(states.float(), rotation).to(states.dtype)
 
     def observe(self, query: torch.Tensor, new_lengths: list[int]) -> None:
         """Count the queries `[B, num_attention_heads, q, D]` in, while the wide channels of a sequence are not chosen."""
@@ -308,7 +309,7 @@ class PackedLayer:
         if key.device.type == "cuda" and key.shape[2] == 1:
             return  # a check would stop the device at every step; the flush checks what it packs
         for side, states in ((self.key, key), (self.value, value)):
-            largest = states.abs().amax().item() if states.numel() else 0.0
+            largest = torch.linalg.vector_norm(states, torch.inf).item() if states.numel() else 0.0
             limit = FLOAT16_MAX if side.bits != FULL_PRECISION_BITS else torch.finfo(torch.float32).max
             if not largest <= limit:
                 raise ValueError(
@@ -346,6 +347,11 @@ class PackedLayer:
         row, count = rows.start or 0, key.shape[2]
         length, packed = self.lengths[row], self.packed[row]
         packed_after = self._packed_after(length + count, packed)
+        if count == 1 and packed_after == packed and length >= self.sink_length:  # most steps of a decode
+            slot = (length - self.sink_length) % self.ring
+            for side, new in zip(self.sides, (key, value)):
+                side.window[rows, :, slot] = new[:, :, 0]
+            return
         slots = self.window_slots(row)
         for side, new in zip(self.sides, (key, value)):
             to_sinks = min(count, max(0, self.sink_length - length))
@@ -436,10 +442,16 @@ class PackedLayer:
 
         One token only ever takes a free slot; several may overwrite slots, so the window is then copied.
         """
-        saved = copy.copy(self)
-        saved.key, saved.value = copy.copy(self.key), copy.copy(self.value)
+        saved, saved.key, saved.value = (_shallow_copy(part) for part in (self, *self.sides))
         saved.lengths, saved.packed, saved.counts = list(self.lengths), list(self.packed), None
         if new_tokens > 1:
             for side in self.sides:
                 side.window = side.window.clone()
         return saved
+
+
+def _shallow_copy(instance: Any) -> Any:
+    """What `copy.copy` gives, in a tenth of its time: every step copies every layer."""
+    twin = object.__new__(type(instance))
+    twin.__dict__.update(instance.__dict__)
+    return twin

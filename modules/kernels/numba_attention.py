@@ -89,7 +89,7 @@ class Plan:
         """Groups of channels of a value."""
         return self.head_dim // self.v_group
 
-    @property
+    @functools.cached_property
     def tile_tokens(self) -> int:
         """Tokens between two steps of the softmax; whole groups."""
         return -(-_MIN_TILE // self.group_size) * self.group_size
@@ -183,7 +183,12 @@ class Plan:
         """What compiled code gets for an attribute; `at_scores` is `at("scores")`."""
         return self.at(name[3:]) if name.startswith("at_") else getattr(self, name)
 
-    @property
+    @functools.cached_property
+    def scratch_floats(self) -> int:
+        """Floats a thread works in."""
+        return self.at("end")
+
+    @functools.cached_property
     def partial_floats(self) -> int:
         """Floats a unit hands to the combination: sums `[rows, head_dim]`, maxima and totals `[rows]`."""
         return -(-(self.rows * (self.head_dim + 2)) // 16) * 16
@@ -743,8 +748,7 @@ def attend(
     wide = 0 if layer.key.wide is None else layer.key.wide.shape[-1]
     plan = _plan(bits, query.dtype, rows, head_dim, groups, wide)
     one_dtype = query.dtype == key.dtype == value.dtype == layer.key.window.dtype == layer.value.window.dtype
-    differentiated = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    if plan is None or group * length > _MANY_ROWS or not one_dtype or differentiated:
+    if plan is None or group * length > _MANY_ROWS or not one_dtype:
         from modules.packed_attention import _attend_torch
 
         return _attend_torch(query, key, value, layer, scaling, new_lengths)
@@ -773,7 +777,7 @@ def _run(plan: Plan, query, key, value, layer: PackedLayer, scaling: float, new_
     call += [layer.key.capacity, layer.sink_length, layer.ring, row_tiles, splits]
 
     lengths = np.array([*zip(layer.lengths, layer.packed, new_lengths)])
-    scratch = buffer("scratch", threads, plan.at("end"))
+    scratch = buffer("scratch", threads, plan.scratch_floats)
     partial = buffer("partial", units * splits, plan.partial_floats)
     with numba_threads(threads):
         _compiled(plan)(plan, np.array(call), scaling * math.log2(math.e), lengths, scratch, partial, out.numpy())

@@ -316,6 +316,9 @@ def allowed_threads() -> int:
 def numba_threads(threads: int) -> Iterator[None]:
     """Within it, Numba uses `threads` threads."""
     before = get_num_threads()
+    if threads == before:
+        yield
+        return
     set_num_threads(threads)
     try:
         yield
