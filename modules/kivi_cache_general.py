@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 
 from modules.kivi_options import KIVIOptions
 from modules.memory import cache_report, format_report
-from modules.packed_attention import packed_attention, pick_backend
+from modules.packed_attention import attend_and_store, pick_backend
 from modules.packed_state import PackedLayer, PackedSide
 
 
@@ -118,20 +118,12 @@ class KIVICacheLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         with self._located():
             key_states, value_states = (step.real_first(states.detach()) for states in (key_states, value_states))
-            self.state.check_new(key_states, value_states, step.lengths)
-            self._store(
-                key_states,
-                self.state.rotate(value_states),
-                step,
-                None if query is None else step.real_first(query.detach()),
-            )
-
-    def _store(self, key: torch.Tensor, value: torch.Tensor, step: Step, query: torch.Tensor | None) -> None:
-        """`append` of checked states with the real tokens first and the values as they are stored."""
-        if query is not None:
-            self.state.observe(query, step.lengths)
-        self.state.append(key, value, step.lengths)
-        self._add_columns(step, key.shape[2])
+            self.state.check_room(key_states.shape[0], step.lengths)
+            self.state.check_states(key_states, value_states)
+            if query is not None:
+                self.state.observe(step.real_first(query.detach()), step.lengths)
+            self.state.append(key_states, self.state.rotate(value_states), step.lengths)
+        self._add_columns(step, key_states.shape[2])
 
     def _add_columns(self, step: Step, length: int) -> None:
         if step.real is not None or self.column_is_real is not None:
@@ -163,11 +155,9 @@ class KIVICacheLayer(CacheLayerMixin):
         """
         with self._located():
             query, key, value = (step.real_first(states.detach()) for states in (query, key_states, value_states))
-            self.state.check_new(key, value, step.lengths)
-            value = self.state.rotate(value)
-            out = packed_attention(query, key, value, self.state, scaling, step.lengths)
-            self._store(key, value, step, query)
-        return step.as_given(self.state.rotate(out))
+            out = attend_and_store(query, key, value, self.state, scaling, step.lengths)
+        self._add_columns(step, key.shape[2])
+        return step.as_given(out)
 
     def update(
         self,

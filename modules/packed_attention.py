@@ -44,11 +44,38 @@ def packed_attention(
 
     Returns:
         `[B, q, num_attention_heads, D]` in the dtype of `query`, in the basis of the values; zeros where a token is not
-        real.
+        real. Backends differ in what gradients they give; the cache uses none.
     """
     if new_lengths is None:
         new_lengths = [query.shape[2]] * query.shape[0]
     return _ATTEND[layer.backend](query, key, value, layer, scaling, new_lengths)
+
+
+def attend_and_store(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: PackedLayer, scaling: float, new_lengths: list[int]
+) -> torch.Tensor:
+    """Attend with new tokens over `layer` and themselves, then store them.
+
+    Args and result are those of `packed_attention`, but values are in the model's basis on both sides.
+
+    Raises:
+        ValueError: for NaN, infinite or too large states, or a full cache. Nothing is stored then.
+    """
+    layer.check_room(key.shape[0], new_lengths)
+    out = None
+    if layer.backend == "numba" and query.shape[2] == 1 and all(new_lengths):
+        from modules.kernels.numba_attention import decode
+
+        out = decode(query, key, value, layer, scaling)
+    if out is not None:
+        layer.observe(query, new_lengths)
+        return out
+    layer.check_states(key, value)
+    value = layer.rotate(value)
+    out = packed_attention(query, key, value, layer, scaling, new_lengths)
+    layer.observe(query, new_lengths)
+    layer.append(key, value, new_lengths)
+    return layer.rotate(out)
 
 
 def pick_backend(wanted: str, layer: PackedLayer) -> str:
@@ -61,7 +88,7 @@ def pick_backend(wanted: str, layer: PackedLayer) -> str:
     if wanted == "torch":
         return "torch"
     if wanted == "auto" and device == "cpu":
-        return _pick_for_cpu()
+        return _pick_for_cpu(_numba_problem(layer))
     if wanted in ("auto", "triton"):
         problem = _triton_problem(layer)
         if problem is None:
@@ -73,31 +100,26 @@ def pick_backend(wanted: str, layer: PackedLayer) -> str:
     if wanted == "numba":
         if device != "cpu":
             raise ValueError(f"backend='numba' runs on the CPU, not on {device!r}; use 'auto' or 'torch'.")
-        if problem := _numba_problem():
-            raise ValueError(f"backend='numba': {problem}; `pip install numba`, or use 'auto' or 'torch'.")
+        if problem := _numba_problem(layer):
+            raise ValueError(f"backend='numba' cannot run here: {problem}; use 'auto' or 'torch'.")
         return "numba"
     raise ValueError(f"backend={wanted!r} is not one of 'auto', 'torch', 'numba', 'triton'.")
 
 
-@functools.cache
-def _numba_problem() -> str:
-    """Why Numba's kernels cannot run here; empty where they can."""
+def _numba_problem(layer: PackedLayer) -> str | None:
+    """What keeps Numba's kernels from attending over `layer`; None where nothing does."""
     try:
-        from modules.kernels.numba_vectors import host_is_supported
+        from modules.kernels import numba_attention
     except ImportError as error:
-        return f"Numba cannot be imported ({error})"
-    return "" if host_is_supported() else "this CPU does not convert float16"
+        return f"Numba cannot be imported ({error}); `pip install numba` makes decoding several times faster"
+    return numba_attention.why_not(layer)
 
 
 @functools.cache
-def _pick_for_cpu() -> str:
-    problem = _numba_problem()
-    if not problem:
+def _pick_for_cpu(problem: str | None) -> str:
+    if problem is None:
         return "numba"
-    warnings.warn(
-        f"KIVI attends with plain torch on the CPU, because {problem}. `pip install numba` makes decoding several times faster.",
-        stacklevel=2,
-    )
+    warnings.warn(f"KIVI attends with plain torch on the CPU, because {problem}.", stacklevel=2)
     return "torch"
 
 

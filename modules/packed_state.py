@@ -29,6 +29,7 @@ from modules.quantization import (
 )
 
 _SLACK = 20  # capacity grows by a twentieth: at most 5 % of the packed part is unused
+_FLOAT32_MAX = torch.finfo(torch.float32).max
 _CAST_TOKENS = 1024  # codes are dequantized this many tokens at a time
 
 
@@ -101,6 +102,19 @@ class PackedSide:
     def planes(self) -> int:
         """Codes of one byte; 1 at 16 bits."""
         return max(1, 8 // self.bits)
+
+    @property
+    def limit(self) -> float:
+        """The largest magnitude that can be stored."""
+        return FLOAT16_MAX if self.bits != FULL_PRECISION_BITS else _FLOAT32_MAX
+
+    def check_magnitude(self, largest: float) -> None:
+        """Raise `ValueError` where new states reach `largest` and that is too large or NaN."""
+        if not largest <= self.limit:
+            raise ValueError(
+                f"{self.what} reach {largest}: at {self.bits} bits they must be finite and at most {self.limit:.5g} in "
+                "magnitude. Look for the overflow upstream, or keep this side at 16 bits."
+            )
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors this side owns, by name."""
@@ -274,6 +288,10 @@ class PackedLayer:
         whole = (length - self.sink_length - self.residual_length) // self.group_size * self.group_size
         return max(packed, whole)
 
+    def packs_at(self, row: int, new: int) -> bool:
+        """Whether `new` more tokens fill a group of the sequence `row`."""
+        return self._packed_after(self.lengths[row] + new, self.packed[row]) > self.packed[row]
+
     def packed_after_append(self) -> list[int]:
         """Packed tokens of each sequence once all groups that `lengths` fill are packed."""
         return [self._packed_after(length, packed) for length, packed in zip(self.lengths, self.packed)]
@@ -296,30 +314,27 @@ class PackedLayer:
             return [slice(start, end)] if count else []
         return [slice(start, self.ring), slice(0, end - self.ring)]
 
-    def check_new(self, key: torch.Tensor, value: torch.Tensor, new_lengths: list[int]) -> None:
-        """Raise `ValueError` where the new states cannot be stored; nothing is stored yet."""
-        if key.shape[0] != self.batch_size:
+    def check_room(self, batch: int, new_lengths: list[int]) -> None:
+        """Raise `ValueError` where new tokens of `batch` sequences do not fit."""
+        if batch != self.batch_size:
             raise ValueError(
-                f"the cache holds {self.batch_size} sequences, the new states {key.shape[0]}; reset() the cache or use "
+                f"the cache holds {self.batch_size} sequences, the new states {batch}; reset() the cache or use "
                 "batch_repeat_interleave() / batch_select_indices()."
             )
         longest = max((old + new for old, new in zip(self.lengths, new_lengths)), default=0)
         if self.max_length is not None and longest > self.max_length:
             raise ValueError(f"the cache was made with max_length={self.max_length} tokens; {longest} are needed.")
+
+    def check_states(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Raise `ValueError` for new states that are NaN, infinite or too large."""
         if key.device.type == "cuda" and key.shape[2] == 1:
             return  # a check would stop the device at every step; the flush checks what it packs
         for side, states in ((self.key, key), (self.value, value)):
-            largest = torch.linalg.vector_norm(states, torch.inf).item() if states.numel() else 0.0
-            limit = FLOAT16_MAX if side.bits != FULL_PRECISION_BITS else torch.finfo(torch.float32).max
-            if not largest <= limit:
-                raise ValueError(
-                    f"{side.what} reach {largest}: at {side.bits} bits they must be finite and at most {limit:.5g} in "
-                    "magnitude. Look for the overflow upstream, or keep this side at 16 bits."
-                )
+            side.check_magnitude(torch.linalg.vector_norm(states, torch.inf).item() if states.numel() else 0.0)
 
     def append(self, key: torch.Tensor, value: torch.Tensor, new_lengths: list[int]) -> None:
         """Store new tokens `[B, H, q, D]`, values rotated; of sequence `b` the first `new_lengths[b]` count. Packs full
-        groups. The caller has called `check_new`."""
+        groups. The caller has called `check_room` and `check_states`."""
         self._make_room(new_lengths)
         stored = False
         if self.backend == "triton":
@@ -330,8 +345,12 @@ class PackedLayer:
             self.counts = None
             for rows, count in list(self.uniform_rows(new_lengths)):
                 self._append_rows(rows, key[rows, :, :count], value[rows, :, :count])
+        self.advance(new_lengths, counts=self.counts)
+
+    def advance(self, new_lengths: list[int], counts: torch.Tensor | None = None) -> None:
+        """Count new tokens that have been stored, `counts` being what the device has after them."""
         self.lengths = [old + new for old, new in zip(self.lengths, new_lengths)]
-        self.packed = self.packed_after_append()
+        self.packed, self.counts = self.packed_after_append(), counts
 
     def _make_room(self, new_lengths: list[int]) -> None:
         need = max(

@@ -1,6 +1,7 @@
 """The Numba backend against the torch one, which the other tests hold to dense attention."""
 
 import contextlib
+import copy
 import random
 import warnings
 
@@ -173,15 +174,51 @@ def test_nan_stays_nan():
     assert out[0, 0, 3].isnan().all() and not out[0, 0, [0, 1, 2, 4, 5]].isnan().any()
 
 
-def test_layouts_without_a_kernel_and_training_use_torch():
-    for head_dim, group, dtype in ((40, 8, torch.float32), (64, 32, torch.float64)):
-        layer, generator = make_layer([200], (2, 2), 2, head_dim, group, dtype)
-        states = new_states(layer, 2, 1, dtype, generator)
-        out, ref = (packed_attention(*states, _with(layer, name), 0.1) for name in ("numba", "torch"))
-        assert torch.equal(out, ref)
+@pytest.mark.parametrize("head_dim, group, dtype", [(40, 8, torch.float32), (64, 32, torch.float64)])
+def test_layouts_without_a_kernel(head_dim, group, dtype):
+    layer, generator = make_layer([200], (2, 2), 2, head_dim, group, dtype)
+    states = new_states(layer, 2, 1, dtype, generator)
+    with pytest.warns(UserWarning, match="plain torch"):
+        assert pick_backend("auto", layer) == "torch"
+    with pytest.raises(ValueError, match="backend='numba'"):
+        pick_backend("numba", layer)
+    out, ref = (packed_attention(*states, _with(layer, name), 0.1) for name in ("numba", "torch"))
+    assert torch.equal(out, ref)
+
+
+@pytest.mark.parametrize("plan", PLANS, ids=str)
+def test_decode_steps_are_those_of_torch(plan):
+    """Checks, rotation, attention and the window in one call, past sinks, flushes and the ring's end."""
+    bits, kv_heads, gqa, head_dim, group, dtype, share = plan
+    layer, generator = make_layer([1, 3 * group + 1], bits, kv_heads, head_dim, group, dtype, share)
+    fused = 0
+    for _ in range(2 * group + 20):
+        states = new_states(layer, gqa, 1, dtype, generator)
+        due = all(length >= 4 for length in layer.lengths) and not any(layer.packs_at(row, 1) for row in (0, 1))
+        other = copy.deepcopy(layer)
+        with no_torch() if due else contextlib.nullcontext():
+            out = dispatch.attend_and_store(*states, _with(layer, "numba"), 0.1, [1, 1])
+        ref = dispatch.attend_and_store(*states, _with(other, "torch"), 0.1, [1, 1])
+        assert relative_error(out, ref) < TOLERANCE[dtype]
+        assert layer.lengths == other.lengths and layer.packed == other.packed
+        if due:
+            fused += 1
+            for ours, theirs in zip(layer.sides, other.sides):
+                assert relative_error(ours.window, theirs.window) < TOLERANCE[dtype] / 2
+    assert fused > group
+
+
+@pytest.mark.parametrize("side, value", [(0, torch.nan), (1, torch.inf), (1, 1e6)])
+def test_decode_refuses_what_cannot_be_stored(side, value):
     layer, generator = make_layer([200], (2, 2), 2, 64, 32, torch.float32)
-    query, key, value = new_states(layer, 2, 1, torch.float32, generator)
-    assert packed_attention(query.requires_grad_(), key, value, _with(layer, "numba"), 0.1).requires_grad
+    layer.backend = "numba"
+    states = new_states(layer, 2, 1, torch.float32, generator)
+    states[1 + side][0, 1, 0, 5] = value
+    before = [t.clone() for t in layer.tensors().values()]
+    with pytest.raises(ValueError, match=("keys", "values")[side] + " reach"):
+        dispatch.attend_and_store(*states, layer, 0.1, [1])
+    assert layer.lengths == [200]
+    assert all(torch.equal(old, new) for old, new in zip(before, layer.tensors().values()))
 
 
 def _with(layer, backend):
@@ -275,15 +312,15 @@ def test_backend_is_picked_by_device(monkeypatch):
 
 def test_without_numba_torch_attends_and_says_so_once(monkeypatch):
     layer, _ = make_layer([10], (2, 2), 2, 64, 32, torch.float32)
-    monkeypatch.setattr(dispatch, "_numba_problem", lambda: "Numba cannot be imported (test)")
+    monkeypatch.setattr(dispatch, "_numba_problem", lambda _: "Numba cannot be imported (test)")
     dispatch._pick_for_cpu.cache_clear()
     try:
-        with pytest.warns(UserWarning, match="pip install numba"):
+        with pytest.warns(UserWarning, match="Numba cannot be imported"):
             assert pick_backend("auto", layer) == "torch"
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             assert pick_backend("auto", layer) == "torch"
-        with pytest.raises(ValueError, match="pip install numba"):
+        with pytest.raises(ValueError, match="Numba cannot be imported"):
             pick_backend("numba", layer)
     finally:
         dispatch._pick_for_cpu.cache_clear()

@@ -257,7 +257,7 @@ def test_append_refuses_what_float16_cannot_hold(kernels):
     layer = PackedLayer.empty(token, (2, 2), options)
     layer.backend = "triton"
     layer.append(token[:, :, :0], token[:, :, :0], [0])
-    layer.check_new = lambda *_: None  # as on a GPU, where a step must not wait for the device
+    layer.check_states = lambda *_: None  # as on a GPU, where a step must not wait for the device
     with pytest.raises(ValueError, match="float16"):
         for _ in range(16):
             layer.append(token, token, [1])

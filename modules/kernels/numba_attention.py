@@ -45,6 +45,7 @@ _MAX_ROWS = 8
 _MIN_TILE = 128  # tokens of a tile: its scores and weights stay in the first-level cache
 _DENSE_TILES = 2  # what the full-precision tokens count for when tiles are shared out
 _MANY_ROWS = 1 << 12  # query rows a KV head above which torch attends: the shares would take too much memory
+_LOG2_E = math.log2(math.e)
 _SERIAL_WORK = 1 << 21  # multiply-adds below which starting threads costs more than it saves
 
 
@@ -203,6 +204,13 @@ def _emit_copy_row(e: Emitter, form: str, source, target, factor) -> None:
     for first in range(0, e.plan.head_dim, lanes):
         row = e.load(e.address(source, first * size), form)
         e.store(e.b.fmul(row, factor), e.address(target, first * 4))
+
+
+def _emit_store_row(e: Emitter, form: str, source, target) -> None:
+    """The inverse of `_emit_copy_row`: one float32 row in a dtype, rounded to nearest even."""
+    lanes, size = e.plan.lanes, ITEM_BYTES[form]
+    for first in range(0, e.plan.head_dim, lanes):
+        e.store_as(e.load(e.address(source, first * 4)), e.address(target, first * size), form)
 
 
 def _emit_fold_keys(e: Emitter, query, scale, minimum, folded) -> None:
@@ -443,6 +451,11 @@ def _copy_row(typingctx, plan, source, target, factor):
 
 
 @intrinsic
+def _store_row(typingctx, plan, source, target):
+    return void_signature(plan, source, target), emitting(lambda e, *a: _emit_store_row(e, e.plan.dense, *a))
+
+
+@intrinsic
 def _fold_keys(typingctx, plan, query, scale, minimum, folded):
     return void_signature(plan, query, scale, minimum, folded), emitting(_emit_fold_keys)
 
@@ -504,7 +517,8 @@ _FIELDS = (  # noqa: SIM905 - reads better
     "QUERY QUERY_BATCH QUERY_HEAD QUERY_TOKEN "  # address, strides in bytes
     "NEW_KEY NEW_KEY_BATCH NEW_KEY_HEAD NEW_VALUE NEW_VALUE_BATCH NEW_VALUE_HEAD "
     "K_CODES K_SCALE K_MINIMUM K_EXTRA K_WIDE K_SINKS K_WINDOW V_CODES V_SCALE V_MINIMUM V_SINKS V_WINDOW "
-    "CAPACITY SINKS RING ROW_TILES SPLITS"
+    "CAPACITY SINKS RING ROW_TILES SPLITS "
+    "GIVEN_VALUE GIVEN_VALUE_BATCH GIVEN_VALUE_HEAD STORES ROTATION"  # for decoding: values as given, …
 ).split()
 (
     BATCH, KV_HEADS, GROUP, QUERIES,
@@ -512,6 +526,7 @@ _FIELDS = (  # noqa: SIM905 - reads better
     NEW_KEY, NEW_KEY_BATCH, NEW_KEY_HEAD, NEW_VALUE, NEW_VALUE_BATCH, NEW_VALUE_HEAD,
     K_CODES, K_SCALE, K_MINIMUM, K_EXTRA, K_WIDE, K_SINKS, K_WINDOW, V_CODES, V_SCALE, V_MINIMUM, V_SINKS, V_WINDOW,
     CAPACITY, SINKS, RING, ROW_TILES, SPLITS,
+    GIVEN_VALUE, GIVEN_VALUE_BATCH, GIVEN_VALUE_HEAD, STORES, ROTATION,
 ) = range(len(_FIELDS))  # fmt: skip
 _LENGTH, _PACKED, _NEW = range(3)  # columns of `lengths`
 
@@ -666,11 +681,78 @@ def _combine(plan, call, lengths, partial, out):
                         target[channel] = value if split == 0 else target[channel] + value
 
 
+@njit
+def _rotate_row(row, size):
+    """`row` times `modules.quantization.hadamard`, in place, blocks of `size` channels at a time."""
+    factor = np.float32(1.0 / math.sqrt(size))
+    step = 1
+    while step < size:
+        for first in range(0, len(row), 2 * step):
+            for i in range(first, first + step):
+                low, high = row[i], row[i + step]
+                row[i], row[i + step] = low + high, low - high
+        step *= 2
+    for i in range(len(row)):
+        row[i] *= factor
+
+
+@njit
+def _largest(row):
+    """The largest magnitude; NaN where there is one."""
+    largest = np.float32(0.0)
+    for number in row:
+        if not abs(number) <= largest:
+            largest = abs(number)
+            if largest != largest:
+                break
+    return largest
+
+
+@njit
+def _take_in(plan, call, lengths, scratch, limits, largest):
+    """One new token of each sequence: its values rotated, in `call[NEW_VALUE]`, and both states into the window.
+
+    Nothing is stored, and the result is False, where `largest`, the magnitudes of keys and values, passes `limits`.
+    """
+    row, place = scratch[0, plan.at_query : plan.at_query + plan.head_dim], scratch.ctypes.data + plan.at_query * 4
+    for b in range(call[BATCH]):
+        for h in range(call[KV_HEADS]):
+            _copy_row(plan, call[NEW_KEY] + b * call[NEW_KEY_BATCH] + h * call[NEW_KEY_HEAD], place, np.float32(1.0))
+            found = _largest(row)
+            largest[0] = found if not found <= largest[0] else largest[0]
+            source = call[GIVEN_VALUE] + b * call[GIVEN_VALUE_BATCH] + h * call[GIVEN_VALUE_HEAD]
+            _copy_row(plan, source, place, np.float32(1.0))
+            found = _largest(row)
+            largest[1] = found if not found <= largest[1] else largest[1]
+            if not (largest[0] <= limits[0] and largest[1] <= limits[1]):
+                return False
+            if call[ROTATION]:
+                _rotate_row(row, call[ROTATION])
+            _store_row(plan, place, call[NEW_VALUE] + b * call[NEW_VALUE_BATCH] + h * call[NEW_VALUE_HEAD])
+    for b in range(call[BATCH]):
+        slot = (lengths[b, _LENGTH] - call[SINKS]) % call[RING]
+        for h in range(call[KV_HEADS]):
+            target = ((b * call[KV_HEADS] + h) * call[RING] + slot) * plan.dense_bytes
+            _copy_row(plan, call[NEW_KEY] + b * call[NEW_KEY_BATCH] + h * call[NEW_KEY_HEAD], place, np.float32(1.0))
+            _store_row(plan, place, call[K_WINDOW] + target)
+            source = call[NEW_VALUE] + b * call[NEW_VALUE_BATCH] + h * call[NEW_VALUE_HEAD]
+            _copy_row(plan, source, place, np.float32(1.0))
+            _store_row(plan, place, call[V_WINDOW] + target)
+    return True
+
+
 @njit(cache=True, parallel=True, nogil=True)
-def _attend(plan, call, scaling, lengths, scratch, partial, out):
+def _attend(plan, call, scaling, lengths, scratch, partial, limits, largest, out):
+    if call[STORES] and not _take_in(plan, call, lengths, scratch, limits, largest):
+        return
     for unit in prange(partial.shape[0]):
         _attend_unit(plan, call, scaling, lengths, scratch, partial, np.int64(unit), np.int64(get_thread_id()))
     _combine(plan, call, lengths, partial, out)
+    if call[STORES] and call[ROTATION]:
+        for b in range(out.shape[0]):
+            for token in range(out.shape[1]):
+                for head in range(out.shape[2]):
+                    _rotate_row(out[b, token, head], call[ROTATION])
 
 
 _KERNEL_ARGUMENTS = (
@@ -679,6 +761,8 @@ _KERNEL_ARGUMENTS = (
     types.int64[:, ::1],
     types.float32[:, ::1],
     types.float32[:, ::1],
+    types.float32[::1],
+    types.float32[::1],
     types.float32[:, :, :, ::1],
 )
 
@@ -718,6 +802,20 @@ def _plan(
     return plan if lanes >= 4 and group_size % plan.tokens == 0 else None
 
 
+def why_not(layer: PackedLayer) -> str | None:
+    """What keeps the kernels from attending over `layer`; None where nothing does."""
+    if not host_is_supported():
+        return "this CPU does not convert float16"
+    window = layer.key.window
+    if window.dtype not in FLOAT_NAMES:
+        return f"its kernels know float32, bfloat16 and float16, and the model has {window.dtype}"
+    wide = 0 if layer.key.wide is None else layer.key.wide.shape[-1]
+    bits, groups = (layer.key.bits, layer.value.bits), (layer.group_size, layer.value.group_size)
+    if _plan(bits, window.dtype, 1, window.shape[-1], groups, wide) is None:  # one row asks for the longest vectors
+        return f"its kernels take no head_dim={window.shape[-1]} in groups of {groups[0]} tokens and {groups[1]} channels"
+    return None
+
+
 def _splits(units: int, shares: int, threads: int) -> int:
     """Shares of the tokens each unit is cut into, so that all threads have equally much to do."""
     if threads == 1 or units >= 4 * threads and units % threads == 0:
@@ -742,22 +840,81 @@ def attend(
         `[B, q, num_attention_heads, D]` in the dtype of `query`; zeros where a token is not real.
     """
     batch, heads, length, head_dim = query.shape
-    group = heads // key.shape[1]
-    rows = group if length == 1 and group <= _MAX_ROWS else _MAX_ROWS
-    bits, groups = (layer.key.bits, layer.value.bits), (layer.group_size, layer.value.group_size)
-    wide = 0 if layer.key.wide is None else layer.key.wide.shape[-1]
-    plan = _plan(bits, query.dtype, rows, head_dim, groups, wide)
-    one_dtype = query.dtype == key.dtype == value.dtype == layer.key.window.dtype == layer.value.window.dtype
-    if plan is None or group * length > _MANY_ROWS or not one_dtype:
+    plan = _plan_of(query, key, value, layer)
+    if plan is None or heads // key.shape[1] * length > _MANY_ROWS:
         from modules.packed_attention import _attend_torch
 
         return _attend_torch(query, key, value, layer, scaling, new_lengths)
+    key, value = (t if _tokens_lie_side_by_side(t) else t.contiguous() for t in (key, value))
     out = torch.empty(batch, length, heads, head_dim)
-    _run(plan, query, key, value, layer, scaling, new_lengths, out)
+    _run(plan, query, key, value, layer, scaling, new_lengths, out, [0] * 5, _NO_LIMITS, _NO_LIMITS)
     return out if query.dtype == torch.float32 else out.to(query.dtype)
 
 
-def _run(plan: Plan, query, key, value, layer: PackedLayer, scaling: float, new_lengths: list[int], out) -> None:
+def decode(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: PackedLayer, scaling: float
+) -> torch.Tensor | None:
+    """One new token of every sequence, all of them real: checked, attended and put into the window by one call.
+
+    Args as for `attend`, with `q = 1`; values as the model gives them, not rotated.
+
+    Returns:
+        `[B, 1, num_attention_heads, D]`, not rotated either; None where the step needs more than that (sinks to fill, a
+        group to pack, a layout the kernel does not know), and then nothing has been done.
+
+    Raises:
+        ValueError: for NaN, infinite or too large states; nothing is stored then.
+    """
+    plan = _plan_of(query, key, value, layer)
+    ready = min(layer.lengths) >= layer.sink_length and not any(
+        layer.packs_at(row, 1) for row in range(layer.batch_size)
+    )
+    if plan is None or not ready or key.stride(3) != 1 or value.stride(3) != 1:
+        return None
+    batch, heads, _, head_dim = query.shape
+    kv_heads = key.shape[1]
+    fresh = buffer("fresh", batch * kv_heads, head_dim)
+    size = value.element_size()
+    rotation = head_dim & -head_dim if layer.rotates else 0  # the largest power of two that divides it
+    given = [value.data_ptr(), value.stride(0) * size, value.stride(1) * size, 1, rotation]
+    new_value = [fresh.ctypes.data, kv_heads * head_dim * size, head_dim * size]
+    limits, largest = np.array([side.limit for side in layer.sides], np.float32), np.zeros(2, np.float32)
+    out = torch.empty(batch, 1, heads, head_dim)
+    _run(plan, query, key, new_value, layer, scaling, [1] * batch, out, given, limits, largest)
+    for side, magnitude in zip(layer.sides, largest.tolist()):
+        side.check_magnitude(magnitude)
+    layer.advance([1] * batch)
+    return out if query.dtype == torch.float32 else out.to(query.dtype)
+
+
+_NO_LIMITS = np.zeros(2, np.float32)
+
+
+def _plan_of(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: PackedLayer) -> Plan | None:
+    """The plan for a step, None where there is none."""
+    group, length = query.shape[1] // key.shape[1], query.shape[2]
+    if not query.dtype == key.dtype == value.dtype == layer.key.window.dtype == layer.value.window.dtype:
+        return None
+    rows = group if length == 1 and group <= _MAX_ROWS else _MAX_ROWS
+    bits, groups = (layer.key.bits, layer.value.bits), (layer.group_size, layer.value.group_size)
+    wide = 0 if layer.key.wide is None else layer.key.wide.shape[-1]
+    return _plan(bits, query.dtype, rows, query.shape[3], groups, wide)
+
+
+def _run(
+    plan: Plan,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor | list[int],
+    layer: PackedLayer,
+    scaling: float,
+    new_lengths: list[int],
+    out: torch.Tensor,
+    decoding: list[int],
+    limits: np.ndarray,
+    largest: np.ndarray,
+) -> None:
+    """Call the kernel. `value` may be its address and strides; `decoding` are the last fields of the call."""
     batch, heads, length, head_dim = query.shape
     kv_heads = key.shape[1]
     group = heads // kv_heads
@@ -768,19 +925,24 @@ def _run(plan: Plan, query, key, value, layer: PackedLayer, scaling: float, new_
     splits = _splits(units, -(-packed // plan.tile_tokens) + _DENSE_TILES, threads)
 
     query = query if query.stride(-1) == 1 else query.contiguous()
-    key, value = (t if _tokens_lie_side_by_side(t) else t.contiguous() for t in (key, value))
     stored = [t if t is None or t.is_contiguous() else t.contiguous() for t in _stored(layer)]
-    call = [batch, kv_heads, group, length]
-    for t, strides in ((query, 3), (key, 2), (value, 2)):
-        call += [t.data_ptr(), *(stride * t.element_size() for stride in t.stride()[:strides])]
+    call = [batch, kv_heads, group, length, *_address(query, 3), *_address(key, 2)]
+    call += value if isinstance(value, list) else _address(value, 2)
     call += [0 if t is None else t.data_ptr() for t in stored]
-    call += [layer.key.capacity, layer.sink_length, layer.ring, row_tiles, splits]
+    call += [layer.key.capacity, layer.sink_length, layer.ring, row_tiles, splits, *decoding]
 
     lengths = np.array([*zip(layer.lengths, layer.packed, new_lengths)])
     scratch = buffer("scratch", threads, plan.scratch_floats)
     partial = buffer("partial", units * splits, plan.partial_floats)
     with numba_threads(threads):
-        _compiled(plan)(plan, np.array(call), scaling * math.log2(math.e), lengths, scratch, partial, out.numpy())
+        kernel = _compiled(plan)
+        kernel(plan, np.array(call), scaling * _LOG2_E, lengths, scratch, partial, limits, largest, out.numpy())
+
+
+def _address(t: torch.Tensor, strides: int) -> list[int]:
+    """Where a tensor lies and its first strides, in bytes."""
+    size = t.element_size()
+    return [t.data_ptr(), *(stride * size for stride in t.stride()[:strides])]
 
 
 def _tokens_lie_side_by_side(states: torch.Tensor) -> bool:

@@ -137,6 +137,18 @@ class Emitter:
     def store(self, vector, address) -> None:
         self.b.store(vector, self.b.inttoptr(address, vector.type.as_pointer()), align=4)
 
+    def store_as(self, vector, address, form: str) -> None:
+        """A float32 vector in a dtype, rounded to nearest even."""
+        lanes = vector.type.count
+        if form == "float16":
+            vector = self.b.fptrunc(vector, ir.VectorType(ir.HalfType(), lanes))
+        elif form == "bfloat16":  # NaN needs no care: none is stored
+            bits = self.b.bitcast(vector, ir.VectorType(I32, lanes))
+            odd = self.b.and_(self.b.lshr(bits, self.int_splat(16, lanes)), self.int_splat(1, lanes))
+            bits = self.b.add(bits, self.b.add(odd, self.int_splat(0x7FFF, lanes)))
+            vector = self.b.trunc(self.b.lshr(bits, self.int_splat(16, lanes)), ir.VectorType(I16, lanes))
+        self.b.store(vector, self.b.inttoptr(address, vector.type.as_pointer()), align=ITEM_BYTES[form])
+
     def float_splat(self, number: float, lanes: int | None = None):
         lanes = lanes or self.plan.lanes
         return ir.Constant(ir.VectorType(F32, lanes), [ir.Constant(F32, number)] * lanes)

@@ -313,7 +313,7 @@ def _wide(side: PackedSide) -> tuple[torch.Tensor, torch.Tensor, dict[str, int]]
 def pack_groups(side: PackedSide, rows: slice, start: int, states: torch.Tensor) -> None:
     """Quantize whole groups `[b, H, T, D]` into packed tokens `start…` of the sequences `rows` of `side`.
 
-    The states must be finite and within float16, which `PackedLayer.check_new` has made sure of; the wide channels, if
+    The states must be finite and within float16, which `PackedLayer.check_states` has made sure of; the wide channels, if
     any, have been chosen.
     """
     batch, heads, tokens, head_dim = states.shape
