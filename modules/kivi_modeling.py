@@ -60,7 +60,7 @@ class KIVIConfigMixin(PreTrainedConfig):
     use_kivi: bool = True
     sink_length: int = 4
     k_range: str = "lsq"
-    v_range: str = "minmax"
+    v_range: str | None = None
     wide_channels: float | None = None
     v_rotation: bool | None = None
     v_group_size: int | None = None

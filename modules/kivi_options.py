@@ -12,7 +12,7 @@ METADATA_BITS = 32  # a scale and a minimum, float16 each
 WIDE_CHANNELS = 0.25
 ALLOWED_BITS = (2, 4, 8, FULL_PRECISION_BITS)
 ALLOWED_K_RANGES = ("lsq", "minmax")
-ALLOWED_V_RANGES = ("minmax", "clipped", "lsq")
+ALLOWED_V_RANGES = ("minmax", "clipped", "lsq", None)
 ALLOWED_BACKENDS = ("auto", "torch", "numba", "triton")
 
 
@@ -48,8 +48,9 @@ class KIVIOptions:
         use_kivi: False keeps everything in full precision, as `k_bits=v_bits=16` does.
         sink_length: the first tokens of a sequence, kept in full precision.
         k_range, v_range: "minmax" (the paper's) or "lsq", the least-squares fit of scale and minimum; values also
-            "clipped", the range shrunk about its centre. `k_range="minmax"` with `sink_length=0` is the paper's algorithm:
-            it also turns off the two options below where they are None.
+            "clipped", the range shrunk about its centre, and None: "clipped" where they are rotated, else "minmax".
+            `k_range="minmax"` with `sink_length=0` is the paper's algorithm: it also turns off the two options below
+            where they are None.
         wide_channels: share of each head's key channels, those that matter most, that get 4 bits in a 2-bit cache.
             None: a quarter with `k_range="lsq"`.
         v_rotation: rotate values by a Hadamard matrix before they are quantized. None: 2-bit values with
@@ -69,7 +70,7 @@ class KIVIOptions:
     use_kivi: bool = True
     sink_length: int = 4
     k_range: str = "lsq"
-    v_range: str = "minmax"
+    v_range: str | None = None
     wide_channels: float | None = None
     v_rotation: bool | None = None
     v_group_size: int | None = None
@@ -147,6 +148,10 @@ class KIVIOptions:
         if v_bits == FULL_PRECISION_BITS:
             return False
         return (v_bits == 2 and self.k_range == "lsq") if self.v_rotation is None else self.v_rotation
+
+    def value_range(self, v_bits: int) -> str:
+        """How the scale and minimum of the values of a layer of `v_bits` are found."""
+        return self.v_range or ("clipped" if self.rotates_values(v_bits) else "minmax")
 
     def value_group_size(self, v_bits: int, head_dim: int) -> int:
         """Channels that share a scale and minimum of the values in a layer of `v_bits`."""

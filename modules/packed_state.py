@@ -76,7 +76,7 @@ class PackedSide:
             what=what,
             bits=bits,
             group_size=options.group_size if what == "keys" else options.value_group_size(bits, head_dim),
-            method=options.k_range if what == "keys" else options.v_range,
+            method=options.k_range if what == "keys" else options.value_range(bits),
             codes=empty(head_dim, None),
             scale=None,
             minimum=None,

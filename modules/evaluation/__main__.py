@@ -182,7 +182,7 @@ def measure_steps(wanted: list[Step], models: Path, results: Path, args: argpars
             result: Any = run_passkey(
                 model,
                 tokenizer,
-                short_candidates()[:2],
+                short_candidates()[:1],
                 console=console,
                 model_name=step.model,
                 filler=step.text,

@@ -19,6 +19,8 @@ DEFAULTS = "defaults"
 PAPER = "paper (KIVI, arXiv 2402.02750)"
 PAPER_OPTIONS = {"k_bits": 2, "v_bits": 2, "sink_length": 0, "k_range": "minmax"}
 FOUR_BITS = "K 4 bits, V 4 bits"
+BEST = "best at 3.1 bits"
+BEST_OPTIONS = {"wide_channels": 0.375}
 
 CacheFactory = Callable[[PreTrainedConfig], Cache]
 
@@ -92,17 +94,28 @@ def _pair(k_bits: int, v_bits: int) -> Candidate:
 
 
 def short_candidates() -> list[Candidate]:
-    """The least that says how good the defaults are: they, the paper's setting, more bits."""
-    return [kivi(DEFAULTS, {}), kivi(PAPER, PAPER_OPTIONS, kind="paper"), _pair(4, 2), _pair(4, 4)]
+    """The least that says how good the defaults are: they, the best option, the paper's setting, more bits."""
+    return [
+        kivi(DEFAULTS, {}),
+        kivi(BEST, BEST_OPTIONS),
+        kivi(PAPER, PAPER_OPTIONS, kind="paper"),
+        _pair(4, 2),
+        _pair(4, 4),
+    ]
 
 
 def main_candidates() -> list[Candidate]:
-    """What a user would choose between, and the way from the paper's setting to the defaults, a change at a time."""
+    """What a user would choose between, the way from the paper's setting to the defaults, a change at a time, and what
+    was tried beside them."""
     return [
         *short_candidates(),
         kivi("paper + sinks", {"k_range": "minmax"}),
         kivi("paper + sinks, fitted keys", {"wide_channels": 0.0, "v_rotation": False}),
         kivi("paper + sinks, fitted and wide keys", {"v_rotation": False}),
+        kivi("defaults, values by their range", {"v_range": "minmax"}),
+        kivi("defaults, fitted values", {"v_range": "lsq"}),
+        kivi("defaults, keys by their range", {"k_range": "minmax", "wide_channels": 0.25, "v_rotation": True}),
+        kivi("defaults, no wide keys", {"wide_channels": 0.0}),
         _pair(2, 4),
         *(kivi(f"defaults, groups of {size}", {"group_size": size}) for size in (16, 64)),
     ]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from modules.evaluation.candidates import DEFAULTS, FOUR_BITS, FULL, PAPER
+from modules.evaluation.candidates import BEST, DEFAULTS, FOUR_BITS, FULL, PAPER
 from modules.evaluation.results import Environment, PasskeyResult, QualityResult, QualityRow, load_result
 from modules.evaluation.tables import MISSING, compared, markdown, number, passkey_rows, percent, quality_rows
 
@@ -71,13 +71,18 @@ def _has(result: QualityResult, name: str) -> bool:
     return any(row.name == name and row.kl is not None for row in result.rows)
 
 
+_SUMMARIZED = (DEFAULTS, BEST, PAPER, FOUR_BITS)
+
+
 def _summary(quality: Sequence[QualityResult]) -> str:
-    """One line a text: the defaults, the paper's setting and 4 bits."""
+    """One line a text: the defaults, the best option, the paper's setting and 4 bits."""
     header = [
         "",
         "defaults: KL",
         "perplexity",
         "top-1",
+        f"{BEST}: KL",
+        "perplexity",
         "paper's setting: KL",
         "is … times ours",
         "4 bits: KL",
@@ -85,15 +90,17 @@ def _summary(quality: Sequence[QualityResult]) -> str:
     ]
     rows = [header]
     for result in quality:
-        if not all(_has(result, name) for name in (DEFAULTS, PAPER, FOUR_BITS)):
+        if not all(_has(result, name) for name in _SUMMARIZED):
             continue
-        full, ours, paper, four = (result.row(name) for name in (FULL, DEFAULTS, PAPER, FOUR_BITS))
+        full, ours, best, paper, four = (result.row(name) for name in (FULL, *_SUMMARIZED))
         rows.append(
             [
                 f"{result.model}, {result.text}",
                 number(ours.kl, 4),
                 percent(ours.perplexity, full.perplexity),
                 number(ours.top1, 3),
+                number(best.kl, 4),
+                percent(best.perplexity, full.perplexity),
                 number(paper.kl, 4),
                 f"{paper.kl / ours.kl:.1f}" if ours.kl else MISSING,
                 number(four.kl, 4),
