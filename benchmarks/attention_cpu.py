@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import argparse
 import csv
-import datetime
 import json
 import pathlib
-import platform
 import random
 import statistics
 import sys
@@ -23,7 +21,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
-import transformers  # noqa: E402
+from machine import RESULTS, environment  # noqa: E402
 from transformers import DynamicCache  # noqa: E402
 
 from modules.kivi_options import KIVIOptions  # noqa: E402
@@ -32,7 +30,6 @@ from modules.packed_state import PackedLayer  # noqa: E402
 
 SHAPES = {"smollm2-135m": (9, 3, 64), "llama-3.1-8b": (32, 8, 128), "qwen2.5-7b": (28, 4, 128)}  # heads, KV heads, size
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-RESULTS = ROOT / "benchmarks" / "results"
 
 
 def packed_step(backend: str, bits: int, query, key, value, past):
@@ -108,34 +105,6 @@ def rows_of(shape: str, length: int, dtype: str, args: argparse.Namespace) -> li
             }
         )  # fmt: skip
     return rows
-
-
-def cpu_name() -> str:
-    """The CPU's name as the system gives it."""
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def environment() -> dict[str, str | int]:
-    """What the numbers depend on."""
-    try:
-        import numba
-
-        numba_version = numba.__version__
-    except ImportError:
-        numba_version = "not installed"
-    return {
-        "date": datetime.date.today().isoformat(),
-        "cpu": cpu_name(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "numba": numba_version,
-    }
 
 
 def write(rows: list[dict], about: dict, folder: pathlib.Path) -> pathlib.Path:

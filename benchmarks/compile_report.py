@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import collections
 import dataclasses
+import datetime
 import itertools
 import json
 import os
@@ -303,9 +304,9 @@ def main() -> int:
     rows = [HEADER, ["---"] * len(HEADER)] + [r.row() for r in results]
     print("\n".join("| " + " | ".join(row) + " |" for row in rows))
     if arguments.json:
-        arguments.json.write_text(
-            json.dumps({"triton": triton.__version__, "kernels": [dataclasses.asdict(r) for r in results]}, indent=1)
-        )
+        about = {"date": datetime.date.today().isoformat(), "triton": triton.__version__, "quick": arguments.quick}
+        kernels = [dataclasses.asdict(result) for result in results]
+        arguments.json.write_text(json.dumps({"environment": about, "kernels": kernels}, indent=1) + "\n")
     found = problems(results) if arguments.check else []
     print("\n".join(found), file=sys.stderr)
     return 1 if found else 0

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-import datetime
 import json
 import pathlib
-import platform
+import random
 import statistics
 import sys
 import time
@@ -22,7 +21,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 import torch  # noqa: E402
-import transformers  # noqa: E402
+from machine import RESULTS, environment  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from transformers import DynamicCache  # noqa: E402
@@ -66,10 +65,12 @@ def measure(model, tokens: int, rounds: int) -> list[dict]:
     fill(caches, model.config, tokens, model.dtype)
     token, times = torch.tensor([[100]]), {name: [] for name in caches}
     with torch.no_grad():
+        order, shuffled = list(caches), random.Random(0)
         for number in range(rounds + 2):
-            for name, cache in caches.items():
+            shuffled.shuffle(order)  # whoever follows a step that reads much finds the CPU's cache empty
+            for name in order:
                 start = time.perf_counter()
-                model(token, past_key_values=cache)
+                model(token, past_key_values=caches[name])
                 if number >= 2:  # the first ones compile and warm up
                     times[name].append((time.perf_counter() - start) * 1e3)
     rows = []
@@ -82,13 +83,6 @@ def measure(model, tokens: int, rounds: int) -> list[dict]:
     return rows
 
 
-def processor() -> str:
-    """Name of the CPU."""
-    info = pathlib.Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
-    return names[0] if names else platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a folder; default SmolLM2-135M-Instruct, fetched")
@@ -96,7 +90,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--rounds", type=int, default=25)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--output", type=pathlib.Path, default=ROOT / "benchmarks" / "results" / "decode-cpu.json")
+    parser.add_argument("--output", type=pathlib.Path, default=RESULTS / "decode_cpu.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.model is None:
@@ -108,22 +102,14 @@ def main() -> None:
         model, _ = load_llama_kivi(args.model, dtype=DTYPES[dtype])
         for tokens in args.tokens:
             rows += measure(model, tokens, args.rounds)
-    about = {
-        "model": pathlib.Path(args.model).name,
-        "cpu": processor(),
-        "threads": args.threads,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "date": datetime.date.today().isoformat(),
-    }
+    about = {"model": pathlib.Path(args.model).name} | environment()
     table = Table("dtype", "tokens", "cache", "p20 ms", "p50 ms", "p80 ms", "against DynamicCache", title=str(about))
     for row in rows:
         figures = [f"{row[name]:.1f}" for name in ("p20_ms", "p50_ms", "p80_ms")]
         table.add_row(row["dtype"], str(row["tokens"]), row["cache"], *figures, f"{row['speedup']:.2f}x")
     Console().print(table)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps({"about": about, "rows": rows}, indent=1))
+    args.output.write_text(json.dumps({"environment": about, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

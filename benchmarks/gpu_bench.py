@@ -24,6 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
+from machine import environment  # noqa: E402
 
 from modules.kivi_options import KIVIOptions  # noqa: E402
 from modules.packed_state import PackedLayer  # noqa: E402
@@ -370,7 +371,7 @@ def main() -> int:
     if "attention" in wanted:
         rows += attention(copy, until)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "copy_gigabytes_per_second": copy}
+    about = environment() | {"device": torch.cuda.get_device_name(), "copy_gigabytes_per_second": copy}
     (arguments.out / "gpu_bench.json").write_text(
         json.dumps(about | {"rows": [dataclasses.asdict(row) for row in rows]}, indent=1)
     )

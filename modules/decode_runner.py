@@ -10,6 +10,8 @@ import torch
 from modules.kivi_cache_general import KIVICache, KIVICacheLayer
 from modules.packed_state import PackedLayer
 
+_MOST_IN_VAIN = 3
+
 
 @dataclasses.dataclass
 class _Capture:
@@ -32,8 +34,8 @@ class DecodeRunner:
 
     Not covered, and then run eagerly, with the same result: anything `why_not` names, several new tokens at once
     (prefill, speculative decoding), and the first step, which compiles the kernels. After something changed the cache's
-    memory (`reorder_cache`, `batch_select_indices`, `crop`, a step that failed) the next step records again; beam search
-    would record at every step, so leave it to the eager path. Model code that waits for the device or branches on values
+    memory (`reorder_cache`, `batch_select_indices`, `crop`, a step that failed) the next step records again; where that
+    happens step after step, as in beam search, the runner stays eager. Model code that waits for the device or branches on values
     of tensors inside `forward` cannot be recorded: the first attempt then warns and the runner stays eager.
 
     The kernels have run through Triton's interpreter and been compiled for sm_80, sm_90 and sm_100; the tests that replay
@@ -54,6 +56,8 @@ class DecodeRunner:
         self._capture: _Capture | None = None
         self._warm_batch: int | None = None  # the batch size that has run eagerly once
         self._refused = False
+        self._in_vain = 0  # recordings in a row that were not replayed again
+        self.running = False
 
     @staticmethod
     def why_not(cache: KIVICache) -> str | None:
@@ -85,6 +89,13 @@ class DecodeRunner:
         Raises:
             ValueError: where the cache is full, or packed states that its metadata cannot hold (seen when they are packed).
         """
+        self.running = True
+        try:
+            return self._step(input_ids)
+        finally:
+            self.running = False
+
+    def _step(self, input_ids: torch.Tensor) -> torch.Tensor:
         replayable = input_ids.shape[1] == 1 and not self._refused and self.why_not(self.cache) is None
         if not replayable or self._warm_batch != input_ids.shape[0]:
             self._warm_batch = input_ids.shape[0] if input_ids.shape[1] == 1 else self._warm_batch
@@ -100,7 +111,11 @@ class DecodeRunner:
             or self._capture.bound_to != _memory(states)
             or self._capture.input_ids.shape != input_ids.shape
         ):
-            self._capture = self._record(input_ids)
+            self._in_vain += 1
+            self._refused = self._in_vain > _MOST_IN_VAIN
+            self._capture = None if self._refused else self._record(input_ids)
+        else:
+            self._in_vain = 0
         if self._capture is None:
             return self._eager(input_ids)
         self._capture.input_ids.copy_(input_ids)

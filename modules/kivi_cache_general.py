@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedConfig
@@ -17,6 +17,9 @@ from modules.kivi_options import KIVIOptions
 from modules.memory import cache_report, format_report
 from modules.packed_attention import attend_and_store, pick_backend
 from modules.packed_state import PackedLayer, PackedSide
+
+if TYPE_CHECKING:
+    from modules.decode_runner import DecodeRunner
 
 
 def _as_data(method: Callable) -> Callable:
@@ -333,6 +336,7 @@ class KIVICache(Cache):
         else:
             super().__init__(layers=self._layers_of(config.get_text_config(decoder=True)), offloading=offloading)
         self._step: Step | None = None
+        self._runner: DecodeRunner | None = None
 
     def _layers_of(self, config: PreTrainedConfig) -> list[CacheLayerMixin]:
         self.options.check_head_dim(
@@ -442,6 +446,37 @@ class KIVICache(Cache):
         out = layer.attend(query, key_states, value_states, scaling, step)
         layer.offload()
         return out
+
+    def replay(
+        self,
+        model: torch.nn.Module,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        """Logits `[B, 1, vocabulary]` of a step of one token from a CUDA graph; None where the step is for the model.
+
+        Args:
+            model: the causal LM; its forward is what is recorded.
+            input_ids, attention_mask, position_ids: as the forward got them.
+        """
+        if self.max_length is None or input_ids.shape[1] != 1 or model.training or not input_ids.is_cuda:
+            return None
+        if self._runner is None:
+            from modules.decode_runner import DecodeRunner  # which needs this module
+
+            self._runner = DecodeRunner(model, self)
+        if self._runner.model is not model or self._runner.running or not self.get_seq_length():
+            return None
+        step = self.new_step(attention_mask, input_ids.shape[0], 1)
+        if step.real is not None:
+            return None
+        if position_ids is not None and not torch.equal(position_ids, self.next_positions(step, 1, position_ids.device)):
+            return None
+        return self._runner.step(input_ids).clone()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_runner": None}  # a graph is bound to the memory of this very cache
 
     def get_cache_info(self) -> dict[str, Any]:
         """What is stored, counted from the tensors: tokens, bytes by part, bits an element as stored and nominal."""

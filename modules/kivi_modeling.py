@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 from transformers.utils import is_flash_attn_2_available
@@ -288,7 +288,10 @@ class KIVIForCausalLMMixin:
     Attributes:
         use_kivi_cache: True lets `generate()` and `forward()` create a KIVI cache by themselves.
         prefill_chunk: longest piece (tokens) that goes through a KIVI cache at once; None for no limit.
+        use_cuda_graphs: False runs every step eagerly, also on a GPU over a cache made with `max_length`.
     """
+
+    use_cuda_graphs: bool = True
 
     def __init__(self, config: PreTrainedConfig, **options: Any) -> None:
         reject_unknown(options, FIELD_DEFAULTS, type(self).__name__)
@@ -347,10 +350,19 @@ class KIVIForCausalLMMixin:
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ):
-        """As the stock model's, and with `use_kivi_cache` a new KIVI cache where none is passed."""
+        """As the stock model's, and with `use_kivi_cache` a new KIVI cache where none is passed.
+
+        On a GPU, steps of one token over a cache made with `max_length` replay a CUDA graph (see `use_cuda_graphs`).
+        """
         wants_cache = self.config.use_cache if use_cache is None else use_cache
         if self.use_kivi_cache and past_key_values is None and wants_cache and not self.training:
             past_key_values = self.create_kivi_cache()
+        asked = {name for name, value in kwargs.items() if value is not None and value is not False}
+        plain = input_ids is not None and inputs_embeds is None and labels is None and wants_cache and asked <= {"return_dict"}
+        if plain and isinstance(past_key_values, KIVICache) and self.use_cuda_graphs:
+            logits = past_key_values.replay(self, input_ids, attention_mask, position_ids)
+            if logits is not None:
+                return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,

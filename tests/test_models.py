@@ -10,6 +10,7 @@ from conftest import FAMILIES, SIZES, SMALL, make_pair, relative_error, tokens
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, pipeline
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
+from modules.decode_runner import DecodeRunner
 from modules.kivi_cache_general import KIVICache, KIVICacheLayer
 
 GREEDY = {"max_new_tokens": 40, "do_sample": False, "use_cache": True}
@@ -545,3 +546,36 @@ def test_training_goes_around_the_cache(pair):
     ids = tokens(1, 40)
     kivi(ids, labels=ids).loss.backward()
     assert kivi.model.layers[0].self_attn.k_proj.weight.grad.abs().sum() > 0
+
+
+def test_single_tokens_over_an_allocated_cache_go_to_the_graph_runner(llama_pair, monkeypatch):
+    """The wiring alone: on a CPU the runner is made to believe that it may, and runs each step eagerly."""
+    _, kivi = llama_pair
+    ids = tokens(2, 60)
+    expected = kivi.generate(ids, past_key_values=kivi.create_kivi_cache(), **GREEDY)
+    seen = []
+
+    def step(self, input_ids):
+        seen.append(input_ids.shape)
+        self.running = True
+        try:
+            return self._eager(input_ids)
+        finally:
+            self.running = False
+
+    monkeypatch.setattr(DecodeRunner, "step", step)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    cache = kivi.create_kivi_cache(max_length=200, backend="torch")
+    out = kivi.generate(ids, past_key_values=cache, **GREEDY)
+    assert torch.equal(out, expected) and len(seen) == 39
+    assert copy.deepcopy(cache)._runner is None and cache._runner is not None
+    kivi.use_cuda_graphs = False
+    kivi.generate(ids, past_key_values=kivi.create_kivi_cache(max_length=200, backend="torch"), **GREEDY)
+    assert len(seen) == 39
+
+
+def test_no_graphs_without_a_gpu(llama_pair):
+    _, kivi = llama_pair
+    cache = kivi.create_kivi_cache(max_length=200)
+    kivi.generate(tokens(1, 60), past_key_values=cache, **GREEDY)
+    assert cache._runner is None

@@ -1,0 +1,153 @@
+"""Write docs/performance.md and its plot from the results of the other benchmarks.
+
+    python benchmarks/report.py        # reads benchmarks/results/*.json; what was not measured is said to be missing
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import sys
+from collections.abc import Iterable
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
+
+from machine import RESULTS, ROOT  # noqa: E402
+
+BASELINE = {"attention": "DynamicCache+SDPA", "decode": "DynamicCache"}
+INTRODUCTION = """# Speed
+
+<!-- Written by `python benchmarks/report.py` from benchmarks/results; change benchmarks/report.py, not this page. -->
+
+Every contender of a row ran in the same loop, in turns; times are medians in milliseconds, in parentheses how many times
+faster than full precision in that loop. Other machines give other times: the commands are beside the tables.
+"""
+NO_GPU = """The kernels for GPUs have been tested in Triton's interpreter and compiled (above), **not run on a GPU**: there
+are no times. `bash benchmarks/run_gpu.sh benchmarks/results` tests and measures them in one go, in under nine minutes.
+"""
+
+
+def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
+    """A table."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
+
+
+def about(environment: dict) -> str:
+    """One line on what was measured with."""
+    return "Measured with " + ", ".join(f"{name} {value}" for name, value in environment.items()) + "."
+
+
+def against(rows: list[dict], contender: str, baseline: str) -> list[list[str]]:
+    """A line for every group of rows that ran together, a column for every contender, the baseline first."""
+    names = list(dict.fromkeys(row[contender] for row in rows))
+    names = [baseline, *(name for name in names if name != baseline)]
+    together: dict[tuple, dict[str, dict]] = {}
+    for row in rows:
+        together.setdefault((row.get("shape", ""), row["dtype"], row["tokens"]), {})[row[contender]] = row
+    lines = []
+    for key, found in together.items():
+        cells = [str(part) for part in key if part != ""]
+        for name in names:
+            row = found.get(name)
+            speedup = "" if name == baseline or row is None else f" ({found[baseline]['p50_ms'] / row['p50_ms']:.1f}×)"
+            cells.append("–" if row is None else f"{row['p50_ms']:.2f}{speedup}")
+        lines.append(cells)
+    first = ["shape", "dtype", "tokens"] if rows[0].get("shape") else ["dtype", "tokens"]
+    return [[*first, *names], *lines]
+
+
+def load(folder: pathlib.Path, name: str) -> dict | None:
+    """A result, None where it is missing."""
+    path = folder / name
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def attention_section(folder: pathlib.Path) -> str:
+    """Attention of one layer on the CPU."""
+    parts = ["## Attention of one layer, one new token, on a CPU", "`python benchmarks/attention_cpu.py`"]
+    for path in sorted(folder.glob("attention_cpu_*threads.json")):
+        result = json.loads(path.read_text())
+        header, *lines = against(result["rows"], "contender", BASELINE["attention"])
+        parts += [about(result["environment"]), markdown(header, lines)]
+        plot = draw(result, ROOT / "docs" / "performance.svg")
+        parts.append(f"![times faster than full precision]({plot.name})")
+    return "\n\n".join(parts if len(parts) > 2 else [*parts, "Not measured yet."])
+
+
+def decode_section(folder: pathlib.Path) -> str:
+    """A whole decode step on the CPU."""
+    parts = ["## A decode step of a whole model on a CPU", "`python benchmarks/decode_cpu.py`"]
+    result = load(folder, "decode_cpu.json")
+    if result is None:
+        return "\n\n".join([*parts, "Not measured yet."])
+    header, *lines = against(result["rows"], "cache", BASELINE["decode"])
+    return "\n\n".join([*parts, about(result["environment"]), markdown(header, lines)])
+
+
+def compile_section(folder: pathlib.Path) -> str:
+    """What the compiler made of the kernels for GPUs."""
+    parts = ["## Kernels for GPUs, compiled", "`python benchmarks/compile_report.py --json benchmarks/results/compile.json`"]
+    result = load(folder, "compile.json")
+    if result is None:
+        return "\n\n".join([*parts, "Not compiled yet."])
+    names = ["kernel", "variant", "arch", "registers", "spilled", "shared", "copy_bytes", "loop", "per_code"]
+    header = ["kernel", "variant", "sm_", "registers", "spilled bytes", "shared bytes", "bytes a copy", "loop", "per code"]
+    lines = [["" if (v := kernel[name]) is None else f"{v:.2f}" if isinstance(v, float) else str(v) for name in names] for kernel in result["kernels"]]
+    text = (
+        "Registers a thread, bytes spilled, shared memory, the widest copy of codes a thread; for attention the instructions of "
+        "the main loop, and those per code of keys and values."
+    )
+    return "\n\n".join([*parts, about(result["environment"]), text, markdown(header, lines)])
+
+
+def gpu_section(folder: pathlib.Path) -> str:
+    """What ran on a GPU."""
+    result = load(folder, "gpu_bench.json")
+    if result is None:
+        return f"## On a GPU\n\n{NO_GPU}"
+    rows = result.pop("rows")
+    header = list(rows[0])
+    lines = [["" if row[n] is None else f"{row[n]:.3g}" if isinstance(row[n], float) else str(row[n]) for n in header] for row in rows]
+    return "\n\n".join(["## On a GPU", "`bash benchmarks/run_gpu.sh benchmarks/results`", about(result), markdown(header, lines)])
+
+
+def draw(result: dict, path: pathlib.Path) -> pathlib.Path:
+    """Times faster than full precision against tokens, one panel a shape and dtype."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "kivi"  # the same file for the same numbers
+    from matplotlib import pyplot
+
+    rows = result["rows"]
+    panels = list(dict.fromkeys((row["shape"], row["dtype"]) for row in rows))
+    columns = 2
+    figure, axes = pyplot.subplots(-(-len(panels) // columns), columns, figsize=(9, 2.6 * -(-len(panels) // columns)), squeeze=False)
+    for axis, (shape, dtype) in zip(axes.flat, panels):
+        for name in dict.fromkeys(row["contender"] for row in rows):
+            points = [(r["tokens"], r["speedup_p50"]) for r in rows if (r["shape"], r["dtype"], r["contender"]) == (shape, dtype, name)]
+            axis.plot(*zip(*points), marker=".", label=name)
+        axis.set(title=f"{shape}, {dtype}", xscale="log", xlabel="tokens", ylabel="times faster")
+        axis.grid(alpha=0.3)
+    axes.flat[0].legend(fontsize=6)
+    figure.tight_layout()
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+    return path
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
+    parser.add_argument("--output", type=pathlib.Path, default=ROOT / "docs" / "performance.md")
+    args = parser.parse_args()
+    sections = [section(args.results) for section in (attention_section, decode_section, compile_section, gpu_section)]
+    args.output.parent.mkdir(exist_ok=True)
+    args.output.write_text("\n".join([INTRODUCTION, "\n\n".join(sections), ""]))
+    print(f"written: {args.output}")
+
+
+if __name__ == "__main__":
+    main()
