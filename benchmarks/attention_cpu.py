@@ -68,9 +68,7 @@ def interleaved(steps: dict, seconds: float, most: int) -> dict[str, list[float]
         step()
         step()
     end = time.perf_counter() + seconds
-    while len(next(iter(times.values()))) < 5 or (
-        time.perf_counter() < end and len(next(iter(times.values()))) < most
-    ):
+    while len(next(iter(times.values()))) < 5 or (time.perf_counter() < end and len(next(iter(times.values()))) < most):
         shuffled.shuffle(order)
         for name in order:
             start = time.perf_counter()

@@ -1,6 +1,6 @@
 """Write docs/performance.md and its plot from the results of the other benchmarks.
 
-    python benchmarks/report.py        # reads benchmarks/results/*.json; what was not measured is said to be missing
+python benchmarks/report.py        # reads benchmarks/results/*.json; what was not measured is said to be missing
 """
 
 from __future__ import annotations
@@ -87,13 +87,29 @@ def decode_section(folder: pathlib.Path) -> str:
 
 def compile_section(folder: pathlib.Path) -> str:
     """What the compiler made of the kernels for GPUs."""
-    parts = ["## Kernels for GPUs, compiled", "`python benchmarks/compile_report.py --json benchmarks/results/compile.json`"]
+    parts = [
+        "## Kernels for GPUs, compiled",
+        "`python benchmarks/compile_report.py --json benchmarks/results/compile.json`",
+    ]
     result = load(folder, "compile.json")
     if result is None:
         return "\n\n".join([*parts, "Not compiled yet."])
     names = ["kernel", "variant", "arch", "registers", "spilled", "shared", "copy_bytes", "loop", "per_code"]
-    header = ["kernel", "variant", "sm_", "registers", "spilled bytes", "shared bytes", "bytes a copy", "loop", "per code"]
-    lines = [["" if (v := kernel[name]) is None else f"{v:.2f}" if isinstance(v, float) else str(v) for name in names] for kernel in result["kernels"]]
+    header = [
+        "kernel",
+        "variant",
+        "sm_",
+        "registers",
+        "spilled bytes",
+        "shared bytes",
+        "bytes a copy",
+        "loop",
+        "per code",
+    ]
+    lines = [
+        ["" if (v := kernel[name]) is None else f"{v:.2f}" if isinstance(v, float) else str(v) for name in names]
+        for kernel in result["kernels"]
+    ]
     text = (
         "Registers a thread, bytes spilled, shared memory, the widest copy of codes a thread; for attention the instructions of "
         "the main loop, and those per code of keys and values."
@@ -108,8 +124,13 @@ def gpu_section(folder: pathlib.Path) -> str:
         return f"## On a GPU\n\n{NO_GPU}"
     rows = result.pop("rows")
     header = list(rows[0])
-    lines = [["" if row[n] is None else f"{row[n]:.3g}" if isinstance(row[n], float) else str(row[n]) for n in header] for row in rows]
-    return "\n\n".join(["## On a GPU", "`bash benchmarks/run_gpu.sh benchmarks/results`", about(result), markdown(header, lines)])
+    lines = [
+        ["" if row[n] is None else f"{row[n]:.3g}" if isinstance(row[n], float) else str(row[n]) for n in header]
+        for row in rows
+    ]
+    return "\n\n".join(
+        ["## On a GPU", "`bash benchmarks/run_gpu.sh benchmarks/results`", about(result), markdown(header, lines)]
+    )
 
 
 def draw(result: dict, path: pathlib.Path) -> pathlib.Path:
@@ -123,10 +144,16 @@ def draw(result: dict, path: pathlib.Path) -> pathlib.Path:
     rows = result["rows"]
     panels = list(dict.fromkeys((row["shape"], row["dtype"]) for row in rows))
     columns = 2
-    figure, axes = pyplot.subplots(-(-len(panels) // columns), columns, figsize=(9, 2.6 * -(-len(panels) // columns)), squeeze=False)
+    figure, axes = pyplot.subplots(
+        -(-len(panels) // columns), columns, figsize=(9, 2.6 * -(-len(panels) // columns)), squeeze=False
+    )
     for axis, (shape, dtype) in zip(axes.flat, panels):
         for name in dict.fromkeys(row["contender"] for row in rows):
-            points = [(r["tokens"], r["speedup_p50"]) for r in rows if (r["shape"], r["dtype"], r["contender"]) == (shape, dtype, name)]
+            points = [
+                (r["tokens"], r["speedup_p50"])
+                for r in rows
+                if (r["shape"], r["dtype"], r["contender"]) == (shape, dtype, name)
+            ]
             axis.plot(*zip(*points), marker=".", label=name)
         axis.set(title=f"{shape}, {dtype}", xscale="log", xlabel="tokens", ylabel="times faster")
         axis.grid(alpha=0.3)

@@ -471,7 +471,9 @@ class KIVICache(Cache):
         step = self.new_step(attention_mask, input_ids.shape[0], 1)
         if step.real is not None:
             return None
-        if position_ids is not None and not torch.equal(position_ids, self.next_positions(step, 1, position_ids.device)):
+        if position_ids is not None and not torch.equal(
+            position_ids, self.next_positions(step, 1, position_ids.device)
+        ):
             return None
         return self._runner.step(input_ids).clone()
 

@@ -358,7 +358,13 @@ class KIVIForCausalLMMixin:
         if self.use_kivi_cache and past_key_values is None and wants_cache and not self.training:
             past_key_values = self.create_kivi_cache()
         asked = {name for name, value in kwargs.items() if value is not None and value is not False}
-        plain = input_ids is not None and inputs_embeds is None and labels is None and wants_cache and asked <= {"return_dict"}
+        plain = (
+            input_ids is not None
+            and inputs_embeds is None
+            and labels is None
+            and wants_cache
+            and asked <= {"return_dict"}
+        )
         if plain and isinstance(past_key_values, KIVICache) and self.use_cuda_graphs:
             logits = past_key_values.replay(self, input_ids, attention_mask, position_ids)
             if logits is not None:

@@ -52,7 +52,12 @@ def packed_attention(
 
 
 def attend_and_store(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: PackedLayer, scaling: float, new_lengths: list[int]
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layer: PackedLayer,
+    scaling: float,
+    new_lengths: list[int],
 ) -> torch.Tensor:
     """Attend with new tokens over `layer` and themselves, then store them.
 
@@ -95,7 +100,9 @@ def pick_backend(wanted: str, layer: PackedLayer) -> str:
             return "triton"
         if wanted == "triton":
             raise ValueError(f"backend='triton' cannot run here: {problem}; use 'auto' or 'torch'.")
-        warnings.warn(f"KIVI attends with plain torch, much slower than its kernels for GPUs, because {problem}.", stacklevel=2)
+        warnings.warn(
+            f"KIVI attends with plain torch, much slower than its kernels for GPUs, because {problem}.", stacklevel=2
+        )
         return "torch"
     if wanted == "numba":
         if device != "cpu":
@@ -141,7 +148,12 @@ def _triton_problem(layer: PackedLayer) -> str | None:
 
 
 def _attend_triton(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: PackedLayer, scaling: float, new_lengths: list[int]
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layer: PackedLayer,
+    scaling: float,
+    new_lengths: list[int],
 ) -> torch.Tensor:
     from modules.kernels import triton_attention  # imported where it runs: a CPU needs no triton
 

@@ -295,7 +295,10 @@ def test_report_says_what_was_measured(tmp_path):
     evaluation.save_result(results.PasskeyResult("m", "prose", 128, rows, {}, HERE), tmp_path / "quality-passkey.json")
     written = report.write_report(tmp_path, tmp_path / "docs" / "quality.md")
     page = written[0].read_text()
-    for part in ("| m, code | 0.0250 | +1.0 % | 0.910 | 0.0200 | +1.0 % | 0.3000 | 12.0 | 0.0010 |", "skipped: not installed"):
+    for part in (
+        "| m, code | 0.0250 | +1.0 % | 0.910 | 0.0200 | +1.0 % | 0.3000 | 12.0 | 0.0010 |",
+        "skipped: not installed",
+    ):
         assert part in page
     assert "1 of 1" in page and "a processor, 1 thread, float32" in page and "](quality.svg)" in page
     assert "$" not in page.replace("```", "")

@@ -64,7 +64,9 @@ def make_layer(lengths, bits, kv_heads, head_dim, group, dtype, share=0.25, resi
 def new_states(layer, gqa, new, dtype, generator):
     batch, kv_heads, _, head_dim = layer.key.window.shape
     query = torch.randn(batch, new, kv_heads * gqa, head_dim, generator=generator).to(dtype).transpose(1, 2)
-    key, value = (torch.randn(batch, new, kv_heads, head_dim, generator=generator).to(dtype).transpose(1, 2) for _ in "kv")
+    key, value = (
+        torch.randn(batch, new, kv_heads, head_dim, generator=generator).to(dtype).transpose(1, 2) for _ in "kv"
+    )
     return query * SCALES.get(gqa, 1.0), key, value
 
 

@@ -197,6 +197,7 @@ class Plan:
 
 # --- emitting vector code ---------------------------------------------------------------------------------------------
 
+
 def _emit_copy_row(e: Emitter, form: str, source, target, factor) -> None:
     """One row `[head_dim]` of a dtype, times `factor`, as float32."""
     lanes, size = e.plan.lanes, ITEM_BYTES[form]
@@ -302,7 +303,9 @@ def _emit_scores(e: Emitter, form: int | str, keys, extra, count, folded, scores
             if not isinstance(form, int):  # packed groups are whole
                 tokens = [e.b.select(e.b.icmp_signed("<", token, last), token, last) for token in tokens]
             places = [e.address(keys, index=token, stride=row_bytes(form, plan.head_dim)) for token in tokens]
-            starts = [e.load(e.address(folded, (plan.rows * plan.head_dim + r * plan.lanes) * 4)) for r in range(plan.rows)]
+            starts = [
+                e.load(e.address(folded, (plan.rows * plan.head_dim + r * plan.lanes) * 4)) for r in range(plan.rows)
+            ]
             parts = [list(starts) for _ in tokens]
             raw, loaded = None, None
             for plane, chunk in columns:
@@ -627,7 +630,12 @@ def _attend_unit(plan, call, scaling, lengths, scratch, partial, unit, thread):
         return
     for row in range(plan.rows):
         token, head = divmod(min(row_tile * plan.rows + row, rows - 1), call[GROUP])
-        source = call[QUERY] + b * call[QUERY_BATCH] + (h * call[GROUP] + head) * call[QUERY_HEAD] + token * call[QUERY_TOKEN]
+        source = (
+            call[QUERY]
+            + b * call[QUERY_BATCH]
+            + (h * call[GROUP] + head) * call[QUERY_HEAD]
+            + token * call[QUERY_TOKEN]
+        )
         _copy_row(plan, source, base + (plan.at_query + row * plan.head_dim) * 4, scaling)
     if plan.wide:
         wide = call[K_WIDE] + (b * call[KV_HEADS] + h) * plan.wide * 8
@@ -812,7 +820,9 @@ def why_not(layer: PackedLayer) -> str | None:
     wide = 0 if layer.key.wide is None else layer.key.wide.shape[-1]
     bits, groups = (layer.key.bits, layer.value.bits), (layer.group_size, layer.value.group_size)
     if _plan(bits, window.dtype, 1, window.shape[-1], groups, wide) is None:  # one row asks for the longest vectors
-        return f"its kernels take no head_dim={window.shape[-1]} in groups of {groups[0]} tokens and {groups[1]} channels"
+        return (
+            f"its kernels take no head_dim={window.shape[-1]} in groups of {groups[0]} tokens and {groups[1]} channels"
+        )
     return None
 
 
@@ -825,7 +835,12 @@ def _splits(units: int, shares: int, threads: int) -> int:
 
 
 def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: PackedLayer, scaling: float, new_lengths: list[int]
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layer: PackedLayer,
+    scaling: float,
+    new_lengths: list[int],
 ) -> torch.Tensor:
     """Attention of new tokens over a layer on the CPU; see `modules.packed_attention.packed_attention`.
 

@@ -293,7 +293,9 @@ def _pack(spec, source, strides, codes, scale, minimum, largest):
     for unit in prange(units):
         number = np.int64(unit)
         head, group = divmod(number, units // heads)
-        place = source + head // strides[1] * strides[2] + head % strides[1] * strides[3] + group * spec.tokens * strides[4]
+        place = (
+            source + head // strides[1] * strides[2] + head % strides[1] * strides[3] + group * spec.tokens * strides[4]
+        )
         target = codes + number * spec.tokens * spec.width
         meta = number * spec.metadata * 2
         _pack_group(spec, place, strides[4], target, scale + meta, minimum + meta, largest.ctypes.data + number * 4)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 FLOAT_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
+
 @functools.cache
 def host() -> tuple[int, int]:
     """`(lanes, accumulators)`: float32 lanes of the host's vectors, and how many of them a register block may take."""
@@ -164,7 +165,9 @@ class Emitter:
         return self.shuffle(one, one, [0] * lanes)
 
     def shuffle(self, first, second, order: list[int]):
-        return self.b.shuffle_vector(first, second, ir.Constant(ir.VectorType(I32, len(order)), [I32(i) for i in order]))
+        return self.b.shuffle_vector(
+            first, second, ir.Constant(ir.VectorType(I32, len(order)), [I32(i) for i in order])
+        )
 
     def _call(self, name: str, *args):
         typ = args[0].type
@@ -281,11 +284,17 @@ class Emitter:
 
     def _unpack32(self):
         n = self.plan.lanes
-        return tuple([lane + i for lane in range(0, n, 4) for i in (first, n + first, first + 1, n + first + 1)] for first in (0, 2))
+        return tuple(
+            [lane + i for lane in range(0, n, 4) for i in (first, n + first, first + 1, n + first + 1)]
+            for first in (0, 2)
+        )
 
     def _unpack64(self):
         n = self.plan.lanes
-        return tuple([lane + i for lane in range(0, n, 4) for i in (first, first + 1, n + first, n + first + 1)] for first in (0, 2))
+        return tuple(
+            [lane + i for lane in range(0, n, 4) for i in (first, first + 1, n + first, n + first + 1)]
+            for first in (0, 2)
+        )
 
     def _even_odd_parts(self):
         parts = self.plan.lanes // 4
