@@ -605,13 +605,18 @@ def _pick_step(shape: Shape, n: int, warps: int, shared: int) -> tuple[int, int]
     """The first of `_STEPS` of which two programs fit `shared` bytes: all buffers but one are filled ahead.
 
     A token takes its codes, its share of the key metadata, and of the value metadata 2 bytes a group and a row of 16
-    minima; operands on their way take 20 bytes a channel and query row (from compiled kernels).
+    minima; operands on their way take 20 bytes a channel and query row (from compiled kernels). Two stages are the most
+    that leave 16 query rows enough registers, 32 tokens where padding to a power of two takes them.
     """
     d, g, k_bits, v_bits = shape[:4]
+    if d != triton.next_power_of_2(d):
+        return 2, 32
     token = d * (k_bits + v_bits) // 8 + 4 * d // g + 2 * d // shape.value_group_size + 32 + shape.wide
     for stages, tokens in _STEPS:
         if warps * tokens * token * max(0, stages - 1) + 20 * d * n <= shared // 2 - 1024:
             break
+    if n == 16:
+        return min(stages, 2), 32 if shape.wide else tokens
     return stages, tokens
 
 
@@ -626,7 +631,7 @@ def tile_constants(shape: Shape, rows: int, shared: int = _SHARED_H100) -> dict[
     d, g, k_bits, v_bits = shape[:4]
     v_g = shape.value_group_size
     k_width, v_width = d * min(k_bits, 8) // 8, d * min(v_bits, 8) // 8
-    k_seg = next((seg for seg in (32, 16) if k_width % seg == 0), k_width)
+    k_seg = next((seg for seg in (32, 48, 16) if k_width % seg == 0), k_width)
     # Planes of 16 bytes (2 bits, 64 channels) fill half a tile: two go into one product.
     k_fold = 2 if k_width == 16 else 1
     v_fold = 2 if v_width == 16 else 1
@@ -658,7 +663,7 @@ def tile_constants(shape: Shape, rows: int, shared: int = _SHARED_H100) -> dict[
         "V_COLS": v_columns,
         "V_FOLD": v_fold,
         "META_PER_WORD": next(size for size in (4, 2, 1) if groups % size == 0),
-        "FULL_SEG": 32,
+        "FULL_SEG": 32 if d in (64, 128) else 16,  # others leave too few registers
         "FULL_T": 16,  # with 32 the three sources of a tile do not fit the registers
         "SINK": shape.sink_length,
         "RING": shape.ring,
