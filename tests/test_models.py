@@ -1,6 +1,7 @@
 """The models of every family, small and random: exact without quantization, right with it, on every path of a user."""
 
 import copy
+import dataclasses
 import threading
 import warnings
 
@@ -12,6 +13,8 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from modules.decode_runner import DecodeRunner
 from modules.kivi_cache_general import KIVICache, KIVICacheLayer
+from modules.kivi_modeling import FIELD_DEFAULTS
+from modules.kivi_options import KIVIOptions
 
 GREEDY = {"max_new_tokens": 40, "do_sample": False, "use_cache": True}
 
@@ -423,6 +426,13 @@ def test_a_stock_config_is_enough(pair):
     assert model.create_kivi_cache(group_size=16).options.k_bits == 2
     with pytest.raises(ValueError, match="did you mean"):
         kivi.create_kivi_cache(resdual_length=3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_config_fields_are_the_options_of_the_cache(family):
+    config = FAMILIES[family][2]()
+    assert {name: getattr(config, name) for name in FIELD_DEFAULTS} == FIELD_DEFAULTS
+    assert dataclasses.asdict(KIVIOptions.from_config(config)) == dataclasses.asdict(KIVIOptions())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
