@@ -89,7 +89,7 @@ def compile_section(folder: pathlib.Path) -> str:
     """What the compiler made of the kernels for GPUs."""
     parts = [
         "## Kernels for GPUs, compiled",
-        "`python benchmarks/compile_report.py --json benchmarks/results/compile.json`",
+        "`python benchmarks/compile_report.py --quick --json benchmarks/results/compile.json`; without `--quick` every bit pair, head, group and type",
     ]
     result = load(folder, "compile.json")
     if result is None:
