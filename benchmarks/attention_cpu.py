@@ -12,24 +12,18 @@ import argparse
 import csv
 import json
 import pathlib
-import random
-import statistics
-import sys
-import time
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import torch
+from machine import RESULTS, environment  # which puts the project's folder on the path
+from timing import percentiles, take_turns
+from transformers import DynamicCache
 
-import torch  # noqa: E402
-from machine import RESULTS, environment  # noqa: E402
-from transformers import DynamicCache  # noqa: E402
-
-from modules.kivi_options import KIVIOptions  # noqa: E402
-from modules.packed_attention import packed_attention, pick_backend  # noqa: E402
-from modules.packed_state import PackedLayer  # noqa: E402
+from modules.kivi_options import KIVIOptions
+from modules.packed_attention import packed_attention, pick_backend
+from modules.packed_state import PackedLayer
 
 SHAPES = {"smollm2-135m": (9, 3, 64), "llama-3.1-8b": (32, 8, 128), "qwen2.5-7b": (28, 4, 128)}  # heads, KV heads, size
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def packed_step(backend: str, bits: int, query, key, value, past):
@@ -57,33 +51,13 @@ def dense_step(query, key, value, past):
     return step
 
 
-def interleaved(steps: dict, seconds: float, most: int) -> dict[str, list[float]]:
-    """Milliseconds of each step, taking turns, for about `seconds` and at most `most` rounds.
-
-    The order changes from round to round: whoever follows a step that reads much finds the CPU's cache empty.
-    """
-    shuffled, order = random.Random(0), list(steps)
-    times = {name: [] for name in steps}
-    for step in steps.values():
-        step()
-        step()
-    end = time.perf_counter() + seconds
-    while len(next(iter(times.values()))) < 5 or (time.perf_counter() < end and len(next(iter(times.values()))) < most):
-        shuffled.shuffle(order)
-        for name in order:
-            start = time.perf_counter()
-            steps[name]()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return times
-
-
 def rows_of(shape: str, length: int, dtype: str, args: argparse.Namespace) -> list[dict]:
     """One row of results a contender."""
     heads, kv_heads, head_dim = SHAPES[shape]
     generator = torch.Generator().manual_seed(0)
 
     def states(count: int, tokens: int) -> torch.Tensor:
-        return torch.randn(1, count, tokens, head_dim, generator=generator).to(DTYPES[dtype])
+        return torch.randn(1, count, tokens, head_dim, generator=generator).to(getattr(torch, dtype))
 
     past = states(kv_heads, length), states(kv_heads, length)
     token = states(heads, 1), states(kv_heads, 1), states(kv_heads, 1)
@@ -91,18 +65,12 @@ def rows_of(shape: str, length: int, dtype: str, args: argparse.Namespace) -> li
     for backend in args.backends:
         for bits in args.bits:
             steps[f"{backend} {bits} bits"] = packed_step(backend, bits, *token, past)
-    times = interleaved(steps, args.seconds, args.rounds)
-    base = statistics.median(times["DynamicCache+SDPA"])
+    times = take_turns(steps, args.rounds, args.seconds)
     rows = []
     for name, samples in times.items():
-        p20, p50, p80 = (statistics.quantiles(samples, n=10)[i] for i in (1, 4, 7))
-        rows.append(
-            {
-                "shape": shape, "tokens": length, "dtype": dtype, "contender": name, "p20_ms": p20, "p50_ms": p50,
-                "p80_ms": p80, "min_ms": min(samples), "speedup_p50": base / p50, "rounds": len(samples),
-            }
-        )  # fmt: skip
-    return rows
+        row = {"shape": shape, "tokens": length, "dtype": dtype, "contender": name, **percentiles(samples)}
+        rows.append(row | {"min_ms": min(samples), "rounds": len(samples)})
+    return [row | {"speedup_p50": rows[0]["p50_ms"] / row["p50_ms"]} for row in rows]
 
 
 def write(rows: list[dict], about: dict, folder: pathlib.Path) -> pathlib.Path:

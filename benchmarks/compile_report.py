@@ -35,6 +35,7 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from modules.evaluation.tables import markdown  # noqa: E402
 from modules.kernels import triton_attention, triton_quantize  # noqa: E402
 
 ARCHITECTURES = (80, 90, 100)
@@ -301,8 +302,7 @@ def main() -> int:
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     results = report(tuple(arguments.arch), arguments.quick)
-    rows = [HEADER, ["---"] * len(HEADER)] + [r.row() for r in results]
-    print("\n".join("| " + " | ".join(row) + " |" for row in rows))
+    print(markdown([HEADER, *(r.row() for r in results)]))
     if arguments.json:
         about = {"date": datetime.date.today().isoformat(), "triton": triton.__version__, "quick": arguments.quick}
         kernels = [dataclasses.asdict(result) for result in results]

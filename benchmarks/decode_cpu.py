@@ -10,26 +10,23 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import pathlib
-import random
-import statistics
 import sys
-import time
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+import torch
+from machine import RESULTS, ROOT, environment  # which puts the project's folder on the path
+from rich.console import Console
+from rich.table import Table
+from timing import percentiles, take_turns
+from transformers import DynamicCache
 
-import torch  # noqa: E402
-from machine import RESULTS, environment  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
-from transformers import DynamicCache  # noqa: E402
+from modeling_llama_kivi import load_llama_kivi
+from modules.kivi_cache_general import KIVICache, Step
+from modules.kivi_options import head_dim_of
 
-from modeling_llama_kivi import load_llama_kivi  # noqa: E402
-from modules.kivi_cache_general import KIVICache, Step  # noqa: E402
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = ("float32", "bfloat16")
 
 
 def contenders(model) -> dict[str, object]:
@@ -44,8 +41,7 @@ def contenders(model) -> dict[str, object]:
 
 def fill(caches: dict[str, object], config, tokens: int, dtype: torch.dtype) -> None:
     """Put the same random tokens into every layer of every cache."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    shape = (1, config.num_key_value_heads, tokens, head_dim)
+    shape = (1, config.num_key_value_heads, tokens, head_dim_of(config))
     generator = torch.Generator().manual_seed(0)
     key, value = (torch.randn(shape, generator=generator).to(dtype) for _ in "kv")
     for cache in caches.values():
@@ -63,24 +59,13 @@ def measure(model, tokens: int, rounds: int) -> list[dict]:
     """p20, p50 and p80 of a step in milliseconds for every cache at `tokens` tokens of context."""
     caches = contenders(model)
     fill(caches, model.config, tokens, model.dtype)
-    token, times = torch.tensor([[100]]), {name: [] for name in caches}
-    with torch.no_grad():
-        order, shuffled = list(caches), random.Random(0)
-        for number in range(rounds + 2):
-            shuffled.shuffle(order)  # whoever follows a step that reads much finds the CPU's cache empty
-            for name in order:
-                start = time.perf_counter()
-                model(token, past_key_values=caches[name])
-                if number >= 2:  # the first ones compile and warm up
-                    times[name].append((time.perf_counter() - start) * 1e3)
-    rows = []
-    baseline = statistics.median(times["DynamicCache"])
-    for name, values in times.items():
-        cuts = statistics.quantiles(values, n=10)
-        row = {"cache": name, "tokens": tokens, "dtype": str(model.dtype).removeprefix("torch.")}
-        row |= {"p20_ms": cuts[1], "p50_ms": statistics.median(values), "p80_ms": cuts[7]}
-        rows.append(row | {"speedup": baseline / row["p50_ms"]})
-    return rows
+    token = torch.tensor([[100]])
+    steps = {name: functools.partial(model, token, past_key_values=cache) for name, cache in caches.items()}
+    with torch.inference_mode():
+        times = take_turns(steps, rounds)
+    about = {"tokens": tokens, "dtype": str(model.dtype).removeprefix("torch.")}
+    rows = [{"cache": name, **about, **percentiles(samples)} for name, samples in times.items()]
+    return [row | {"speedup": rows[0]["p50_ms"] / row["p50_ms"]} for row in rows]
 
 
 def main() -> None:
@@ -94,12 +79,13 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.model is None:
+        sys.path.insert(0, str(ROOT / "examples"))
         import common
 
         args.model = str(common.small_model("smollm2"))
     rows = []
     for dtype in args.dtypes:
-        model, _ = load_llama_kivi(args.model, dtype=DTYPES[dtype])
+        model, _ = load_llama_kivi(args.model, dtype=getattr(torch, dtype))
         for tokens in args.tokens:
             rows += measure(model, tokens, args.rounds)
     about = {"model": pathlib.Path(args.model).name} | environment()

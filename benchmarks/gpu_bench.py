@@ -21,13 +21,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch
+from machine import environment  # which puts the project's folder on the path
 
-import torch  # noqa: E402
-from machine import environment  # noqa: E402
-
-from modules.kivi_options import KIVIOptions  # noqa: E402
-from modules.packed_state import PackedLayer  # noqa: E402
+from modules.kivi_options import KIVIOptions
+from modules.packed_state import PackedLayer
 
 SHAPES = {"Llama-2-7B": (32, 32, 128), "Llama-3.1-8B": (32, 8, 128), "Qwen2.5-7B": (28, 4, 128)}
 TOKENS = (2048, 8192, 32768, 131072)

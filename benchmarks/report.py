@@ -8,12 +8,11 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
-import sys
-from collections.abc import Iterable
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
+from machine import RESULTS, ROOT  # which puts the project's folder on the path
 
-from machine import RESULTS, ROOT  # noqa: E402
+from modules.evaluation.plots import panels, save
+from modules.evaluation.tables import markdown
 
 BASELINE = {"attention": "DynamicCache+SDPA", "decode": "DynamicCache"}
 INTRODUCTION = """# Speed
@@ -26,11 +25,6 @@ faster than full precision in that loop. Other machines give other times: the co
 NO_GPU = """The kernels for GPUs have been tested in Triton's interpreter and compiled (above), **not run on a GPU**: there
 are no times. `bash benchmarks/run_gpu.sh benchmarks/results` tests and measures them in one go, in under nine minutes.
 """
-
-
-def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
-    """A table."""
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
 
 
 def about(environment: dict) -> str:
@@ -68,8 +62,8 @@ def attention_section(folder: pathlib.Path) -> str:
     parts = ["## Attention of one layer, one new token, on a CPU", "`python benchmarks/attention_cpu.py`"]
     for path in sorted(folder.glob("attention_cpu_*threads.json")):
         result = json.loads(path.read_text())
-        header, *lines = against(result["rows"], "contender", BASELINE["attention"])
-        parts += [about(result["environment"]), markdown(header, lines)]
+        lines = against(result["rows"], "contender", BASELINE["attention"])
+        parts += [about(result["environment"]), markdown(lines)]
         plot = draw(result, ROOT / "docs" / "performance.svg")
         parts.append(f"![times faster than full precision]({plot.name})")
     return "\n\n".join(parts if len(parts) > 2 else [*parts, "Not measured yet."])
@@ -81,8 +75,8 @@ def decode_section(folder: pathlib.Path) -> str:
     result = load(folder, "decode_cpu.json")
     if result is None:
         return "\n\n".join([*parts, "Not measured yet."])
-    header, *lines = against(result["rows"], "cache", BASELINE["decode"])
-    return "\n\n".join([*parts, about(result["environment"]), markdown(header, lines)])
+    lines = against(result["rows"], "cache", BASELINE["decode"])
+    return "\n\n".join([*parts, about(result["environment"]), markdown(lines)])
 
 
 def compile_section(folder: pathlib.Path) -> str:
@@ -114,7 +108,7 @@ def compile_section(folder: pathlib.Path) -> str:
         "Registers a thread, bytes spilled, shared memory, the widest copy of codes a thread; for attention the instructions of "
         "the main loop, and those per code of keys and values."
     )
-    return "\n\n".join([*parts, about(result["environment"]), text, markdown(header, lines)])
+    return "\n\n".join([*parts, about(result["environment"]), text, markdown([header, *lines])])
 
 
 def gpu_section(folder: pathlib.Path) -> str:
@@ -129,25 +123,16 @@ def gpu_section(folder: pathlib.Path) -> str:
         for row in rows
     ]
     return "\n\n".join(
-        ["## On a GPU", "`bash benchmarks/run_gpu.sh benchmarks/results`", about(result), markdown(header, lines)]
+        ["## On a GPU", "`bash benchmarks/run_gpu.sh benchmarks/results`", about(result), markdown([header, *lines])]
     )
 
 
 def draw(result: dict, path: pathlib.Path) -> pathlib.Path:
     """Times faster than full precision against tokens, one panel a shape and dtype."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "kivi"  # the same file for the same numbers
-    from matplotlib import pyplot
-
     rows = result["rows"]
-    panels = list(dict.fromkeys((row["shape"], row["dtype"]) for row in rows))
-    columns = 2
-    figure, axes = pyplot.subplots(
-        -(-len(panels) // columns), columns, figsize=(9, 2.6 * -(-len(panels) // columns)), squeeze=False
-    )
-    for axis, (shape, dtype) in zip(axes.flat, panels):
+    pairs = list(dict.fromkeys((row["shape"], row["dtype"]) for row in rows))
+    figure, axes = panels(-(-len(pairs) // 2), 2, (4.5, 2.6))
+    for axis, (shape, dtype) in zip(axes.flat, pairs):
         for name in dict.fromkeys(row["contender"] for row in rows):
             points = [
                 (r["tokens"], r["speedup_p50"])
@@ -159,9 +144,7 @@ def draw(result: dict, path: pathlib.Path) -> pathlib.Path:
         axis.grid(alpha=0.3)
     axes.flat[0].legend(fontsize=6)
     figure.tight_layout()
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
+    save(figure, path)
     return path
 
 

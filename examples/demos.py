@@ -89,15 +89,14 @@ def memory(args: argparse.Namespace, family: Family) -> None:
 
 def _shape(args: argparse.Namespace, family: Family) -> tuple[str, tuple[int, int, int]]:
     """Name and shape of the model given, else of the family's example."""
-    from modules.kivi_options import KIVIOptions
+    from modules.kivi_options import KIVIOptions, head_dim_of
 
     name, shape = family.example, family.shape
     if args.model:
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(args.model)
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        name, shape = args.model, (config.num_hidden_layers, config.num_key_value_heads, head_dim)
+        name, shape = args.model, (config.num_hidden_layers, config.num_key_value_heads, head_dim_of(config))
     KIVIOptions(**cache_options(args)).check_head_dim(shape[2])
     return name, shape
 

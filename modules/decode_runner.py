@@ -7,7 +7,7 @@ import warnings
 
 import torch
 
-from modules.kivi_cache_general import KIVICache, KIVICacheLayer
+from modules.kivi_cache_general import KIVICache, KIVICacheLayer, Step
 from modules.packed_state import PackedLayer
 
 _MOST_IN_VAIN = 3
@@ -102,10 +102,7 @@ class DecodeRunner:
             return self._eager(input_ids)
         states = self._states()
         for state in states:
-            if max(state.lengths) >= state.max_length:
-                raise ValueError(
-                    f"the cache was made with max_length={state.max_length} tokens; {max(state.lengths) + 1} are needed."
-                )
+            state.check_room(input_ids.shape[0], [1] * input_ids.shape[0])
         if (
             self._capture is None
             or self._capture.bound_to != _memory(states)
@@ -162,11 +159,9 @@ class DecodeRunner:
         from modules.kernels.triton_quantize import check_packed
 
         for layer, state in zip(self.cache.layers, self._states()):
-            state.lengths = [length + 1 for length in state.lengths]
-            before, state.packed = state.packed, state.packed_after_append()
-            layer.columns += 1
-            if layer.column_is_real is not None:
-                layer.column_is_real = torch.nn.functional.pad(layer.column_is_real, (0, 1), value=True)
+            before, batch = state.packed, state.batch_size
+            state.advance([1] * batch, counts=state.counts)
+            layer.add_columns(Step.of(None, batch, 1), 1)
             if state.packed != before:
                 check_packed(state)
 

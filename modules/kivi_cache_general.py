@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
-from modules.kivi_options import KIVIOptions
+from modules.kivi_options import KIVIOptions, head_dim_of
 from modules.memory import cache_report, format_report
 from modules.packed_attention import attend_and_store, pick_backend
 from modules.packed_state import PackedLayer, PackedSide
@@ -126,9 +126,10 @@ class KIVICacheLayer(CacheLayerMixin):
             if query is not None:
                 self.state.observe(step.real_first(query.detach()), step.lengths)
             self.state.append(key_states, self.state.rotate(value_states), step.lengths)
-        self._add_columns(step, key_states.shape[2])
+        self.add_columns(step, key_states.shape[2])
 
-    def _add_columns(self, step: Step, length: int) -> None:
+    def add_columns(self, step: Step, length: int) -> None:
+        """Count the `length` columns of a step in, once its tokens are stored."""
         if step.real is not None or self.column_is_real is not None:
             batch, device = self.state.batch_size, self.device
             old, new = self.column_is_real, step.real
@@ -159,7 +160,7 @@ class KIVICacheLayer(CacheLayerMixin):
         with self._located():
             query, key, value = (step.real_first(states.detach()) for states in (query, key_states, value_states))
             out = attend_and_store(query, key, value, self.state, scaling, step.lengths)
-        self._add_columns(step, key.shape[2])
+        self.add_columns(step, key.shape[2])
         return step.as_given(out)
 
     def update(
@@ -339,9 +340,7 @@ class KIVICache(Cache):
         self._runner: DecodeRunner | None = None
 
     def _layers_of(self, config: PreTrainedConfig) -> list[CacheLayerMixin]:
-        self.options.check_head_dim(
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        )
+        self.options.check_head_dim(head_dim_of(config))
         layers = DynamicCache(config=config).layers  # transformers' own choice of layer for each kind of attention
         for index, layer in enumerate(layers):
             if type(layer) is DynamicLayer:

@@ -19,7 +19,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager
 from transformers.utils import is_flash_attn_2_available
 
 from modules.kivi_cache_general import KIVICache, KIVICacheLayer, Step
-from modules.kivi_options import KIVIOptions, reject_unknown
+from modules.kivi_options import KIVIOptions, head_dim_of, reject_unknown
 
 MODEL_DEFAULTS: dict[str, Any] = {"use_kivi_cache": False, "prefill_chunk": None}
 FIELD_DEFAULTS: dict[str, Any] = {
@@ -91,7 +91,7 @@ def check_config(config: PreTrainedConfig) -> None:
         if not hasattr(config, name):
             setattr(config, name, default)
     options = check_fields(config)
-    options.check_head_dim(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    options.check_head_dim(head_dim_of(config))
     options.bits_of_layer(0, config.num_hidden_layers)
 
 

@@ -26,6 +26,11 @@ def reject_unknown(names: Iterable[str], allowed: Iterable[str], where: str) -> 
             raise ValueError(f"{where} has no option {name!r}{hint} Allowed: {', '.join(allowed)}.")
 
 
+def head_dim_of(config: Any) -> int:
+    """Channels of a head, by a model's config."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def _check_count(name: str, value: Any, minimum: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ValueError(f"{name} must be a whole number of tokens, {minimum} or more; got {value!r}.")

@@ -46,9 +46,9 @@ def cache_bytes(
     return {"packed": packed_bytes, "full_precision": full, "total": total, "dense": dense, "ratio": dense / total}
 
 
-def _storage_bytes(tensors: list[torch.Tensor]) -> int:
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
-    return sum(storages.values())
+def _storage_bytes(*tensors: torch.Tensor | None) -> int:
+    storages = (t.untyped_storage() for t in tensors if t is not None and t.numel())
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def cache_report(cache: Any) -> dict[str, Any]:
@@ -57,9 +57,9 @@ def cache_report(cache: Any) -> dict[str, Any]:
     Keys:
         seq_length: columns seen, padding included (tokens); batch_size: sequences; num_layers; backend.
         tokens: `sinks`, `packed`, `window` of the longest sequence, and `lengths` of all.
-        bytes: `codes`, `metadata` (scales, minima; which channels are wide), `full_precision` (sinks, window and 16-bit sides), `slack` (allocated, unused, of the
-            codes and metadata), `other_layers` (sliding windows), `total`; `dense` is the same tokens in the model's
-            dtype; `ratio` is `dense / total`.
+        bytes: `codes`, `metadata` (scales, minima; which channels are wide), `full_precision` (sinks, window and 16-bit
+            sides), `slack` (codes and metadata that are allocated and unused), `other_layers` (sliding windows), `total`;
+            `dense` is the same tokens in the model's dtype; `ratio` is `dense / total`.
         bits: an element's, `stored` (all bytes over all stored elements), `packed` (codes and metadata alone), `nominal`
             (the table's `(R*16 + (T-R)*bits)/T`).
         options: those of the cache, by name.
@@ -83,11 +83,11 @@ def cache_report(cache: Any) -> dict[str, Any]:
     codes = metadata = fixed = full = slack = dense = elements = packed_elements = 0
     packed_used = 0.0
     for layer in layers:
-        fixed += _storage_bytes([t for t in (layer.query_energy,) if t is not None])
+        fixed += _storage_bytes(layer.query_energy)
         for side in layer.sides:
-            side_packed = _storage_bytes([t for t in (side.codes, side.extra) if t is not None])
-            side_meta = _storage_bytes([t for t in (side.scale, side.minimum) if t is not None])
-            fixed += _storage_bytes([side.wide] if side.wide is not None else [])
+            side_packed = _storage_bytes(side.codes, side.extra)
+            side_meta = _storage_bytes(side.scale, side.minimum)
+            fixed += _storage_bytes(side.wide)
             used = sum(layer.packed) / (len(layer.packed) * side.capacity) if side.capacity else 0.0
             per_token = side.sinks.shape[1] * side.sinks.shape[3]
             elements += per_token * sum(layer.lengths)
@@ -99,17 +99,10 @@ def cache_report(cache: Any) -> dict[str, Any]:
                 codes, metadata = codes + side_packed, metadata + side_meta
                 packed_elements += per_token * sum(layer.packed)
                 packed_used += (side_packed + side_meta) * used
-            full += _storage_bytes([side.sinks, side.window])
-    total = _storage_bytes([t for layer in layers for t in layer.tensors().values()])
-    other = _storage_bytes(
-        [
-            t
-            for layer in cache.layers
-            if layer not in cache.kivi_layers
-            for t in (getattr(layer, "keys", None), getattr(layer, "values", None))
-            if t is not None
-        ]
-    )
+            full += _storage_bytes(side.sinks, side.window)
+    total = _storage_bytes(*(t for layer in layers for t in layer.tensors().values()))
+    others = [layer for layer in cache.layers if layer not in cache.kivi_layers]
+    other = _storage_bytes(*(getattr(layer, name, None) for layer in others for name in ("keys", "values")))
     info["bytes"] = {
         "codes": codes,
         "metadata": metadata + fixed,

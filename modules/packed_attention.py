@@ -7,10 +7,11 @@ here, runs on any device and is what the others are tested against.
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -67,14 +68,13 @@ def attend_and_store(
         ValueError: for NaN, infinite or too large states, or a full cache. Nothing is stored then.
     """
     layer.check_room(key.shape[0], new_lengths)
-    out = None
     if layer.backend == "numba" and query.shape[2] == 1 and all(new_lengths):
         from modules.kernels.numba_attention import decode
 
         out = decode(query, key, value, layer, scaling)
-    if out is not None:
-        layer.observe(query, new_lengths)
-        return out
+        if out is not None:
+            layer.observe(query, new_lengths)
+            return out
     layer.check_states(key, value)
     value = layer.rotate(value)
     out = packed_attention(query, key, value, layer, scaling, new_lengths)
@@ -89,51 +89,34 @@ def pick_backend(wanted: str, layer: PackedLayer) -> str:
     Raises:
         ValueError: where the backend asked for cannot run here.
     """
-    device = layer.key.codes.device.type
     if wanted == "torch":
         return "torch"
-    if wanted == "auto" and device == "cpu":
-        return _pick_for_cpu(_numba_problem(layer))
-    if wanted in ("auto", "triton"):
-        problem = _triton_problem(layer)
-        if problem is None:
-            return "triton"
-        if wanted == "triton":
-            raise ValueError(f"backend='triton' cannot run here: {problem}; use 'auto' or 'torch'.")
-        warnings.warn(
-            f"KIVI attends with plain torch, much slower than its kernels for GPUs, because {problem}.", stacklevel=2
-        )
-        return "torch"
-    if wanted == "numba":
-        if device != "cpu":
-            raise ValueError(f"backend='numba' runs on the CPU, not on {device!r}; use 'auto' or 'torch'.")
-        if problem := _numba_problem(layer):
-            raise ValueError(f"backend='numba' cannot run here: {problem}; use 'auto' or 'torch'.")
-        return "numba"
-    raise ValueError(f"backend={wanted!r} is not one of 'auto', 'torch', 'numba', 'triton'.")
+    if wanted not in ("auto", "numba", "triton"):
+        raise ValueError(f"backend={wanted!r} is not one of 'auto', 'torch', 'numba', 'triton'.")
+    name = ("numba" if layer.key.window.device.type == "cpu" else "triton") if wanted == "auto" else wanted
+    problem = _numba_problem(layer) if name == "numba" else _triton_problem(layer)
+    if problem is None:
+        return name
+    if wanted == "auto":
+        return _torch_instead(problem)
+    raise ValueError(f"backend={name!r} cannot run here: {problem}; use 'auto' or 'torch'.")
+
+
+@functools.cache
+def _torch_instead(problem: str) -> str:
+    warnings.warn(f"KIVI attends with plain torch, much slower than its kernels, because {problem}.", stacklevel=3)
+    return "torch"
 
 
 def _numba_problem(layer: PackedLayer) -> str | None:
     """What keeps Numba's kernels from attending over `layer`; None where nothing does."""
+    if layer.key.window.device.type != "cpu":
+        return f"it runs on the CPU, not on {layer.key.window.device.type!r}"
     try:
         from modules.kernels import numba_attention
     except ImportError as error:
         return f"Numba cannot be imported ({error}); `pip install numba` makes decoding several times faster"
     return numba_attention.why_not(layer)
-
-
-@functools.cache
-def _pick_for_cpu(problem: str | None) -> str:
-    if problem is None:
-        return "numba"
-    warnings.warn(f"KIVI attends with plain torch on the CPU, because {problem}.", stacklevel=2)
-    return "torch"
-
-
-def _attend_numba(*args) -> torch.Tensor:
-    from modules.kernels.numba_attention import attend  # takes a second to import; many never need it
-
-    return attend(*args)
 
 
 def _triton_problem(layer: PackedLayer) -> str | None:
@@ -147,17 +130,9 @@ def _triton_problem(layer: PackedLayer) -> str | None:
     return triton_attention.why_not(layer)
 
 
-def _attend_triton(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    layer: PackedLayer,
-    scaling: float,
-    new_lengths: list[int],
-) -> torch.Tensor:
-    from modules.kernels import triton_attention  # imported where it runs: a CPU needs no triton
-
-    return triton_attention.attend(query, key, value, layer, scaling, new_lengths)
+def _kernel(module: str) -> Callable[..., torch.Tensor]:
+    """`attend` of a kernel module, imported when it is called: a CPU needs no triton, a GPU no Numba."""
+    return lambda *args: importlib.import_module(f"modules.kernels.{module}").attend(*args)
 
 
 def _attend_torch(
@@ -339,4 +314,4 @@ class _OnlineSoftmax:
         return self.sum / self.total
 
 
-_ATTEND = {"torch": _attend_torch, "numba": _attend_numba, "triton": _attend_triton}
+_ATTEND = {"torch": _attend_torch, "numba": _kernel("numba_attention"), "triton": _kernel("triton_attention")}

@@ -366,11 +366,6 @@ class PackedLayer:
         row, count = rows.start or 0, key.shape[2]
         length, packed = self.lengths[row], self.packed[row]
         packed_after = self._packed_after(length + count, packed)
-        if count == 1 and packed_after == packed and length >= self.sink_length:  # most steps of a decode
-            slot = (length - self.sink_length) % self.ring
-            for side, new in zip(self.sides, (key, value)):
-                side.window[rows, :, slot] = new[:, :, 0]
-            return
         slots = self.window_slots(row)
         for side, new in zip(self.sides, (key, value)):
             to_sinks = min(count, max(0, self.sink_length - length))

@@ -315,7 +315,7 @@ def test_backend_is_picked_by_device(monkeypatch):
 def test_without_numba_torch_attends_and_says_so_once(monkeypatch):
     layer, _ = make_layer([10], (2, 2), 2, 64, 32, torch.float32)
     monkeypatch.setattr(dispatch, "_numba_problem", lambda _: "Numba cannot be imported (test)")
-    dispatch._pick_for_cpu.cache_clear()
+    dispatch._torch_instead.cache_clear()
     try:
         with pytest.warns(UserWarning, match="Numba cannot be imported"):
             assert pick_backend("auto", layer) == "torch"
@@ -325,4 +325,4 @@ def test_without_numba_torch_attends_and_says_so_once(monkeypatch):
         with pytest.raises(ValueError, match="Numba cannot be imported"):
             pick_backend("numba", layer)
     finally:
-        dispatch._pick_for_cpu.cache_clear()
+        dispatch._torch_instead.cache_clear()

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from common import offline_text, small_gguf
 from conftest import real_model_path, relative_error
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaForCausalLM
 
@@ -14,10 +15,8 @@ pytestmark = pytest.mark.real_model
 GREEDY = {"do_sample": False, "max_new_tokens": 30}
 
 
-def offline_text() -> str:
-    from pydoc_data.topics import topics
-
-    return "\n".join(topics[name] for name in ("compound", "types", "execmodel"))
+def long_text() -> str:
+    return offline_text("compound", "types", "execmodel")
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +25,7 @@ def smollm2():
     path = real_model_path("llama")
     kivi, tokenizer = load_llama_kivi(path, dtype=torch.float32)
     stock = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32)
-    return stock, kivi, tokenizer, tokenizer(offline_text(), return_tensors="pt").input_ids
+    return stock, kivi, tokenizer, tokenizer(long_text(), return_tensors="pt").input_ids
 
 
 def stream(model, cache, pieces):
@@ -118,10 +117,8 @@ def test_a_prompt_shared_by_four_continuations(smollm2):
     assert all(text.shape[1] == 506 for text in texts)
 
 
-def test_a_gguf_file_loads(tmp_path):
-    import common
-
-    gguf = common.small_gguf("smollm2")
+def test_a_gguf_file_loads():
+    gguf = small_gguf("smollm2")
     model, tokenizer = load_llama_kivi(gguf.parent, gguf_file=gguf.name, k_bits=4, v_bits=2, dtype=torch.float32)
     assert isinstance(model, LlamaForCausalLM_KIVI) and model.create_kivi_cache().options.k_bits == 4
     ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
@@ -152,7 +149,7 @@ def qwen():
 def test_qwen_sixteen_bits_are_exact(qwen):
     model, tokenizer = qwen
     stock = AutoModelForCausalLM.from_pretrained(real_model_path("qwen2"), dtype=torch.float32)
-    ids = AutoTokenizer.from_pretrained(real_model_path("qwen2"))(offline_text(), return_tensors="pt").input_ids
+    ids = AutoTokenizer.from_pretrained(real_model_path("qwen2"))(long_text(), return_tensors="pt").input_ids
     pieces = [ids[:, :200], *ids[:, 200:220].split(1, dim=1), ids[:, 220:300]]
     out = stream(model, model.create_kivi_cache(use_kivi=False), pieces)
     assert relative_error(out, stream(stock, DynamicCache(), pieces)) < 1e-4
@@ -160,6 +157,6 @@ def test_qwen_sixteen_bits_are_exact(qwen):
 
 def test_qwen_two_bits_lose_little(qwen):
     model, tokenizer = qwen
-    ids = tokenizer(offline_text(), return_tensors="pt").input_ids[:, :1024]
+    ids = tokenizer(long_text(), return_tensors="pt").input_ids[:, :1024]
     default, four = divergence(model, ids, model.create_kivi_cache(), model.create_kivi_cache(k_bits=4, v_bits=4))
     assert default < 0.05 and four < 0.003

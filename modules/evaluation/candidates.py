@@ -43,6 +43,13 @@ class Candidate:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     stored_bits: float | None = None
 
+    def try_make(self, config: PreTrainedConfig) -> tuple[Cache | None, str]:
+        """An empty cache, or None and a note that says which package is missing."""
+        try:
+            return self.make(config), ""
+        except ImportError as error:
+            return None, f"skipped: {' '.join(str(error).split())}"
+
 
 def full_precision() -> Candidate:
     """transformers' own cache, unquantized: the reference."""

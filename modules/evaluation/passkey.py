@@ -105,13 +105,8 @@ def measure_passkey(
 
 def _missing(candidates: list[Candidate], config: Any) -> dict[str, str]:
     """Why candidates cannot run here: their package is not installed."""
-    notes = {}
-    for candidate in candidates:
-        try:
-            candidate.make(config)
-        except ImportError as error:
-            notes[candidate.name] = f"skipped: {' '.join(str(error).split())}"
-    return notes
+    made = {candidate.name: candidate.try_make(config) for candidate in candidates}
+    return {name: note for name, (_, note) in made.items() if note}
 
 
 def _ask(

@@ -42,10 +42,7 @@ class _Run:
 
     @classmethod
     def start(cls, candidate: Candidate, config: Any) -> _Run:
-        try:
-            return cls(candidate, candidate.make(config))
-        except ImportError as error:
-            return cls(candidate, note=f"skipped: {' '.join(str(error).split())}")
+        return cls(candidate, *candidate.try_make(config))
 
     def log_probs(self, model: PreTrainedModel, ids: torch.Tensor, first: int) -> torch.Tensor | None:
         """Next-token log-probabilities `[n, V]` of a chunk's tokens from `first` on; None where none is measured."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.evaluation.candidates import BEST, DEFAULTS, FOUR_BITS, FULL, PAPER
+from modules.evaluation.plots import panels, save
 from modules.evaluation.results import Environment, PasskeyResult, QualityResult, QualityRow, load_result
 from modules.evaluation.tables import MISSING, compared, markdown, number, passkey_rows, percent, quality_rows
 
@@ -175,21 +176,14 @@ def _environment(environments: Sequence[Environment]) -> str:
 
 def draw(quality: Sequence[QualityResult], path: Path) -> None:
     """KL against stored bits, a panel a text, as SVG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "kivi"  # the same file for the same numbers
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, len(quality), figsize=(5.2 * len(quality), 4.6), squeeze=False, sharey=True)
+    figure, axes = panels(1, len(quality), (5.2, 4.6), sharey=True)
     for axis, result in zip(axes[0], quality):
         _panel(axis, result)
     axes[0][0].set_ylabel("KL from full precision (nats, log scale)")
     handles = {label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=len(handles), frameon=False)
     figure.tight_layout(rect=(0, 0.06, 1, 1))
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
+    save(figure, path)
 
 
 def _panel(axis, result: QualityResult) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
 import json
 import math
 import platform
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -44,23 +46,26 @@ class Environment:
         parameter = next(model.parameters())
         return cls(
             date=now.strftime("%Y-%m-%dT%H:%MZ"),
-            processor=_processor(parameter.device),
+            processor=processor_name(parameter.device),
             threads=torch.get_num_threads(),
             dtype=str(parameter.dtype).removeprefix("torch."),
             python=platform.python_version(),
-            packages={name: version for name in PACKAGES if (version := _version(name))},
+            packages=installed(PACKAGES),
         )
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def installed(packages: Iterable[str]) -> dict[str, str]:
+    """Versions by package name, for those that are installed."""
+    found = {}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
 
 
-def _processor(device: torch.device) -> str:
-    if device.type == "cuda":
+def processor_name(device: torch.device | str = "cpu") -> str:
+    """The GPU's name, or the CPU's as the system gives it."""
+    if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

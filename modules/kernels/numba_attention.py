@@ -842,28 +842,17 @@ def attend(
     scaling: float,
     new_lengths: list[int],
 ) -> torch.Tensor:
-    """Attention of new tokens over a layer on the CPU; see `modules.packed_attention.packed_attention`.
+    """Attention of new tokens over a layer on the CPU.
 
-    Args:
-        query: float32, bfloat16 or float16 `[B, num_attention_heads, q, D]`.
-        key, value: of the same dtype, `[B, num_key_value_heads, q, D]`.
-        layer: the stored past.
-        scaling: factor on the scores.
-        new_lengths: real ones of the `q` tokens of each sequence.
-
-    Returns:
-        `[B, q, num_attention_heads, D]` in the dtype of `query`; zeros where a token is not real.
+    Args and result are those of `modules.packed_attention.packed_attention`; states are float32, bfloat16 or float16.
     """
-    batch, heads, length, head_dim = query.shape
     plan = _plan_of(query, key, value, layer)
-    if plan is None or heads // key.shape[1] * length > _MANY_ROWS:
+    if plan is None or query.shape[1] // key.shape[1] * query.shape[2] > _MANY_ROWS:
         from modules.packed_attention import _attend_torch
 
         return _attend_torch(query, key, value, layer, scaling, new_lengths)
     key, value = (t if _tokens_lie_side_by_side(t) else t.contiguous() for t in (key, value))
-    out = torch.empty(batch, length, heads, head_dim)
-    _run(plan, query, key, value, layer, scaling, new_lengths, out, [0] * 5, _NO_LIMITS, _NO_LIMITS)
-    return out if query.dtype == torch.float32 else out.to(query.dtype)
+    return _run(plan, query, key, value, layer, scaling, new_lengths)[0]
 
 
 def decode(
@@ -886,23 +875,12 @@ def decode(
     )
     if plan is None or not ready or key.stride(3) != 1 or value.stride(3) != 1:
         return None
-    batch, heads, _, head_dim = query.shape
-    kv_heads = key.shape[1]
-    fresh = buffer("fresh", batch * kv_heads, head_dim)
-    size = value.element_size()
-    rotation = head_dim & -head_dim if layer.rotates else 0  # the largest power of two that divides it
-    given = [value.data_ptr(), value.stride(0) * size, value.stride(1) * size, 1, rotation]
-    new_value = [fresh.ctypes.data, kv_heads * head_dim * size, head_dim * size]
-    limits, largest = np.array([side.limit for side in layer.sides], np.float32), np.zeros(2, np.float32)
-    out = torch.empty(batch, 1, heads, head_dim)
-    _run(plan, query, key, new_value, layer, scaling, [1] * batch, out, given, limits, largest)
-    for side, magnitude in zip(layer.sides, largest.tolist()):
+    new_lengths = [1] * layer.batch_size
+    out, largest = _run(plan, query, key, value, layer, scaling, new_lengths, stores=True)
+    for side, magnitude in zip(layer.sides, largest):
         side.check_magnitude(magnitude)
-    layer.advance([1] * batch)
-    return out if query.dtype == torch.float32 else out.to(query.dtype)
-
-
-_NO_LIMITS = np.zeros(2, np.float32)
+    layer.advance(new_lengths)
+    return out
 
 
 def _plan_of(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: PackedLayer) -> Plan | None:
@@ -920,16 +898,13 @@ def _run(
     plan: Plan,
     query: torch.Tensor,
     key: torch.Tensor,
-    value: torch.Tensor | list[int],
+    value: torch.Tensor,
     layer: PackedLayer,
     scaling: float,
     new_lengths: list[int],
-    out: torch.Tensor,
-    decoding: list[int],
-    limits: np.ndarray,
-    largest: np.ndarray,
-) -> None:
-    """Call the kernel. `value` may be its address and strides; `decoding` are the last fields of the call."""
+    stores: bool = False,
+) -> tuple[torch.Tensor, list[float]]:
+    """Call the kernel: what it attended, and with `stores` the largest magnitudes of keys and values."""
     batch, heads, length, head_dim = query.shape
     kv_heads = key.shape[1]
     group = heads // kv_heads
@@ -940,18 +915,25 @@ def _run(
     splits = _splits(units, -(-packed // plan.tile_tokens) + _DENSE_TILES, threads)
 
     query = query if query.stride(-1) == 1 else query.contiguous()
+    given = attended = _address(value, 2)
+    if stores:
+        fresh, token = buffer("fresh", batch * kv_heads, head_dim), head_dim * value.element_size()
+        attended = [fresh.ctypes.data, kv_heads * token, token]
+    rotation = head_dim & -head_dim if layer.rotates else 0  # the largest power of two that divides it
     stored = [t if t is None or t.is_contiguous() else t.contiguous() for t in _stored(layer)]
-    call = [batch, kv_heads, group, length, *_address(query, 3), *_address(key, 2)]
-    call += value if isinstance(value, list) else _address(value, 2)
+    call = [batch, kv_heads, group, length, *_address(query, 3), *_address(key, 2), *attended]
     call += [0 if t is None else t.data_ptr() for t in stored]
-    call += [layer.key.capacity, layer.sink_length, layer.ring, row_tiles, splits, *decoding]
+    call += [layer.key.capacity, layer.sink_length, layer.ring, row_tiles, splits, *given, stores, rotation]
 
     lengths = np.array([*zip(layer.lengths, layer.packed, new_lengths)])
+    limits, largest = np.array([side.limit for side in layer.sides], np.float32), np.zeros(2, np.float32)
     scratch = buffer("scratch", threads, plan.scratch_floats)
     partial = buffer("partial", units * splits, plan.partial_floats)
+    out = torch.empty(batch, length, heads, head_dim)
     with numba_threads(threads):
         kernel = _compiled(plan)
         kernel(plan, np.array(call), scaling * _LOG2_E, lengths, scratch, partial, limits, largest, out.numpy())
+    return out if query.dtype == torch.float32 else out.to(query.dtype), largest.tolist()
 
 
 def _address(t: torch.Tensor, strides: int) -> list[int]:

@@ -736,17 +736,11 @@ def attend(
     new_lengths: list[int],
     splits: int | None = None,
 ) -> torch.Tensor:
-    """Attend with new tokens over what `layer` stores and, causally, over the new tokens themselves.
+    """Attention of new tokens over a layer on a GPU; its lengths are read on the device.
 
-    Args:
-        query: `[B, num_attention_heads, q, D]`; key, value: `[B, num_key_value_heads, q, D]`, not yet in `layer`.
-        layer: the stored past; its lengths are read on the device.
-        scaling: factor on the scores.
-        new_lengths: how many of the `q` tokens of each sequence are real.
+    Args and result are those of `modules.packed_attention.packed_attention`, and
+
         splits: parts the packed tokens are attended in, side by side; None chooses by device and capacity.
-
-    Returns:
-        `[B, q, num_attention_heads, D]` in the dtype of `query`; zeros where a token is not real.
     """
     batch, heads, new_tokens, head_dim = query.shape
     shape = Shape.of(layer, heads)

@@ -340,10 +340,7 @@ def _can_append(layer: PackedLayer, new_lengths: list[int]) -> bool:
     """One token each, and no wide channels to choose, which the first group of a sequence decides on the host."""
     if any(new != 1 for new in new_lengths):
         return False
-    choosing = any(
-        not packed and length + 1 - layer.sink_length >= layer.ring
-        for length, packed in zip(layer.lengths, layer.packed)
-    )
+    choosing = any(not packed and layer.packs_at(row, 1) for row, packed in enumerate(layer.packed))
     return layer.key.wide is None or not choosing
 
 
@@ -371,9 +368,7 @@ def append_token(layer: PackedLayer, key: torch.Tensor, value: torch.Tensor, new
         SINK=layer.sink_length, RING=layer.ring,
         COLUMNS=k_tile["COLUMNS"], TOKENS=v_tile["TOKENS"], V_WIDTH_PAD=v_tile["WIDTH_PAD"], num_warps=4,
     )  # fmt: skip
-    filled = any(
-        length + 1 - layer.sink_length - packed >= layer.ring for length, packed in zip(layer.lengths, layer.packed)
-    )
+    filled = any(layer.packs_at(row, 1) for row in range(batch))
     if filled and not (key.is_cuda and torch.cuda.is_current_stream_capturing()):
         check_packed(layer)
     return True
