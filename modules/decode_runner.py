@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 
 import torch
@@ -26,17 +27,19 @@ class _Capture:
 class DecodeRunner:
     """Runs a model one token at a time over a KIVI cache; replays the step from a CUDA graph where it can.
 
-    Covered: one new token for every sequence of the batch, all of them real, over a cache that was made with
-    `max_length=` (so that no buffer ever moves), lies on one GPU, uses the Triton backend in every layer and is not
-    offloaded. Lengths live on the device, so one graph serves every position, packing included; the host-side lengths of
-    the cache are advanced here and stay right, also for padded prompts. Positions are those of the cache
-    (`position_ids` = tokens stored of each sequence).
+    Covered: one new token for every sequence of the batch, all of them real, over a cache that lies on one GPU, uses the
+    Triton backend in every layer and is not offloaded. Lengths live on the device, so one graph serves every position,
+    packing included; the host-side lengths of the cache are advanced here and stay right, also for padded prompts.
+    Positions are those of the cache (`position_ids` = tokens stored of each sequence).
 
     Not covered, and then run eagerly, with the same result: anything `why_not` names, several new tokens at once
-    (prefill, speculative decoding), and the first step, which compiles the kernels. After something changed the cache's
-    memory (`reorder_cache`, `batch_select_indices`, `crop`, a step that failed) the next step records again; where that
-    happens step after step, as in beam search, the runner stays eager. Model code that waits for the device or branches on values
-    of tensors inside `forward` cannot be recorded: the first attempt then warns and the runner stays eager.
+    (prefill, speculative decoding), and the first step, which compiles the kernels. After something moved the cache's
+    memory (`reorder_cache`, `batch_select_indices`, `crop`, a step that failed; a growing cache moves each time it is a
+    twentieth longer, one made with `max_length=` never) the next step records again; where that happens step after step,
+    as in beam search, the runner stays eager. Model code that waits for the device or branches on values of tensors
+    inside `forward` cannot be recorded: the first attempt then warns and the runner stays eager; so it does, with a
+    warning, while the model has forward hooks, which a graph would not call. A graph reads the weights where they lay
+    when it was recorded: change them in place, or start with a new cache.
 
     The kernels have run through Triton's interpreter and been compiled for sm_80, sm_90 and sm_100; the tests that replay
     a graph need a GPU.
@@ -57,6 +60,7 @@ class DecodeRunner:
         self._warm_batch: int | None = None  # the batch size that has run eagerly once
         self._refused = False
         self._in_vain = 0  # recordings in a row that were not replayed again
+        self._hooks = [h for m in model.modules() for h in (m._forward_hooks, m._forward_pre_hooks)]
         self.running = False
 
     @staticmethod
@@ -74,8 +78,6 @@ class DecodeRunner:
             return "some layers do not use the Triton backend"
         if any(state.key.wide is not None and not all(state.packed) for state in states):
             return "some sequences are too short to have their wide key channels chosen, which the host does"
-        if any(state.max_length is None for state in states):
-            return "it was made without max_length, so its buffers may move"
         if len({state.key.window.device for state in states}) > 1:
             return "its layers are on several devices"
         return None
@@ -97,12 +99,16 @@ class DecodeRunner:
 
     def _step(self, input_ids: torch.Tensor) -> torch.Tensor:
         replayable = input_ids.shape[1] == 1 and not self._refused and self.why_not(self.cache) is None
+        if replayable and any(self._hooks):
+            _warn_of_hooks()
+            replayable = False
         if not replayable or self._warm_batch != input_ids.shape[0]:
             self._warm_batch = input_ids.shape[0] if input_ids.shape[1] == 1 else self._warm_batch
             return self._eager(input_ids)
         states = self._states()
         for state in states:
             state.check_room(input_ids.shape[0], [1] * input_ids.shape[0])
+            state.make_room([1] * input_ids.shape[0])  # not within a graph, which could not allocate for keeps
         if (
             self._capture is None
             or self._capture.bound_to != _memory(states)
@@ -110,6 +116,7 @@ class DecodeRunner:
         ):
             self._in_vain += 1
             self._refused = self._in_vain > _MOST_IN_VAIN
+            self._capture = None  # its memory is free before the next one takes its own
             self._capture = None if self._refused else self._record(input_ids)
         else:
             self._in_vain = 0
@@ -139,7 +146,7 @@ class DecodeRunner:
             layer.column_is_real = None  # the new column is real; `_advance` writes it down
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # others may use the GPU meanwhile
                 positions = counts[0][0].to(torch.int64).unsqueeze(1)
                 output = self.model(input_ids=still, position_ids=positions, past_key_values=self.cache, use_cache=True)
         except RuntimeError as error:
@@ -164,6 +171,11 @@ class DecodeRunner:
             layer.add_columns(Step.of(None, batch, 1), 1)
             if state.packed != before:
                 check_packed(state)
+
+
+@functools.cache
+def _warn_of_hooks() -> None:
+    warnings.warn("decoding stays eager: the model has forward hooks, which a CUDA graph would not call.", stacklevel=4)
 
 
 def _memory(states: list[PackedLayer]) -> list[int]:

@@ -459,7 +459,7 @@ class KIVICache(Cache):
             model: the causal LM; its forward is what is recorded.
             input_ids, attention_mask, position_ids: as the forward got them.
         """
-        if self.max_length is None or input_ids.shape[1] != 1 or model.training or not input_ids.is_cuda:
+        if input_ids.shape[1] != 1 or model.training or not input_ids.is_cuda:
             return None
         if self._runner is None:
             from modules.decode_runner import DecodeRunner  # which needs this module

@@ -288,7 +288,7 @@ class KIVIForCausalLMMixin:
     Attributes:
         use_kivi_cache: True lets `generate()` and `forward()` create a KIVI cache by themselves.
         prefill_chunk: longest piece (tokens) that goes through a KIVI cache at once; None for no limit.
-        use_cuda_graphs: False runs every step eagerly, also on a GPU over a cache made with `max_length`.
+        use_cuda_graphs: False runs every step eagerly, also on a GPU.
     """
 
     use_cuda_graphs: bool = True
@@ -352,7 +352,7 @@ class KIVIForCausalLMMixin:
     ):
         """As the stock model's, and with `use_kivi_cache` a new KIVI cache where none is passed.
 
-        On a GPU, steps of one token over a cache made with `max_length` replay a CUDA graph (see `use_cuda_graphs`).
+        On a GPU, steps of one token replay a CUDA graph (see `use_cuda_graphs`).
         """
         wants_cache = self.config.use_cache if use_cache is None else use_cache
         if self.use_kivi_cache and past_key_values is None and wants_cache and not self.training:

@@ -335,7 +335,7 @@ class PackedLayer:
     def append(self, key: torch.Tensor, value: torch.Tensor, new_lengths: list[int]) -> None:
         """Store new tokens `[B, H, q, D]`, values rotated; of sequence `b` the first `new_lengths[b]` count. Packs full
         groups. The caller has called `check_room` and `check_states`."""
-        self._make_room(new_lengths)
+        self.make_room(new_lengths)
         stored = False
         if self.backend == "triton":
             from modules.kernels.triton_quantize import append_token
@@ -352,7 +352,8 @@ class PackedLayer:
         self.lengths = [old + new for old, new in zip(self.lengths, new_lengths)]
         self.packed, self.counts = self.packed_after_append(), counts
 
-    def _make_room(self, new_lengths: list[int]) -> None:
+    def make_room(self, new_lengths: list[int]) -> None:
+        """Grow the packed part where new tokens will fill groups that do not fit; its memory moves then."""
         need = max(
             (self._packed_after(old + new, packed) for old, new, packed in zip(self.lengths, new_lengths, self.packed)),
             default=0,

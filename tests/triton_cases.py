@@ -14,6 +14,10 @@ import torch
 
 pytest.importorskip("triton")
 
+from conftest import FAMILIES, SIZES, SMALL, relative_error, tokens
+
+from modules import packed_attention as dispatch
+from modules.decode_runner import DecodeRunner, _Capture, _memory, _warn_of_hooks
 from modules.kivi_options import KIVIOptions
 from modules.packed_attention import _attend_torch
 from modules.packed_state import PackedLayer
@@ -320,6 +324,119 @@ def test_steps_replayed_from_a_graph_equal_eager_ones(kernels):
         graph.replay()
         assert torch.equal(captured, expected)
     assert graphed.counts.tolist() == eager.counts.tolist()
+
+
+@pytest.fixture
+def allowed(monkeypatch):
+    """Caches take the Triton backend, also where the interpreter runs it."""
+    monkeypatch.setattr(dispatch, "_triton_problem", lambda _: None)
+
+
+def small_model(family):
+    """One random KIVI layer with heads that the kernels know; float16 on the GPU, float32 in the interpreter."""
+    sizes = {
+        "num_hidden_layers": 1,
+        "hidden_size": 256,
+        "head_dim": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    _, _, config_class, model_class, _ = FAMILIES[family]
+    torch.manual_seed(0)
+    model = model_class(config_class(**{**SIZES, **SMALL, **sizes})).eval()
+    return model.to(DEVICE, torch.float16 if ON_GPU else torch.float32)
+
+
+def left_padded(batch, length, padding):
+    """Token ids and their mask; the first sequence has `padding` places of padding."""
+    ids, mask = tokens(batch, length), torch.ones(batch, length, dtype=torch.long)
+    ids[0, :padding], mask[0, :padding] = 0, 0
+    return ids.to(DEVICE), mask.to(DEVICE)
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_logits_of_whole_models(kernels, allowed, family):
+    """A padded batch in chunks and single tokens, over a packing: as with the torch backend."""
+    model = small_model(family)
+    ids, mask = left_padded(2, 69, 7)
+    logits = {}
+    for backend in ("torch", "triton"):
+        cache, outputs, seen = model.create_kivi_cache(backend=backend), [], 0
+        with torch.inference_mode():
+            for piece in ids.split([64, 2, 1, 1, 1], dim=1):
+                seen += piece.shape[1]
+                outputs.append(model(piece, attention_mask=mask[:, :seen], past_key_values=cache).logits)
+        assert cache.get_cache_info()["backend"] == backend
+        logits[backend] = torch.cat(outputs, dim=1)[mask.bool()].float()
+    assert relative_error(logits["triton"], logits["torch"]) < (1e-2 if ON_GPU else 2e-3)
+
+
+class _Replay:
+    """What a CUDA graph does, without one: the step runs again, and the host's side of the cache does not notice."""
+
+    def __init__(self, runner, ids, logits):
+        self.runner, self.ids, self.logits = runner, ids, logits
+
+    def replay(self):
+        layers = self.runner.cache.layers
+        host = [(layer.columns, layer.column_is_real, layer.state.lengths, layer.state.packed) for layer in layers]
+        self.logits.copy_(self.runner._eager(self.ids))
+        for layer, (columns, real, lengths, packed) in zip(layers, host):
+            layer.columns, layer.column_is_real = columns, real
+            layer.state.lengths, layer.state.packed = lengths, packed
+
+
+def recorded_without_a_graph(runner, input_ids):
+    """Stands in for `DecodeRunner._record`."""
+    for state in runner._states():
+        state.device_counts()
+    ids, logits = input_ids.clone(), torch.empty(*input_ids.shape, runner.model.config.vocab_size, device=DEVICE)
+    return _Capture(_Replay(runner, ids, logits), ids, logits, _memory(runner._states()))
+
+
+def test_replayed_decoding_is_eager_decoding(kernels, allowed, monkeypatch):
+    """Tokens, lengths and masks over several packings; the growing cache records again each time it moves."""
+    model, steps = small_model("llama"), 19
+    ids, mask = left_padded(1, 42, 7)
+    greedy = {"attention_mask": mask, "do_sample": False, "min_new_tokens": steps, "max_new_tokens": steps}
+    model.use_cuda_graphs = False
+    eager = model.create_kivi_cache(backend="triton", residual_length=0)
+    expected = model.generate(ids, past_key_values=eager, **greedy)
+    model.use_cuda_graphs = True
+    records = []
+    record = DecodeRunner._record if ON_GPU else recorded_without_a_graph
+    monkeypatch.setattr(DecodeRunner, "_record", lambda *args: records.append(1) or record(*args))
+    if not ON_GPU:
+        monkeypatch.setattr(DecodeRunner, "why_not", staticmethod(lambda _: None))
+        monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        monkeypatch.setattr(kernels[0], "FORCE_PLAIN", True)
+    cache = model.create_kivi_cache(backend="triton", residual_length=0)
+    assert torch.equal(model.generate(ids, past_key_values=cache, **greedy), expected)
+    assert len(records) == 2  # at the start and when the packed part had to grow
+    for layer, other in zip(cache.layers, eager.layers):
+        assert (layer.columns, layer.state.lengths, layer.state.packed) == (
+            other.columns,
+            other.state.lengths,
+            other.state.packed,
+        )
+        assert layer.state.counts[:2].tolist() == [layer.state.lengths, layer.state.packed]
+        assert torch.equal(layer.column_is_real, other.column_is_real)
+
+
+def test_a_hooked_model_decodes_eagerly(kernels, allowed, monkeypatch):
+    """A graph would not call the hook."""
+    model, calls = small_model("llama"), []
+    monkeypatch.setattr(DecodeRunner, "why_not", staticmethod(lambda _: None))
+    cache = model.create_kivi_cache(backend="triton")
+    runner = DecodeRunner(model, cache)
+    runner.step(tokens(1, 20).to(DEVICE))
+    model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    _warn_of_hooks.cache_clear()
+    with pytest.warns(UserWarning, match="forward hooks"):
+        for token in tokens(1, 2, seed=1).to(DEVICE).split(1, dim=1):
+            runner.step(token)
+    assert len(calls) == 2
 
 
 def test_triton_is_refused_on_a_cpu():
