@@ -1,6 +1,6 @@
 """Compile every Triton kernel for GPUs that need not be present, and read the machine code.
 
-    python benchmarks/compile_report.py                       # the table of docs, a few minutes on one core
+    python benchmarks/compile_report.py                       # every variant, half an hour on two cores
     python benchmarks/compile_report.py --quick --arch 90     # the variants people run most
     python benchmarks/compile_report.py --json report.json --check
 
@@ -18,8 +18,10 @@ from __future__ import annotations
 
 import argparse
 import collections
+import concurrent.futures
 import dataclasses
 import datetime
+import functools
 import itertools
 import json
 import os
@@ -32,6 +34,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import triton  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.progress import track  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -155,7 +159,7 @@ def describe(kernel: str, variant: str, arch: int, compiled) -> tuple[Compiled, 
 
 def attention(shape: triton_attention.Shape, rows: int, dtype: str, arch: int) -> Compiled:
     """Compile `attend_splits`; the main loop is the one with most tensor-core instructions on packed codes."""
-    tile = triton_attention.tile_constants(shape, rows, SHARED[arch])
+    tile = triton_attention.tile_constants(shape, rows, 4 if dtype == "float32" else 2, SHARED[arch])
     states = TYPES[dtype]
     words = {1: "*i16", 2: "*i32", 4: "*i64"}[tile["META_PER_WORD"]]
     types = dict.fromkeys(triton_attention.attend_splits.arg_names, "i32")
@@ -253,27 +257,35 @@ def variants(quick: bool) -> list[tuple[triton_attention.Shape, int, str]]:
     chosen += [(shape_of(128, 32, k, v), 4, "bfloat16") for k, v in itertools.product((2, 4, 8, 16), repeat=2)]
     chosen += [(shape_of(d, 32, b, b), 4, "bfloat16") for d in (64, 96, 256) for b in (2, 4, 8)]
     chosen += [(shape_of(128, g, b, b), 4, "bfloat16") for g in (16, 64, 128) for b in (2, 4, 8)]
-    chosen += [(shape_of(128, 32, 2, 2), 4, "float32")]
+    chosen += [(shape_of(d, 32, 2, 2, 64 if d % 64 == 0 else 32, d // 4), 4, "bfloat16") for d in (64, 96, 256)]
+    chosen += [(shape_of(128, 32, 2, 2, 64, 32), 64, "bfloat16")]
+    chosen += [(shape_of(d, 32, 2, 2), 4, "float32") for d in (64, 96, 128)]
     return list(dict.fromkeys(chosen))
 
 
-def report(archs: tuple[int, ...], quick: bool) -> list[Compiled]:
-    """Compile all of it."""
-    results = []
+def work(archs: tuple[int, ...], quick: bool) -> list[functools.partial[Compiled]]:
+    """Everything to compile, as calls."""
+    calls = []
     for arch in archs:
-        for shape, rows, dtype in variants(quick):
-            results.append(attention(shape, rows, dtype, arch))
-            print(" | ".join(results[-1].row()), file=sys.stderr, flush=True)
-        results += [combination(d, "bfloat16", arch) for d in ((128,) if quick else triton_attention.HEAD_DIMS)]
-        results += [
-            packing("keys", 2, "lsq", 128, 32, arch, wide=32),
-            packing("values", 2, "minmax", 128, 32, arch),
-            appending(2, 2, 128, arch, wide=32),
+        calls += [functools.partial(attention, shape, rows, dtype, arch) for shape, rows, dtype in variants(quick)]
+        head_dims = (128,) if quick else triton_attention.HEAD_DIMS
+        calls += [functools.partial(combination, d, "bfloat16", arch) for d in head_dims]
+        calls += [
+            functools.partial(packing, "keys", 2, "lsq", 128, 32, arch, wide=32),
+            functools.partial(packing, "values", 2, "minmax", 128, 32, arch),
+            functools.partial(appending, 2, 2, 128, arch, wide=32),
         ]
         if not quick:
-            results += [packing(what, 8, "lsq", 256, 128, arch) for what in ("keys", "values")]
-            results += [appending(4, 16, 96, arch), appending(16, 8, 64, arch)]
-    return results
+            calls += [functools.partial(packing, what, 8, "lsq", 256, 128, arch) for what in ("keys", "values")]
+            calls += [functools.partial(appending, k, v, d, arch) for k, v, d in ((4, 16, 96), (16, 8, 64))]
+    return calls
+
+
+def report(calls: list[functools.partial[Compiled]], jobs: int) -> list[Compiled]:
+    """Compile it all, `jobs` at a time."""
+    with concurrent.futures.ProcessPoolExecutor(jobs) as pool:
+        futures = [pool.submit(call) for call in calls]
+        return [future.result() for future in track(futures, "compiling", console=Console(stderr=True))]
 
 
 def problems(results: list[Compiled]) -> list[str]:
@@ -297,11 +309,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, help="compute capabilities, as 90")
     parser.add_argument("--quick", action="store_true", help="only the variants people run most")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="kernels that are compiled at a time")
     parser.add_argument("--json", type=Path, help="write everything here, opcode counts of the loops included")
     parser.add_argument("--check", action="store_true", help="exit with 1 where a limit is exceeded")
     arguments = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    results = report(tuple(arguments.arch), arguments.quick)
+    results = report(work(tuple(arguments.arch), arguments.quick), arguments.jobs)
     print(markdown([HEADER, *(r.row() for r in results)]))
     if arguments.json:
         about = {"date": datetime.date.today().isoformat(), "triton": triton.__version__, "quick": arguments.quick}

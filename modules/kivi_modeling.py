@@ -364,6 +364,7 @@ class KIVIForCausalLMMixin:
             and labels is None
             and wants_cache
             and asked <= {"return_dict"}
+            and kwargs.get("return_dict", self.config.return_dict) is not False
         )
         if plain and isinstance(past_key_values, KIVICache) and self.use_cuda_graphs:
             logits = past_key_values.replay(self, input_ids, attention_mask, position_ids)

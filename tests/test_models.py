@@ -579,6 +579,8 @@ def test_single_tokens_over_an_allocated_cache_go_to_the_graph_runner(llama_pair
     out = kivi.generate(ids, past_key_values=cache, **GREEDY)
     assert torch.equal(out, expected) and len(seen) == 39
     assert copy.deepcopy(cache)._runner is None and cache._runner is not None
+    outputs = kivi(tokens(2, 1), past_key_values=cache, return_dict=False)
+    assert isinstance(outputs, tuple) and len(seen) == 39
     kivi.use_cuda_graphs = False
     kivi.generate(ids, past_key_values=kivi.create_kivi_cache(max_length=200, backend="torch"), **GREEDY)
     assert len(seen) == 39

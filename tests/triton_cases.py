@@ -116,8 +116,9 @@ def test_every_head_and_group_size(kernels, head_dim, group_size, bits):
     )
 
 
-def test_a_head_that_is_no_power_of_two_at_4_bits(kernels):
-    check_attention(kernels, make_layer([150], bits=(4, 4), head_dim=96, group_size=16, residual=32))
+@pytest.mark.parametrize("group_size", [16, 32])
+def test_a_head_that_is_no_power_of_two_at_4_bits(kernels, group_size):
+    check_attention(kernels, make_layer([150], bits=(4, 4), head_dim=96, group_size=group_size, residual=32))
 
 
 @pytest.mark.parametrize("group, tokens", [(1, 1), (3, 1), (7, 1), (8, 1), (7, 2), (1, 17), (3, 6)])

@@ -620,12 +620,13 @@ def _pick_step(shape: Shape, n: int, warps: int, shared: int) -> tuple[int, int]
     return stages, tokens
 
 
-def tile_constants(shape: Shape, rows: int, shared: int = _SHARED_H100) -> dict[str, int]:
+def tile_constants(shape: Shape, rows: int, item: int = 2, shared: int = _SHARED_H100) -> dict[str, int]:
     """The tile sizes of `attend_splits`, by name.
 
     Args:
         shape: what the kernel is compiled for.
         rows: query rows a KV head, new tokens times `shape.group`.
+        item: bytes of a number of the states.
         shared: bytes of shared memory of a multiprocessor.
     """
     d, g, k_bits, v_bits = shape[:4]
@@ -641,9 +642,13 @@ def tile_constants(shape: Shape, rows: int, shared: int = _SHARED_H100) -> dict[
         v_seg = v_g if v_width % v_g == 0 and v_fold == 1 else v_width
         v_columns = max(16, triton.next_power_of_2(v_seg // 2))
     groups = d // v_g
-    block_tokens = min(g, 32)
+    padded = d != triton.next_power_of_2(d)
+    crowded = (padded and 4 in (k_bits, v_bits)) or (d == 256 and (k_bits, v_bits) != (2, 2))  # 32 would spill
+    block_tokens = min(g, 16 if crowded else 32)
     n = 16 if rows > 8 and d <= 128 else 8
+    full_segment = {64: 32, 128: 32}.get(d, 16) if item == 2 else {96: 32, 256: 16}.get(d, 64)  # others spill
     stages, tokens = _pick_step(shape, n, 4, shared)
+    tokens = block_tokens if crowded else tokens
     return {
         "D": d,
         "D_PAD": triton.next_power_of_2(d),
@@ -663,8 +668,8 @@ def tile_constants(shape: Shape, rows: int, shared: int = _SHARED_H100) -> dict[
         "V_COLS": v_columns,
         "V_FOLD": v_fold,
         "META_PER_WORD": next(size for size in (4, 2, 1) if groups % size == 0),
-        "FULL_SEG": 32 if d in (64, 128) else 16,  # others leave too few registers
-        "FULL_T": 16,  # with 32 the three sources of a tile do not fit the registers
+        "FULL_SEG": full_segment,
+        "FULL_T": 16 if item == 2 else 8,  # the three sources of a tile must fit the registers
         "SINK": shape.sink_length,
         "RING": shape.ring,
         "T": block_tokens,
@@ -744,7 +749,7 @@ def attend(
     """
     batch, heads, new_tokens, head_dim = query.shape
     shape = Shape.of(layer, heads)
-    tile = tile_constants(shape, new_tokens * shape.group, _shared_memory(query.device))
+    tile = tile_constants(shape, new_tokens * shape.group, query.element_size(), _shared_memory(query.device))
     query, key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (query, key, value))
     rows = new_tokens * shape.group
     row_blocks = -(-rows // tile["N"])
