@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 
 from modules.kivi_options import KIVIOptions, head_dim_of
 from modules.memory import cache_report, format_report
-from modules.packed_attention import attend_and_store, pick_backend
+from modules.packed_attention import attend_and_store, decode, pick_backend
 from modules.packed_state import PackedLayer, PackedSide
 
 if TYPE_CHECKING:
@@ -145,7 +145,6 @@ class KIVICacheLayer(CacheLayerMixin):
         except ValueError as error:
             raise ValueError(f"KIVI cache, layer {self.layer_idx}: {error}") from error
 
-    @_as_data
     def attend(
         self, query: torch.Tensor, key_states: torch.Tensor, value_states: torch.Tensor, scaling: float, step: Step
     ) -> torch.Tensor:
@@ -157,11 +156,27 @@ class KIVICacheLayer(CacheLayerMixin):
         Returns:
             `[B, q, num_attention_heads, D]`.
         """
+        out = None
         with self._located():
-            query, key, value = (step.real_first(states.detach()) for states in (query, key_states, value_states))
-            out = attend_and_store(query, key, value, self.state, scaling, step.lengths)
-        self.add_columns(step, key.shape[2])
-        return step.as_given(out)
+            if step.real is None and query.shape[2] == 1:
+                out = decode(query, key_states, value_states, self.state, scaling)
+            if out is None:
+                out = self._attend_and_store(query, key_states, value_states, scaling, step)
+            elif self.state.observes:
+                self._observe(query, step)
+        self.add_columns(step, key_states.shape[2])
+        return out
+
+    @_as_data
+    def _observe(self, query: torch.Tensor, step: Step) -> None:
+        self.state.observe(query.detach(), step.lengths)
+
+    @_as_data
+    def _attend_and_store(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, step: Step
+    ) -> torch.Tensor:
+        query, key, value = (step.real_first(states.detach()) for states in (query, key, value))
+        return step.as_given(attend_and_store(query, key, value, self.state, scaling, step.lengths))
 
     def update(
         self,

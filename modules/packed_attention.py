@@ -68,19 +68,29 @@ def attend_and_store(
         ValueError: for NaN, infinite or too large states, or a full cache. Nothing is stored then.
     """
     layer.check_room(key.shape[0], new_lengths)
-    if layer.backend == "numba" and query.shape[2] == 1 and all(new_lengths):
-        from modules.kernels.numba_attention import decode
-
-        out = decode(query, key, value, layer, scaling)
-        if out is not None:
-            layer.observe(query, new_lengths)
-            return out
     layer.check_states(key, value)
     value = layer.rotate(value)
     out = packed_attention(query, key, value, layer, scaling, new_lengths)
     layer.observe(query, new_lengths)
     layer.append(key, value, new_lengths)
     return layer.rotate(out)
+
+
+def decode(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: PackedLayer, scaling: float
+) -> torch.Tensor | None:
+    """`attend_and_store` for one real token of every sequence, in one call of a kernel; None, with nothing done, where
+    there is none for this step. No operation of torch touches the layer, and queries are not observed.
+
+    Raises:
+        ValueError: as `attend_and_store`.
+    """
+    if layer.backend != "numba":
+        return None
+    from modules.kernels import numba_attention
+
+    layer.check_room(key.shape[0], [1] * key.shape[0])
+    return numba_attention.decode(query, key, value, layer, scaling)
 
 
 def pick_backend(wanted: str, layer: PackedLayer) -> str:

@@ -185,7 +185,7 @@ class PackedSide:
         return add_extra(keys, stored, self.wide[rows], self.group_size).to(dtype)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class PackedLayer:
     """One layer of the cache: keys, values and how many tokens of each sequence are stored.
 
@@ -274,9 +274,14 @@ class PackedLayer:
         rotation = hadamard(states.shape[-1], states.device)  # symmetric, so `linear` may take it for its transpose
         return torch.nn.functional.linear(states.float(), rotation).to(states.dtype)
 
+    @property
+    def observes(self) -> bool:
+        """Whether queries still count for the choice of wide channels."""
+        return self.query_energy is not None and not all(self.packed)
+
     def observe(self, query: torch.Tensor, new_lengths: list[int]) -> None:
         """Count the queries `[B, num_attention_heads, q, D]` in, while the wide channels of a sequence are not chosen."""
-        if self.query_energy is None or all(self.packed):
+        if not self.observes:
             return
         real = torch.tensor(new_lengths, device=query.device).unsqueeze(1) > torch.arange(
             query.shape[2], device=query.device

@@ -199,7 +199,12 @@ def test_decode_steps_are_those_of_torch(plan):
         due = all(length >= 4 for length in layer.lengths) and not any(layer.packs_at(row, 1) for row in (0, 1))
         other = copy.deepcopy(layer)
         with no_torch() if due else contextlib.nullcontext():
-            out = dispatch.attend_and_store(*states, _with(layer, "numba"), 0.1, [1, 1])
+            out = dispatch.decode(*states, _with(layer, "numba"), 0.1)
+        assert (out is not None) == due
+        if due:
+            layer.observe(states[0], [1, 1])
+        else:
+            out = dispatch.attend_and_store(*states, layer, 0.1, [1, 1])
         ref = dispatch.attend_and_store(*states, _with(other, "torch"), 0.1, [1, 1])
         assert relative_error(out, ref) < TOLERANCE[dtype]
         assert layer.lengths == other.lengths and layer.packed == other.packed
@@ -218,7 +223,7 @@ def test_decode_refuses_what_cannot_be_stored(side, value):
     states[1 + side][0, 1, 0, 5] = value
     before = [t.clone() for t in layer.tensors().values()]
     with pytest.raises(ValueError, match=("keys", "values")[side] + " reach"):
-        dispatch.attend_and_store(*states, layer, 0.1, [1])
+        dispatch.decode(*states, layer, 0.1)
     assert layer.lengths == [200]
     assert all(torch.equal(old, new) for old, new in zip(before, layer.tensors().values()))
 

@@ -10,9 +10,12 @@ compilation. A model needs one plan for decoding and one more for several new to
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
+import weakref
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -520,7 +523,7 @@ _FIELDS = (  # noqa: SIM905 - reads better
     "QUERY QUERY_BATCH QUERY_HEAD QUERY_TOKEN "  # address, strides in bytes
     "NEW_KEY NEW_KEY_BATCH NEW_KEY_HEAD NEW_VALUE NEW_VALUE_BATCH NEW_VALUE_HEAD "
     "K_CODES K_SCALE K_MINIMUM K_EXTRA K_WIDE K_SINKS K_WINDOW V_CODES V_SCALE V_MINIMUM V_SINKS V_WINDOW "
-    "CAPACITY SINKS RING ROW_TILES SPLITS "
+    "CAPACITY SINKS RING ROW_TILES SPLITS THREADS "
     "GIVEN_VALUE GIVEN_VALUE_BATCH GIVEN_VALUE_HEAD STORES ROTATION"  # for decoding: values as given, …
 ).split()
 (
@@ -528,7 +531,7 @@ _FIELDS = (  # noqa: SIM905 - reads better
     QUERY, QUERY_BATCH, QUERY_HEAD, QUERY_TOKEN,
     NEW_KEY, NEW_KEY_BATCH, NEW_KEY_HEAD, NEW_VALUE, NEW_VALUE_BATCH, NEW_VALUE_HEAD,
     K_CODES, K_SCALE, K_MINIMUM, K_EXTRA, K_WIDE, K_SINKS, K_WINDOW, V_CODES, V_SCALE, V_MINIMUM, V_SINKS, V_WINDOW,
-    CAPACITY, SINKS, RING, ROW_TILES, SPLITS,
+    CAPACITY, SINKS, RING, ROW_TILES, SPLITS, THREADS,
     GIVEN_VALUE, GIVEN_VALUE_BATCH, GIVEN_VALUE_HEAD, STORES, ROTATION,
 ) = range(len(_FIELDS))  # fmt: skip
 _LENGTH, _PACKED, _NEW = range(3)  # columns of `lengths`
@@ -753,8 +756,12 @@ def _take_in(plan, call, lengths, scratch, limits, largest):
 def _attend(plan, call, scaling, lengths, scratch, partial, limits, largest, out):
     if call[STORES] and not _take_in(plan, call, lengths, scratch, limits, largest):
         return
-    for unit in prange(partial.shape[0]):
-        _attend_unit(plan, call, scaling, lengths, scratch, partial, np.int64(unit), np.int64(get_thread_id()))
+    if call[THREADS] == 1:
+        for unit in range(partial.shape[0]):
+            _attend_unit(plan, call, scaling, lengths, scratch, partial, unit, 0)
+    else:
+        for unit in prange(partial.shape[0]):
+            _attend_unit(plan, call, scaling, lengths, scratch, partial, np.int64(unit), np.int64(get_thread_id()))
     _combine(plan, call, lengths, partial, out)
     if call[STORES] and call[ROTATION]:
         for b in range(out.shape[0]):
@@ -851,8 +858,11 @@ def attend(
         from modules.packed_attention import _attend_torch
 
         return _attend_torch(query, key, value, layer, scaling, new_lengths)
+    query = query if query.stride(3) == 1 else query.contiguous()
     key, value = (t if _tokens_lie_side_by_side(t) else t.contiguous() for t in (key, value))
-    return _run(plan, query, key, value, layer, scaling, new_lengths)[0]
+    stored = [t if t is None else t.contiguous() for t in _stored(layer)]
+    call = _Call(plan, query, key, value, layer, stored)
+    return call.run(query, scaling, layer, new_lengths)
 
 
 def decode(
@@ -869,18 +879,95 @@ def decode(
     Raises:
         ValueError: for NaN, infinite or too large states; nothing is stored then.
     """
-    plan = _plan_of(query, key, value, layer)
-    ready = min(layer.lengths) >= layer.sink_length and not any(
-        layer.packs_at(row, 1) for row in range(layer.batch_size)
-    )
-    if plan is None or not ready or key.stride(3) != 1 or value.stride(3) != 1:
+    if min(layer.lengths) < layer.sink_length or any(layer.packs_at(row, 1) for row in range(layer.batch_size)):
         return None
+    memory = _memory(query, key, value, layer)
+    before, call = _decoding.get(layer, (None, None))
+    if before != memory:
+        plan, stored = _plan_of(query, key, value, layer), _stored(layer)
+        in_order = all(t.stride(3) == 1 for t in (query, key, value)) and all(
+            t is None or t.is_contiguous() for t in stored
+        )
+        if plan is None or not in_order:
+            return None
+        call = _Call(plan, query, key, value, layer, stored, stores=True)
+        _decoding[layer] = memory, call
+    call.fields[QUERY], call.fields[NEW_KEY], call.fields[GIVEN_VALUE] = (t.data_ptr() for t in (query, key, value))
     new_lengths = [1] * layer.batch_size
-    out, largest = _run(plan, query, key, value, layer, scaling, new_lengths, stores=True)
-    for side, magnitude in zip(layer.sides, largest):
+    out = call.run(query, scaling, layer, new_lengths)
+    for side, magnitude in zip(layer.sides, call.largest.tolist()):
         side.check_magnitude(magnitude)
     layer.advance(new_lengths)
     return out
+
+
+_decoding: weakref.WeakKeyDictionary[PackedLayer, tuple[tuple, _Call]] = weakref.WeakKeyDictionary()
+
+
+def _memory(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: PackedLayer) -> tuple:
+    """What the call of a decode step depends on and rarely changes: layouts, and where the layer lies."""
+    layouts = query.shape, query.stride(), key.stride(), value.stride(), query.dtype, key.dtype, value.dtype
+    return *layouts, layer.key.capacity, *(t is not None and t.data_ptr() for t in _stored(layer))
+
+
+class _Call:
+    """The kernel's arguments for tokens of one layout over a layer.
+
+    Decoding keeps them from token to token: over a short context the kernel takes less time than putting them together.
+
+    Attributes:
+        fields: int64, see `_FIELDS`.
+        largest: magnitudes of keys and values, found where the call stores them.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        layer: PackedLayer,
+        stored: Sequence[torch.Tensor | None],
+        stores: bool = False,
+    ) -> None:
+        batch, heads, length, head_dim = query.shape
+        kv_heads, token = key.shape[1], head_dim * value.element_size()
+        group = heads // kv_heads
+        row_tiles = -(-length * group // plan.rows)
+        self.plan, self.kernel = plan, _compiled(plan)
+        self.units, self.work = batch * kv_heads * row_tiles, batch * heads * length * head_dim
+        given = attended = _address(value, 2)
+        if stores:
+            self.rotated = np.empty(batch * kv_heads * token, np.uint8)
+            attended = [self.rotated.ctypes.data, kv_heads * token, token]
+        rotation = head_dim & -head_dim if layer.rotates else 0  # the largest power of two that divides it
+        fields = [batch, kv_heads, group, length, *_address(query, 3), *_address(key, 2), *attended]
+        fields += [0 if t is None else t.data_ptr() for t in stored]
+        fields += [layer.key.capacity, layer.sink_length, layer.ring, row_tiles, 0, 0, *given, stores, rotation]
+        self.fields, self.lengths = np.array(fields), np.empty((batch, 3), np.int64)
+        self.limits = np.array([side.limit for side in layer.sides], np.float32)
+        self.largest = np.zeros(2, np.float32)
+
+    def run(self, query: torch.Tensor, scaling: float, layer: PackedLayer, new_lengths: list[int]) -> torch.Tensor:
+        """What the new tokens attended, `[B, q, num_attention_heads, D]`, in the dtype of `query`."""
+        plan, work = self.plan, self.work * (max(layer.lengths) + query.shape[2])
+        threads = allowed_threads() if work > _SERIAL_WORK else 1
+        splits = _splits(self.units, -(-max(layer.packed) // plan.tile_tokens) + _DENSE_TILES, threads)
+        self.fields[SPLITS], self.fields[THREADS] = splits, threads
+        self.lengths[:, _LENGTH], self.lengths[:, _PACKED], self.lengths[:, _NEW] = (
+            layer.lengths,
+            layer.packed,
+            new_lengths,
+        )
+        self.largest[:] = 0.0
+        scratch = buffer("scratch", threads, plan.scratch_floats)
+        partial = buffer("partial", self.units * splits, plan.partial_floats)
+        batch, heads, length, head_dim = query.shape
+        out = torch.empty(batch, length, heads, head_dim)
+        arguments = self.lengths, scratch, partial, self.limits, self.largest, out.numpy()
+        with contextlib.nullcontext() if threads == 1 else numba_threads(threads):
+            self.kernel(plan, self.fields, scaling * _LOG2_E, *arguments)
+        return out if query.dtype == torch.float32 else out.to(query.dtype)
 
 
 def _plan_of(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: PackedLayer) -> Plan | None:
@@ -892,48 +979,6 @@ def _plan_of(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer:
     bits, groups = (layer.key.bits, layer.value.bits), (layer.group_size, layer.value.group_size)
     wide = 0 if layer.key.wide is None else layer.key.wide.shape[-1]
     return _plan(bits, query.dtype, rows, query.shape[3], groups, wide)
-
-
-def _run(
-    plan: Plan,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    layer: PackedLayer,
-    scaling: float,
-    new_lengths: list[int],
-    stores: bool = False,
-) -> tuple[torch.Tensor, list[float]]:
-    """Call the kernel: what it attended, and with `stores` the largest magnitudes of keys and values."""
-    batch, heads, length, head_dim = query.shape
-    kv_heads = key.shape[1]
-    group = heads // kv_heads
-    row_tiles = -(-length * group // plan.rows)
-    units, packed = batch * kv_heads * row_tiles, max(layer.packed)
-    work = batch * heads * length * head_dim * (max(layer.lengths) + length)
-    threads = allowed_threads() if work > _SERIAL_WORK else 1
-    splits = _splits(units, -(-packed // plan.tile_tokens) + _DENSE_TILES, threads)
-
-    query = query if query.stride(-1) == 1 else query.contiguous()
-    given = attended = _address(value, 2)
-    if stores:
-        fresh, token = buffer("fresh", batch * kv_heads, head_dim), head_dim * value.element_size()
-        attended = [fresh.ctypes.data, kv_heads * token, token]
-    rotation = head_dim & -head_dim if layer.rotates else 0  # the largest power of two that divides it
-    stored = [t if t is None or t.is_contiguous() else t.contiguous() for t in _stored(layer)]
-    call = [batch, kv_heads, group, length, *_address(query, 3), *_address(key, 2), *attended]
-    call += [0 if t is None else t.data_ptr() for t in stored]
-    call += [layer.key.capacity, layer.sink_length, layer.ring, row_tiles, splits, *given, stores, rotation]
-
-    lengths = np.array([*zip(layer.lengths, layer.packed, new_lengths)])
-    limits, largest = np.array([side.limit for side in layer.sides], np.float32), np.zeros(2, np.float32)
-    scratch = buffer("scratch", threads, plan.scratch_floats)
-    partial = buffer("partial", units * splits, plan.partial_floats)
-    out = torch.empty(batch, length, heads, head_dim)
-    with numba_threads(threads):
-        kernel = _compiled(plan)
-        kernel(plan, np.array(call), scaling * _LOG2_E, lengths, scratch, partial, limits, largest, out.numpy())
-    return out if query.dtype == torch.float32 else out.to(query.dtype), largest.tolist()
 
 
 def _address(t: torch.Tensor, strides: int) -> list[int]:
