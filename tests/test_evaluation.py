@@ -282,6 +282,9 @@ def test_peers_are_kept_only_where_nothing_changed():
     earlier, now = a_result(), a_result(rows=a_result().rows[:2])
     kept = quality.keep_peers(now, earlier)
     assert [row.name for row in kept.rows[2:]] == ["peer"] and kept.rows[2].date == HERE.date
+    tomorrow = dataclasses.replace(HERE, date="2026-01-03T00:00Z")
+    later = quality.keep_peers(dataclasses.replace(now, environment=tomorrow), earlier)
+    assert kept.day_of(kept.rows[2]) is None and later.day_of(later.rows[2]) == "2026-01-02"
     for change in ({"digest": "x"}, {"chunk": 64}, {"environment": dataclasses.replace(HERE, packages={})}):
         assert quality.keep_peers(now, a_result(**change)) == now
     assert quality.keep_peers(now, None) == now

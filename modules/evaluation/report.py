@@ -141,7 +141,7 @@ def _range(values: Sequence[float], digits: int) -> str:
 
 
 def _section(result: QualityResult) -> str:
-    kept = sorted({row.date for row in result.rows if row.date})
+    kept = sorted({day for row in result.rows if (day := result.day_of(row))})
     lines = [
         f"### {result.model}, {result.text}",
         f"{result.tokens:,} tokens, {result.predictions:,} predictions; token ids SHA-256 `{result.digest}…`.",
@@ -212,13 +212,13 @@ def _panel(axis, result: QualityResult) -> None:
 
 
 def _label(row: QualityRow) -> str:
-    """Short: bits of K/V and what else differs from the defaults."""
+    """Short: bits of K/V and the group size; nothing for variants, which crowd around the defaults."""
     options = row.options
+    if row.name.startswith(("paper +", "defaults,")):
+        return ""
     if row.kind == "transformers":
         return f"{options['backend']} {options.get('nbits', '')}".strip() if "backend" in options else row.name
     label = f"{options.get('k_bits', 2)}/{options.get('v_bits', 2)}"
     if "group_size" in options:
         label += f" g{options['group_size']}"
-    if row.kind == "kivi" and row.name.startswith("paper"):
-        label += row.name.removeprefix("paper")
     return label

@@ -127,6 +127,11 @@ class QualityResult:
     rows: list[QualityRow]
     environment: Environment
 
+    def day_of(self, row: QualityRow) -> str | None:
+        """The day (ISO 8601) on which a row was measured, where that was not the day of the others."""
+        day = row.date[:10]
+        return None if day in ("", self.environment.date[:10]) else day
+
     def row(self, name: str) -> QualityRow:
         """The row of a candidate.
 

@@ -34,7 +34,7 @@ def quality_rows(result: QualityResult) -> Rows:
     full = result.row(FULL).perplexity
     return [["cache", "stored bits", "perplexity", "change", "KL (nats)", "±", "top-1"]] + [
         [
-            row.name + (" *" if row.date else ""),
+            row.name + (" *" if result.day_of(row) else ""),
             number(row.stored_bits, 2),
             row.note or number(row.perplexity, 3),
             MISSING if row.name == FULL else percent(row.perplexity, full),
