@@ -9,8 +9,18 @@ if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; 
     exit 2
 fi
 mkdir -p "$out"
-timeout 150 "$python" -m pytest -q -m gpu tests 2>&1 | tee "$out/tests.txt"
-tests=${PIPESTATUS[0]}
+# Compiling takes most of the tests' time, one core each: parts run side by side.
+parts=${PARTS:-$(($(nproc) < 12 ? $(nproc) : 12))}
+pids=()
+for part in $(seq "$parts"); do
+    timeout 150 "$python" -m pytest -q -m gpu --shard "$part/$parts" tests >"$out/tests-$part.txt" 2>&1 &
+    pids+=($!)
+done
+tests=0
+for pid in "${pids[@]}"; do
+    wait "$pid" || tests=$?
+done
+tail -n 1 "$out"/tests-*.txt
 timeout 380 "$python" benchmarks/gpu_bench.py --out "$out" --minutes "${MINUTES:-5.5}" 2>&1 | tee "$out/gpu_bench.txt"
 bench=${PIPESTATUS[0]}
 echo "tests: exit $tests, benchmark: exit $bench; results in $out"

@@ -12,6 +12,17 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 from modeling_llama_kivi import LlamaForCausalLM_KIVI, LlamaKIVIConfig
 from modeling_qwen_kivi import Qwen2ForCausalLM_KIVI, Qwen2KIVIConfig, Qwen3ForCausalLM_KIVI, Qwen3KIVIConfig
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shard", metavar="I/N", help="run the I-th of N parts: side by side without pytest-xdist")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if shard := config.getoption("--shard"):
+        number, count = map(int, shard.split("/"))
+        items[:] = items[number - 1 :: count]
+
+
 torch.set_num_threads(1)  # small tensors, and a busy machine makes threads wait for each other
 
 SIZES = {
