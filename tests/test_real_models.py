@@ -6,7 +6,7 @@ import pytest
 import torch
 from common import offline_text, small_gguf
 from conftest import real_model_path, relative_error
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from modeling_llama_kivi import LlamaForCausalLM_KIVI, load_llama_kivi
 from modeling_qwen_kivi import load_qwen_kivi
@@ -19,12 +19,15 @@ def long_text() -> str:
     return offline_text("compound", "types", "execmodel")
 
 
-@pytest.fixture(scope="module")
-def smollm2():
-    """(stock, KIVI, tokenizer, ids of a long text)."""
-    path = real_model_path("llama")
-    kivi, tokenizer = load_llama_kivi(path, dtype=torch.float32)
-    stock = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32)
+LOAD = {"llama": load_llama_kivi, "qwen2": load_qwen_kivi}
+
+
+@pytest.fixture(scope="module", params=list(LOAD))
+def real(request):
+    """(stock, KIVI, tokenizer, ids of a long text) of SmolLM2 and of Qwen2.5-Coder."""
+    path = real_model_path(request.param)
+    kivi, tokenizer = LOAD[request.param](path, dtype=torch.float32)
+    stock = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     return stock, kivi, tokenizer, tokenizer(long_text(), return_tensors="pt").input_ids
 
 
@@ -33,8 +36,8 @@ def stream(model, cache, pieces):
         return torch.cat([model(piece, past_key_values=cache).logits for piece in pieces], dim=1)
 
 
-def test_sixteen_bits_are_exact(smollm2):
-    stock, kivi, _, ids = smollm2
+def test_sixteen_bits_are_exact(real):
+    stock, kivi, _, ids = real
     pieces = [ids[:, :400], ids[:, 400:464], *ids[:, 464:764].split(1, dim=1), ids[:, 764:900]]
     out = stream(kivi, kivi.create_kivi_cache(k_bits=16, v_bits=16), pieces)
     assert relative_error(out, stream(stock, DynamicCache(), pieces)) < 1e-4
@@ -50,8 +53,8 @@ def test_sixteen_bits_are_exact(smollm2):
         {"assistant_model": True, "max_new_tokens": 12},
     ],
 )
-def test_sixteen_bits_give_the_same_text(smollm2, mode):
-    stock, kivi, _, ids = smollm2
+def test_sixteen_bits_give_the_same_text(real, mode):
+    stock, kivi, _, ids = real
     mode = {name: stock if name == "assistant_model" else value for name, value in mode.items()}
     outputs = []
     for model, cache in ((kivi, kivi.create_kivi_cache(k_bits=16, v_bits=16)), (stock, DynamicCache())):
@@ -61,8 +64,8 @@ def test_sixteen_bits_give_the_same_text(smollm2, mode):
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padded_prompts_get_the_logits_they_get_alone(smollm2, side):
-    _, kivi, _, ids = smollm2
+def test_padded_prompts_get_the_logits_they_get_alone(real, side):
+    _, kivi, _, ids = real
     prompts = [ids[0, :50], ids[0, 100:400]]
     batch, mask = torch.zeros(2, 300, dtype=torch.long), torch.zeros(2, 300, dtype=torch.long)
     for row, prompt in enumerate(prompts):
@@ -93,8 +96,8 @@ def divergence(model, ids, *caches, chunk=128, skip=512):
     return [value / count for value in total]
 
 
-def test_two_bits_lose_little(smollm2):
-    _, kivi, _, ids = smollm2
+def test_two_bits_lose_little(real):
+    _, kivi, _, ids = real
     default, paper, four = divergence(
         kivi,
         ids[:, :1536],
@@ -102,11 +105,12 @@ def test_two_bits_lose_little(smollm2):
         kivi.create_kivi_cache(sink_length=0, k_range="minmax"),
         kivi.create_kivi_cache(k_bits=4, v_bits=4),
     )
-    assert default < 0.03 and default < paper / 8 and four < 0.005
+    most, ratio = {"llama": (0.03, 8), "qwen2": (0.05, 4)}[kivi.config.model_type.removesuffix("_kivi")]
+    assert default < most and default < paper / ratio and four < 0.005
 
 
-def test_a_prompt_shared_by_four_continuations(smollm2):
-    _, kivi, tokenizer, ids = smollm2
+def test_a_prompt_shared_by_four_continuations(real):
+    _, kivi, tokenizer, ids = real
     shared = kivi.create_kivi_cache()
     stream(kivi, shared, [ids[:, :500]])
     texts = []
@@ -130,33 +134,10 @@ def test_another_family_is_refused():
         load_qwen_kivi(real_model_path("llama"))
 
 
-def test_a_stock_model_uses_the_cache(smollm2):
+def test_a_stock_model_uses_the_cache(real):
     from modules.kivi_cache_general import KIVICache
 
-    stock, _, _, ids = smollm2
+    stock, _, _, ids = real
     cache = KIVICache(stock.config, k_bits=8, v_bits=8)
     out = stock.generate(ids[:, :300], past_key_values=cache, **GREEDY)
     assert torch.equal(out, stock.generate(ids[:, :300], **GREEDY))
-
-
-@pytest.fixture(scope="module")
-def qwen():
-    path = real_model_path("qwen2")
-    model, tokenizer = load_qwen_kivi(path, dtype=torch.float32)
-    return model, tokenizer
-
-
-def test_qwen_sixteen_bits_are_exact(qwen):
-    model, tokenizer = qwen
-    stock = AutoModelForCausalLM.from_pretrained(real_model_path("qwen2"), dtype=torch.float32)
-    ids = AutoTokenizer.from_pretrained(real_model_path("qwen2"))(long_text(), return_tensors="pt").input_ids
-    pieces = [ids[:, :200], *ids[:, 200:220].split(1, dim=1), ids[:, 220:300]]
-    out = stream(model, model.create_kivi_cache(use_kivi=False), pieces)
-    assert relative_error(out, stream(stock, DynamicCache(), pieces)) < 1e-4
-
-
-def test_qwen_two_bits_lose_little(qwen):
-    model, tokenizer = qwen
-    ids = tokenizer(long_text(), return_tensors="pt").input_ids[:, :1024]
-    default, four = divergence(model, ids, model.create_kivi_cache(), model.create_kivi_cache(k_bits=4, v_bits=4))
-    assert default < 0.05 and four < 0.003
