@@ -131,12 +131,16 @@ class KIVICacheLayer(CacheLayerMixin):
     def add_columns(self, step: Step, length: int) -> None:
         """Count the `length` columns of a step in, once its tokens are stored."""
         if step.real is not None or self.column_is_real is not None:
-            batch, device = self.state.batch_size, self.device
-            old, new = self.column_is_real, step.real
-            old = torch.ones(batch, self.columns, dtype=torch.bool, device=device) if old is None else old
-            new = torch.ones(batch, length, dtype=torch.bool, device=device) if new is None else new.to(device)
-            self.column_is_real = torch.cat([old, new], dim=1)
+            self._add_marks(step, length)
         self.columns += length
+
+    @_as_data
+    def _add_marks(self, step: Step, length: int) -> None:
+        batch, device = self.state.batch_size, self.device
+        old, new = self.column_is_real, step.real
+        old = torch.ones(batch, self.columns, dtype=torch.bool, device=device) if old is None else old
+        new = torch.ones(batch, length, dtype=torch.bool, device=device) if new is None else new.to(device)
+        self.column_is_real = torch.cat([old, new], dim=1)
 
     @contextlib.contextmanager
     def _located(self) -> Iterator[None]:

@@ -540,6 +540,19 @@ def test_a_cache_goes_from_one_autograd_mode_to_another(llama_pair, first, secon
         assert not tensor.is_inference() and not tensor.requires_grad
 
 
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+def test_marks_of_padding_are_data_in_inference_mode_too(llama_pair, backend):
+    _, kivi = llama_pair
+    ids, mask = padded([tokens(1, 60)[0], tokens(1, 80)[0]], "left", 80)
+    cache = kivi.create_kivi_cache(backend=backend)
+    with torch.inference_mode():
+        for token in (ids, *tokens(2, 3).split(1, dim=1)):
+            kivi(token, attention_mask=mask, past_key_values=cache)
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+    for layer in cache.layers:
+        assert layer.column_is_real.shape == (2, 83) and not layer.column_is_real.is_inference()
+
+
 def test_training_over_stored_tokens_says_that_gradients_stop(llama_pair):
     _, kivi = llama_pair
     kivi.train()
