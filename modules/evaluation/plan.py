@@ -41,8 +41,8 @@ class Step:
 PLAN = [
     Step("smollm2-prose", SMOLLM2, candidates="grid"),
     Step("qwen-prose", QWEN),
-    Step("qwen-code", QWEN, text="code", peers=False),
-    Step("smollm2-code", SMOLLM2, text="code", peers=False),
+    Step("qwen-code", QWEN, text="code"),
+    Step("smollm2-code", SMOLLM2, text="code"),
     Step("qwen-passkey-2000", QWEN, lengths=(2000,)),
 ]
 LONG = [
