@@ -167,7 +167,7 @@ def attention(shape: triton_attention.Shape, rows: int, dtype: str, arch: int) -
     types |= {"k_codes": "*u8" if shape.k_bits < 16 else states, "v_codes": "*i16" if shape.v_bits < 16 else states}
     types |= dict.fromkeys(("k_scale", "k_minimum"), "*fp16" if shape.k_bits < 16 else states)
     types |= {"v_scale": words if shape.v_bits < 16 else states, "v_minimum": "*fp16" if shape.v_bits < 16 else states}
-    types |= {"k_extra": "*u8", "k_wide": "*i64"}
+    types |= {"k_extra": "*u8", "k_order": "*i64"}
     types |= {"counts": "*i32", "new_lengths": "*i32", "part": "*fp32", "ml": "*fp32", "factor": "fp32"}
     constants = tile | {"ALL_NEW": True, "ASM": True}
     options = {"num_warps": tile["WARPS"]}
@@ -201,7 +201,7 @@ def packing(what: str, bits: int, method: str, head_dim: int, group_size: int, a
     """Compile `pack_states` for the keys or the values."""
     types = dict.fromkeys(triton_quantize.pack_states.arg_names, "i32")
     types |= {"states": "*bf16", "codes": "*u8", "scale": "*fp16", "minimum": "*fp16", "mark": "*i32"}
-    types |= {"extra": "*u8", "wide": "*i64"}
+    types |= {"extra": "*u8", "order": "*i64"}
     constants = {"KEYS": what == "keys", "D": head_dim, "G": group_size, "BITS": bits, "METHOD": method}
     constants |= {"WIDE": wide, "WIDE_PAD": max(4, wide)} | triton_quantize.tiles(head_dim, bits, 32)
     options = {"num_warps": 4}
@@ -214,7 +214,7 @@ def packing(what: str, bits: int, method: str, head_dim: int, group_size: int, a
 def appending(k_bits: int, v_bits: int, head_dim: int, arch: int, wide: int = 0) -> Compiled:
     """Compile `append_step` with groups of 32, 4 sinks and a window of 128."""
     types = dict.fromkeys(triton_quantize.append_step.arg_names, "i32")
-    types |= {"counts": "*i32", "extra": "*u8", "wide": "*i64"}
+    types |= {"counts": "*i32", "extra": "*u8", "order": "*i64"}
     types |= dict.fromkeys(("key", "value", "k_sinks", "k_window", "v_sinks", "v_window"), "*bf16")
     for side, bits in (("k", k_bits), ("v", v_bits)):
         types |= {f"{side}_codes": "*u8" if bits < 16 else "*bf16"}

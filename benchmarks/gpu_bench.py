@@ -121,7 +121,7 @@ def bytes_read(layer: PackedLayer) -> int:
     packed, total = layer.packed[0], 0
     for side in layer.sides:
         for name, t in side.tensors().items():
-            if name == "wide":  # a list of channels, not of tokens
+            if name == "order":  # a list of channels, not of tokens
                 continue
             per_token = t[0, 0, 0].numel() * t.element_size() * t.shape[0] * t.shape[1]
             if name == "window":

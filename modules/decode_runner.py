@@ -76,7 +76,7 @@ class DecodeRunner:
         states = [layer.state for layer in layers]
         if any(state.backend != "triton" for state in states):
             return "some layers do not use the Triton backend"
-        if any(state.key.wide is not None and not all(state.packed) for state in states):
+        if any(state.key.wide and not all(state.packed) for state in states):
             return "some sequences are too short to have their wide key channels chosen, which the host does"
         if len({state.key.window.device for state in states}) > 1:
             return "its layers are on several devices"

@@ -57,7 +57,7 @@ def cache_report(cache: Any) -> dict[str, Any]:
     Keys:
         seq_length: columns seen, padding included (tokens); batch_size: sequences; num_layers; backend.
         tokens: `sinks`, `packed`, `window` of the longest sequence, and `lengths` of all.
-        bytes: `codes`, `metadata` (scales, minima; which channels are wide), `full_precision` (sinks, window and 16-bit
+        bytes: `codes`, `metadata` (scales, minima; the order of the channels), `full_precision` (sinks, window and 16-bit
             sides), `slack` (codes and metadata that are allocated and unused), `other_layers` (sliding windows), `total`;
             `dense` is the same tokens in the model's dtype; `ratio` is `dense / total`.
         bits: an element's, `stored` (all bytes over all stored elements), `packed` (codes and metadata alone), `nominal`
@@ -87,7 +87,7 @@ def cache_report(cache: Any) -> dict[str, Any]:
         for side in layer.sides:
             side_packed = _storage_bytes(side.codes, side.extra)
             side_meta = _storage_bytes(side.scale, side.minimum)
-            fixed += _storage_bytes(side.wide)
+            fixed += _storage_bytes(side.order)
             used = sum(layer.packed) / (len(layer.packed) * side.capacity) if side.capacity else 0.0
             per_token = side.sinks.shape[1] * side.sinks.shape[3]
             elements += per_token * sum(layer.lengths)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from modules.packed_state import PackedLayer, PackedSide
-from modules.quantization import unpack_codes
+from modules.quantization import low_codes, place_channels
 
 _PLANE_ELEMENTS = 1 << 19  # floats of one plane of codes at a time: 2 MiB stay in a core's cache
 _SCORE_ELEMENTS = 1 << 20  # floats of scores held at a time
@@ -234,16 +234,15 @@ def _scores(query: torch.Tensor, side: PackedSide, rows: slice, start: int, stop
     stored = side.stored(rows, start, stop)
     if isinstance(stored, torch.Tensor):
         return query @ stored.float().transpose(-1, -2)
+    if side.order is not None:
+        query = place_channels(query, side.order[rows])
     scores = (query @ stored.minimum.float().transpose(-1, -2)).repeat_interleave(side.group_size, dim=-1)
     scale, width = stored.scale.float(), stored.codes.shape[-1]
     for number, plane in enumerate(_planes(stored.codes, side.bits)):
         channels = slice(number * width, (number + 1) * width)
         _add_scores(scores, query[..., channels], plane, scale[..., channels])
     if stored.extra is not None:
-        order = _as_looked_up(side.wide[rows]).unsqueeze(2)
-        low_scale = scale.gather(3, order.expand(-1, -1, scale.shape[2], -1)) / 4
-        low = torch.nn.functional.embedding(stored.extra.int(), _low_bits(query.device)).flatten(3)
-        _add_scores(scores, query.gather(3, order.expand(-1, -1, query.shape[2], -1)), low, low_scale)
+        _add_scores(scores, query[..., : side.wide], low_codes(stored.extra), scale[..., : side.wide] / 4)
     return scores
 
 
@@ -251,18 +250,6 @@ def _add_scores(scores: torch.Tensor, query: torch.Tensor, codes: torch.Tensor, 
     """Add `query` `[b, H, n, C]` on `codes` `[b, H, T, C]`, which become keys, with a scale for every group of them."""
     codes.unflatten(2, (scale.shape[2], -1)).mul_(scale.unsqueeze(3))
     scores.flatten(0, 1).baddbmm_(query.flatten(0, 1), codes.flatten(0, 1).transpose(1, 2))
-
-
-@functools.cache
-@torch.inference_mode(False)
-def _low_bits(device: torch.device) -> torch.Tensor:
-    """The four 2-bit codes of each byte, float32 `[256, 4]`: one lookup, where planes would be a few channels wide."""
-    return unpack_codes(torch.arange(256, dtype=torch.uint8, device=device).unsqueeze(1), 2).float()
-
-
-def _as_looked_up(wide: torch.Tensor) -> torch.Tensor:
-    """Numbers of the wide channels `[b, H, W]` in the order in which looking bytes up gives their low bits."""
-    return wide.unflatten(-1, (4, -1)).transpose(-1, -2).flatten(-2)
 
 
 def _weighted_sum(weights: torch.Tensor, side: PackedSide, rows: slice, start: int, stop: int) -> torch.Tensor:

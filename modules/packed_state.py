@@ -18,11 +18,12 @@ from modules.quantization import (
     FLOAT16_MAX,
     WIDE_BITS,
     Quantized,
-    add_extra,
-    choose_wide,
+    choose_order,
     dequantize_keys,
     dequantize_values,
+    dequantize_wide_keys,
     hadamard,
+    place_channels,
     quantize_keys,
     quantize_values,
     widen,
@@ -43,7 +44,8 @@ class PackedSide:
         codes: uint8 `[B, H, C, D*bits/8]` (or `[B, H, C, D]` at 16 bits); `C` is the capacity in tokens.
         scale, minimum: float16, keys `[B, H, C/G, D]`, values `[B, H, C, D/G]`; None at 16 bits.
         extra: uint8 `[B, H, C, W/4]`, the low two bits of the `W` wide channels of 2-bit keys; else None.
-        wide: int64 `[B, H, W]`, the numbers of those channels, chosen when a sequence's first groups are packed.
+        order: int64 `[B, H, D]`, the channels in the order in which codes and metadata hold them, wide ones first, chosen
+            when a sequence's first groups are packed; None without wide channels.
         sinks: `[B, H, sink_length, D]` in the model's dtype.
         window: `[B, H, residual_length + G, D]` in the model's dtype, a ring.
         group_size: tokens (keys) or channels (values) a group.
@@ -59,9 +61,9 @@ class PackedSide:
     sinks: torch.Tensor
     window: torch.Tensor
     extra: torch.Tensor | None = None
-    wide: torch.Tensor | None = None
+    order: torch.Tensor | None = None
 
-    TENSORS = ("codes", "scale", "minimum", "extra", "wide", "sinks", "window")
+    TENSORS = ("codes", "scale", "minimum", "extra", "order", "sinks", "window")
     PACKED = ("codes", "scale", "minimum", "extra")
 
     @classmethod
@@ -90,7 +92,7 @@ class PackedSide:
         count = options.wide_count(bits, head_dim) if what == "keys" else 0
         if count:
             side.extra = empty(count // 4, torch.uint8)
-            side.wide = torch.arange(count, device=like.device).expand(batch, heads, -1).clone()
+            side.order = torch.arange(head_dim, device=like.device).expand(batch, heads, -1).clone()
         return side
 
     @property
@@ -102,6 +104,11 @@ class PackedSide:
     def planes(self) -> int:
         """Codes of one byte; 1 at 16 bits."""
         return max(1, 8 // self.bits)
+
+    @property
+    def wide(self) -> int:
+        """Channels of 4 bits among those of 2."""
+        return 0 if self.extra is None else 4 * self.extra.shape[3]
 
     @property
     def limit(self) -> float:
@@ -142,12 +149,11 @@ class PackedSide:
             widen_keys = numba_quantize.widen
         if self.what == "values":
             return values(x, self.bits, self.group_size, self.method)
-        packed = keys(x, self.bits, self.group_size, self.method)
-        if self.wide is None:
-            return packed
-        wide = self.wide[rows]
-        fine = x.gather(3, wide.unsqueeze(2).expand(-1, -1, x.shape[2], -1))
-        return widen_keys(packed, keys(fine, WIDE_BITS, self.group_size, self.method), wide)
+        if self.order is None:
+            return keys(x, self.bits, self.group_size, self.method)
+        x = place_channels(x, self.order[rows])
+        fine = keys(x[..., : self.wide], WIDE_BITS, self.group_size, self.method)
+        return widen_keys(keys(x, self.bits, self.group_size, self.method), fine)
 
     def write(self, rows: slice, start: int, packed: Quantized | torch.Tensor) -> None:
         """Store quantized groups at packed tokens `start…` of the sequences `rows`."""
@@ -179,10 +185,9 @@ class PackedSide:
             return stored.to(dtype)
         if self.what == "values":
             return dequantize_values(stored, self.bits, self.group_size, dtype)
-        if self.wide is None:
+        if self.order is None:
             return dequantize_keys(stored, self.bits, self.group_size, dtype)
-        keys = dequantize_keys(stored, self.bits, self.group_size)
-        return add_extra(keys, stored, self.wide[rows], self.group_size).to(dtype)
+        return dequantize_wide_keys(stored, self.order[rows], self.group_size).to(dtype)
 
 
 @dataclasses.dataclass(eq=False)
@@ -234,7 +239,7 @@ class PackedLayer:
             packed=[0] * batch,
             rotates=options.rotates_values(bits[1]),
         )
-        if layer.key.wide is not None:
+        if layer.key.wide:
             layer.query_energy = key.new_zeros(batch, heads, head_dim, dtype=torch.float32)
         if max_length is not None:
             for side in layer.sides:
@@ -384,9 +389,8 @@ class PackedLayer:
                 groups = [side.window[rows, :, slot] for slot in slots] + [rest[:, :, :from_new]]
                 groups = torch.cat(groups, dim=2) if slots else groups[-1]
                 groups = groups[:, :, : packed_after - packed]
-                if side.wide is not None and not packed:
-                    chosen = choose_wide(groups, side.wide.shape[-1], self.group_size, self.query_energy[rows])
-                    side.wide[rows] = chosen
+                if side.wide and not packed:
+                    side.order[rows] = choose_order(groups, side.wide, self.group_size, self.query_energy[rows])
                 self._pack(side, rows, packed, groups)
             first = max(0, packed_after - stored)  # earlier ones of `rest` are packed already
             self._write_ring(side, rows, stored + first, rest[:, :, first:])

@@ -25,7 +25,8 @@ _SLICE_ELEMENTS = 1 << 21  # quantized at a time: bounds the temporaries of a lo
 
 class Quantized(NamedTuple):
     """Packed groups: `codes` uint8 `[..., T, D*bits/8]`; `scale` and `minimum` float16, `[..., T/G, D]` for keys and
-    `[..., T, D/G]` for values; `extra` uint8 `[..., T, W/4]`, the low two bits of `W` wide key channels, or None."""
+    `[..., T, D/G]` for values; `extra` uint8 `[..., T, W/4]`, the low two bits of the first `W` channels of keys, four
+    neighbours a byte, or None."""
 
     codes: torch.Tensor
     scale: torch.Tensor
@@ -205,50 +206,69 @@ def dequantize_values(
     return values.flatten(-2).to(dtype)
 
 
-def choose_wide(keys: torch.Tensor, count: int, group_size: int, query_energy: torch.Tensor) -> torch.Tensor:
-    """The `count` channels of each head whose quantization costs most: mean squared range of a group times query energy.
+def choose_order(keys: torch.Tensor, wide: int, group_size: int, query_energy: torch.Tensor) -> torch.Tensor:
+    """The order in which the channels of each head are stored: first the `wide` ones whose quantization costs most.
+
+    That cost is the mean squared range of a group times the energy of the queries.
 
     Args:
         keys: float `[b, H, T, D]`, `T` a multiple of `group_size`.
         query_energy: float `[b, H, D]`, proportional to E[q²] of the queries that meet these keys; zeros if unknown.
 
     Returns:
-        Channel numbers, int64 `[b, H, count]`, ascending.
+        Channel numbers, int64 `[b, H, D]`, ascending among the wide ones and among the others.
     """
     groups = keys.float().unflatten(2, (-1, group_size))
     cost = (groups.amax(3) - groups.amin(3)).square().mean(2)
     known = query_energy.amax(-1, keepdim=True) > 0
     cost = cost * torch.where(known, query_energy, torch.ones_like(query_energy))
-    return cost.topk(count, dim=-1).indices.sort(dim=-1).values
+    others = torch.ones_like(cost, dtype=torch.uint8).scatter_(-1, cost.topk(wide, dim=-1).indices, 0)
+    return others.argsort(dim=-1, stable=True)
 
 
-def widen(packed: Quantized, fine: Quantized, wide: torch.Tensor) -> Quantized:
-    """2-bit keys whose channels `wide` are replaced by the 4-bit ones of `fine`.
+def place_channels(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Channels of `x` `[b, H, T, D]` in the `order` `[b, H, D]` in which they are stored."""
+    return x.gather(3, order.unsqueeze(2).expand_as(x))
+
+
+def widen(packed: Quantized, fine: Quantized) -> Quantized:
+    """2-bit keys whose first channels are replaced by the 4-bit ones of `fine`.
 
     `scale * code + minimum` at 4 bits is `(4*scale) * high + scale * low + minimum`, so the high bits take the place of the
     2-bit codes, with a scale four times as large, and the low bits go into `extra`.
 
     Args:
         packed: all channels at 2 bits, `[b, H, T, D/4]`.
-        fine: the wide channels at 4 bits, `[b, H, T, W/2]`.
-        wide: their numbers, int64 `[b, H, W]`.
+        fine: the first `W` of them at 4 bits, `[b, H, T, W/2]`.
     """
     codes, fine_codes = unpack_codes(packed.codes, 2), unpack_codes(fine.codes, WIDE_BITS)
-    tokens, groups = codes.shape[2], packed.scale.shape[2]
-    index = wide.unsqueeze(2)
-    codes.scatter_(3, index.expand(-1, -1, tokens, -1), fine_codes >> 2)
-    scale = packed.scale.scatter(3, index.expand(-1, -1, groups, -1), fine.scale * 4)
-    minimum = packed.minimum.scatter(3, index.expand(-1, -1, groups, -1), fine.minimum)
-    return Quantized(pack_codes(codes, 2), scale, minimum, pack_codes(fine_codes & 3, 2))
+    wide = fine_codes.shape[-1]
+    codes[..., :wide] = fine_codes >> 2
+    scale = torch.cat([fine.scale * 4, packed.scale[..., wide:]], dim=-1)
+    minimum = torch.cat([fine.minimum, packed.minimum[..., wide:]], dim=-1)
+    neighbours = (fine_codes & 3).unflatten(-1, (-1, 4)).transpose(-1, -2).flatten(-2)
+    return Quantized(pack_codes(codes, 2), scale, minimum, pack_codes(neighbours, 2))
 
 
-def add_extra(keys: torch.Tensor, packed: Quantized, wide: torch.Tensor, group_size: int) -> torch.Tensor:
-    """Dequantized keys `[b, H, T, D]` with the low bits of the wide channels added, in place."""
-    index = wide.unsqueeze(2)
-    scale = packed.scale.gather(3, index.expand(-1, -1, packed.scale.shape[2], -1)).float() / 4
-    low = unpack_codes(packed.extra, 2).to(torch.float32).unflatten(2, (-1, group_size)) * scale.unsqueeze(3)
-    low = low.flatten(2, 3).to(keys.dtype)
-    return keys.scatter_add_(3, index.expand(-1, -1, keys.shape[2], -1), low)
+def dequantize_wide_keys(packed: Quantized, order: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Float32 keys `[b, H, T, D]` from 2-bit ones with wide channels, stored in `order` `[b, H, D]`."""
+    stored = dequantize_keys(packed, 2, group_size)
+    low = low_codes(packed.extra)
+    scale = packed.scale[..., : low.shape[-1]].float() / 4
+    stored[..., : low.shape[-1]] += (low.unflatten(2, (-1, group_size)) * scale.unsqueeze(3)).flatten(2, 3)
+    return torch.empty_like(stored).scatter_(3, order.unsqueeze(2).expand_as(stored), stored)
+
+
+def low_codes(extra: torch.Tensor) -> torch.Tensor:
+    """The low two bits of the wide channels as float32 `[..., T, W]`, from bytes `[..., T, W/4]`."""
+    return torch.nn.functional.embedding(extra.int(), _codes_of_bytes(extra.device)).flatten(-2)
+
+
+@functools.cache
+@torch.inference_mode(False)
+def _codes_of_bytes(device: torch.device) -> torch.Tensor:
+    """The four 2-bit codes of each byte, float32 `[256, 4]`: one lookup, where planes would be a few channels wide."""
+    return unpack_codes(torch.arange(256, dtype=torch.uint8, device=device).unsqueeze(1), 2).float()
 
 
 @functools.cache

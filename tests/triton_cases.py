@@ -146,13 +146,13 @@ def test_ragged_batches_and_types(kernels, dtype):
 @pytest.mark.parametrize("head_dim, share", [(64, 0.25), (96, 0.25), (128, 0.25), (128, 0.1)])
 def test_wide_channels_and_wider_groups_of_values(kernels, head_dim, share):
     layer = make_layer([150, 120], head_dim=head_dim, heads=2, wide_channels=share, v_group_size=16, group_size=32)
-    assert layer.key.wide is not None
+    assert layer.key.wide
     check_attention(kernels, layer, group=2)
 
 
 def test_the_default_cache(kernels):
     layer = make_layer([300], head_dim=128, residual=128, k_range="lsq")
-    assert layer.key.wide is not None and layer.value.group_size == 64
+    assert layer.key.wide and layer.value.group_size == 64
     check_attention(kernels, layer, group=4)
 
 
@@ -188,7 +188,7 @@ def test_packing_of_a_prompt(kernels, head_dim, group_size, bits, method):
         v_group_size=group_size,
     )
     layer = PackedLayer.empty(keys, (bits, bits), options)
-    layer.key.extra = layer.key.wide = None
+    layer.key.extra = layer.key.order = None
     for side, states, quantize, back in (
         (layer.key, keys, quantize_keys, dequantize_keys),
         (layer.value, values, quantize_values, dequantize_values),

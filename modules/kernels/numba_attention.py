@@ -25,9 +25,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from modules.kernels.numba_vectors import (
-    F32,
     FLOAT_NAMES,
-    I16,
     I32,
     I64,
     ITEM_BYTES,
@@ -134,38 +132,20 @@ class Plan:
         planes = 8 // form if isinstance(form, int) else 1
         return plane * (self.head_dim // planes) + chunk * self.lanes
 
-    @property
-    def wide_columns(self) -> list[tuple[int, int, list[int | None]]]:
-        """`(byte, plane, numbers)` of the vectors that make up the wide channels.
-
-        Four bytes of a token, from `byte` on, are 16 low codes: lane `i` has byte `i % 4` and plane `plane + i // 4` of
-        them, which is wide channel `numbers[i]`, or None where there is none or another vector has it.
-        """
-        width, columns = self.extra_bytes, []
-        for fresh in range(0, width, 4):
-            first = max(0, min(fresh, width - 4))  # the last four may overlap those before
-            for plane in range(0, 4, self.lanes // 4):
-                places = [(plane + lane // 4, first + lane % 4) for lane in range(self.lanes)]
-                numbers = [p * width + byte if fresh <= byte < width else None for p, byte in places]
-                columns.append((first, plane, numbers))
-        return columns
-
-    @property
-    def at_wide(self) -> int:
-        """Where the wide channels of a folded query start, in floats, `[rows, columns, lanes]`."""
-        return self.rows * (self.head_dim + self.lanes)
+    def wide_lanes(self, plane: int, chunk: int) -> int:
+        """Lanes of a column of 2-bit keys that are wide channels, which come first."""
+        return max(0, min(self.lanes, self.wide - self.channel(2, plane, chunk)))
 
     # Sections of a thread's scratch, float32, in multiples of a cache line.
 
     def _sections(self) -> dict[str, int]:
         head = self.rows * self.head_dim
         start = self.rows * self.lanes
-        wide = self.rows * len(self.wide_columns) * self.lanes
         scores = self.tile_tokens * self.padded_rows
         return {
             "query": head + start,
-            "folded": head + start + wide,
-            "narrow": wide,
+            "placed": head if self.wide else 0,
+            "folded": head + start,
             "scores": scores,
             "spread": scores * self.groups,
             "offsets": self.groups * self.block,
@@ -228,7 +208,7 @@ def _emit_fold_keys(e: Emitter, query, scale, minimum, folded) -> None:
     for plane, chunk in plan.columns(plan.k_format):
         first = plan.channel(plan.k_format, plane, chunk)
         scales = e.load(e.address(scale, first * 2), "float16")
-        scales = e.b.fmul(scales, e.float_splat(e.unit(plan.k_format, plane)))
+        scales = e.b.fmul(scales, e.float_splat(_key_unit(e, plan.k_format, plane, chunk)))
         minima = e.load(e.address(minimum, first * 2), "float16")
         for row in range(plan.rows):
             place = (row * plan.head_dim + first) * 4
@@ -239,57 +219,29 @@ def _emit_fold_keys(e: Emitter, query, scale, minimum, folded) -> None:
         e.store(start, e.address(folded, (plan.rows * plan.head_dim + row * plan.lanes) * 4))
 
 
-def _emit_gather(e: Emitter, source, form: str, wide, numbers: list[int | None]):
-    """Vector of the wide channels `numbers` of a row `[head_dim]`, float32; 0 for None. `wide` are channel numbers."""
-    element = {"float32": F32, "float16": I16}[form]
-    vector = ir.Constant(ir.VectorType(element, len(numbers)), None)
-    for lane, number in enumerate(numbers):
-        if number is not None:
-            channel = e.load_scalar(e.address(wide, number * 8), I64, 8)
-            one = e.load_scalar(e.address(source, 0, channel, ITEM_BYTES[form]), element, ITEM_BYTES[form])
-            vector = e.b.insert_element(vector, one, I32(lane))
-    if form == "float32":
-        return vector
-    half = e.b.bitcast(vector, ir.VectorType(ir.HalfType(), len(numbers)))
-    return e.b.fpext(half, ir.VectorType(F32, len(numbers)))
-
-
-def _emit_gather_query(e: Emitter, query, wide, gathered) -> None:
-    """Of each row of queries `[rows, head_dim]` the wide channels, with the unit of each lane: `[rows, columns, lanes]`."""
-    plan, columns = e.plan, e.plan.wide_columns
-    units = [ir.Constant(F32, 2.0 ** -(bit + 2)) for bit in e.low_code_bits()]
-    units = ir.Constant(ir.VectorType(F32, plan.lanes), units)
-    with cgutils.for_range(e.b, I64(plan.rows)) as loop:
-        source = e.address(query, 0, loop.index, plan.head_dim * 4)
-        target = e.address(gathered, 0, loop.index, len(columns) * plan.lanes * 4)
-        for number, (_, _, numbers) in enumerate(columns):
-            part = e.b.fmul(_emit_gather(e, source, "float32", wide, numbers), units)
-            e.store(part, e.address(target, number * plan.lanes * 4))
-
-
-def _emit_fold_wide(e: Emitter, gathered, scale, wide, folded) -> None:
-    """`query∘scale/4` of the wide channels of one group of tokens, behind the other channels of `folded`."""
-    plan, columns = e.plan, e.plan.wide_columns
-    for number, (_, _, numbers) in enumerate(columns):
-        scales = _emit_gather(e, scale, "float16", wide, numbers)
+def _emit_place_query(e: Emitter, query, order, placed) -> None:
+    """The channels of each row of queries `[rows, head_dim]` in the `order`, int64, in which keys are stored."""
+    plan = e.plan
+    with cgutils.for_range(e.b, I64(plan.head_dim)) as loop:
+        channel = e.load_scalar(e.address(order, 0, loop.index, 8), I64, 8)
         for row in range(plan.rows):
-            place = (row * len(columns) + number) * plan.lanes * 4
-            part = e.b.fmul(e.load(e.address(gathered, place)), scales)
-            e.store(part, e.address(folded, plan.at_wide * 4 + place))
+            one = e.load_float(e.address(query, row * plan.head_dim * 4, channel, 4))
+            e.store_scalar(one, e.address(placed, row * plan.head_dim * 4, loop.index, 4), 4)
 
 
-def _emit_add_low_codes(e: Emitter, places: list, folded, parts: list[list]) -> None:
-    """Add what the low bits at `places`, one for each token, give to `parts` `[tokens][rows]`."""
-    plan, columns = e.plan, e.plan.wide_columns
-    words, first = [], None
-    for number, (byte, plane, _) in enumerate(columns):
-        if byte != first:
-            words, first = [e.word(e.address(place, byte), min(4, plan.extra_bytes)) for place in places], byte
-        codes = [e.low_codes(word, plane) for word in words]
-        for row in range(plan.rows):
-            query = e.load(e.address(folded, (plan.at_wide + (row * len(columns) + number) * plan.lanes) * 4))
-            for i, code in enumerate(codes):
-                parts[i][row] = e.multiply_add(code, query, parts[i][row])
+def _emit_key_codes(e: Emitter, form: int | str, raw: list, extra: list, plane: int, chunk: int) -> list:
+    """One column of keys as floats, for every token: its chunk `raw` and the place of its low bits `extra`."""
+    wide = e.plan.wide_lanes(plane, chunk) if isinstance(form, int) else 0
+    if not wide:
+        return [e.plane(r, form, plane) for r in raw]
+    first = e.plan.channel(form, plane, chunk) // 4
+    lows = [e.word(e.address(place, first), wide // 4) for place in extra]  # no low bits: no wide channel
+    return [e.wide_plane(r, plane, low) for r, low in zip(raw, lows)]
+
+
+def _key_unit(e: Emitter, form: int, plane: int, chunk: int) -> float:
+    """What codes of a column are to be multiplied with, beside the scale that is stored."""
+    return 0.25 if e.plan.wide_lanes(plane, chunk) else e.unit(form, plane)
 
 
 def _emit_scores(e: Emitter, form: int | str, keys, extra, count, folded, scores) -> None:
@@ -306,6 +258,7 @@ def _emit_scores(e: Emitter, form: int | str, keys, extra, count, folded, scores
             if not isinstance(form, int):  # packed groups are whole
                 tokens = [e.b.select(e.b.icmp_signed("<", token, last), token, last) for token in tokens]
             places = [e.address(keys, index=token, stride=row_bytes(form, plan.head_dim)) for token in tokens]
+            low_bits = [e.address(extra, index=token, stride=plan.extra_bytes) for token in tokens] if extra else []
             starts = [
                 e.load(e.address(folded, (plan.rows * plan.head_dim + r * plan.lanes) * 4)) for r in range(plan.rows)
             ]
@@ -314,15 +267,12 @@ def _emit_scores(e: Emitter, form: int | str, keys, extra, count, folded, scores
             for plane, chunk in columns:
                 if chunk != loaded:
                     raw, loaded = [e.raw(e.address(p, e.raw_offset(form, chunk)), form) for p in places], chunk
-                codes = [e.plane(r, form, plane) for r in raw]
+                codes = _emit_key_codes(e, form, raw, low_bits, plane, chunk)
                 channel = plan.channel(form, plane, chunk)
                 for row in range(plan.rows):
                     query = e.load(e.address(folded, (row * plan.head_dim + channel) * 4))
                     for i, code in enumerate(codes):
                         parts[i][row] = e.multiply_add(code, query, parts[i][row])
-            if isinstance(form, int) and plan.wide:
-                low = [e.address(extra, index=token, stride=plan.extra_bytes) for token in tokens]
-                _emit_add_low_codes(e, low, folded, parts)
             for i in range(together):
                 for row in range(plan.rows):
                     sums[row * plan.tokens + base + i] = parts[i][row]
@@ -467,13 +417,8 @@ def _fold_keys(typingctx, plan, query, scale, minimum, folded):
 
 
 @intrinsic
-def _gather_query(typingctx, plan, query, wide, gathered):
-    return void_signature(plan, query, wide, gathered), emitting(_emit_gather_query)
-
-
-@intrinsic
-def _fold_wide(typingctx, plan, gathered, scale, wide, folded):
-    return void_signature(plan, gathered, scale, wide, folded), emitting(_emit_fold_wide)
+def _place_query(typingctx, plan, query, order, placed):
+    return void_signature(plan, query, order, placed), emitting(_emit_place_query)
 
 
 @intrinsic
@@ -522,7 +467,7 @@ _FIELDS = (  # noqa: SIM905 - reads better
     "BATCH KV_HEADS GROUP QUERIES "
     "QUERY QUERY_BATCH QUERY_HEAD QUERY_TOKEN "  # address, strides in bytes
     "NEW_KEY NEW_KEY_BATCH NEW_KEY_HEAD NEW_VALUE NEW_VALUE_BATCH NEW_VALUE_HEAD "
-    "K_CODES K_SCALE K_MINIMUM K_EXTRA K_WIDE K_SINKS K_WINDOW V_CODES V_SCALE V_MINIMUM V_SINKS V_WINDOW "
+    "K_CODES K_SCALE K_MINIMUM K_EXTRA K_ORDER K_SINKS K_WINDOW V_CODES V_SCALE V_MINIMUM V_SINKS V_WINDOW "
     "CAPACITY SINKS RING ROW_TILES SPLITS THREADS "
     "GIVEN_VALUE GIVEN_VALUE_BATCH GIVEN_VALUE_HEAD STORES ROTATION"  # for decoding: values as given, …
 ).split()
@@ -530,7 +475,7 @@ _FIELDS = (  # noqa: SIM905 - reads better
     BATCH, KV_HEADS, GROUP, QUERIES,
     QUERY, QUERY_BATCH, QUERY_HEAD, QUERY_TOKEN,
     NEW_KEY, NEW_KEY_BATCH, NEW_KEY_HEAD, NEW_VALUE, NEW_VALUE_BATCH, NEW_VALUE_HEAD,
-    K_CODES, K_SCALE, K_MINIMUM, K_EXTRA, K_WIDE, K_SINKS, K_WINDOW, V_CODES, V_SCALE, V_MINIMUM, V_SINKS, V_WINDOW,
+    K_CODES, K_SCALE, K_MINIMUM, K_EXTRA, K_ORDER, K_SINKS, K_WINDOW, V_CODES, V_SCALE, V_MINIMUM, V_SINKS, V_WINDOW,
     CAPACITY, SINKS, RING, ROW_TILES, SPLITS, THREADS,
     GIVEN_VALUE, GIVEN_VALUE_BATCH, GIVEN_VALUE_HEAD, STORES, ROTATION,
 ) = range(len(_FIELDS))  # fmt: skip
@@ -593,12 +538,11 @@ def _score_groups(plan, call, head, first, count, base):
     if not plan.k_quantized:
         _score_packed(plan, call[K_CODES] + token * plan.k_bytes, 0, count, query, scores)
         return
-    wide = call[K_WIDE] + head * plan.wide * 8
+    if plan.wide:
+        query = base + plan.at_placed * 4
     for done in range(0, count, plan.group_size):
         meta = (token + done) // plan.group_size * plan.head_dim * 2
         _fold_keys(plan, query, call[K_SCALE] + meta, call[K_MINIMUM] + meta, folded)
-        if plan.wide:
-            _fold_wide(plan, base + plan.at_narrow * 4, call[K_SCALE] + meta, wide, folded)
         target = scores + done * plan.padded_rows * 4
         codes, extra = call[K_CODES] + (token + done) * plan.k_bytes, call[K_EXTRA] + (token + done) * plan.extra_bytes
         _score_packed(plan, codes, extra, plan.group_size, folded, target)
@@ -641,9 +585,9 @@ def _attend_unit(plan, call, scaling, lengths, scratch, partial, unit, thread):
         )
         _copy_row(plan, source, base + (plan.at_query + row * plan.head_dim) * 4, scaling)
     if plan.wide:
-        wide = call[K_WIDE] + (b * call[KV_HEADS] + h) * plan.wide * 8
-        _gather_query(plan, base + plan.at_query * 4, wide, base + plan.at_narrow * 4)
-    scratch[thread, plan.at_query + plan.rows * plan.head_dim : plan.at_folded] = 0.0
+        order = call[K_ORDER] + (b * call[KV_HEADS] + h) * plan.head_dim * 8
+        _place_query(plan, base + plan.at_query * 4, order, base + plan.at_placed * 4)
+    scratch[thread, plan.at_query + plan.rows * plan.head_dim : plan.at_placed] = 0.0
     scratch[thread, plan.at_maximum : plan.at_maximum + plan.block] = -np.inf
     scratch[thread, plan.at_total : plan.at_total + plan.block] = 0.0
 
@@ -824,9 +768,8 @@ def why_not(layer: PackedLayer) -> str | None:
     window = layer.key.window
     if window.dtype not in FLOAT_NAMES:
         return f"its kernels know float32, bfloat16 and float16, and the model has {window.dtype}"
-    wide = 0 if layer.key.wide is None else layer.key.wide.shape[-1]
     bits, groups = (layer.key.bits, layer.value.bits), (layer.group_size, layer.value.group_size)
-    if _plan(bits, window.dtype, 1, window.shape[-1], groups, wide) is None:  # one row asks for the longest vectors
+    if _plan(bits, window.dtype, 1, window.shape[-1], groups, layer.key.wide) is None:  # one row asks for the longest vectors
         return (
             f"its kernels take no head_dim={window.shape[-1]} in groups of {groups[0]} tokens and {groups[1]} channels"
         )
@@ -977,8 +920,7 @@ def _plan_of(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer:
         return None
     rows = group if length == 1 and group <= _MAX_ROWS else _MAX_ROWS
     bits, groups = (layer.key.bits, layer.value.bits), (layer.group_size, layer.value.group_size)
-    wide = 0 if layer.key.wide is None else layer.key.wide.shape[-1]
-    return _plan(bits, query.dtype, rows, query.shape[3], groups, wide)
+    return _plan(bits, query.dtype, rows, query.shape[3], groups, layer.key.wide)
 
 
 def _address(t: torch.Tensor, strides: int) -> list[int]:
@@ -993,5 +935,5 @@ def _tokens_lie_side_by_side(states: torch.Tensor) -> bool:
 
 def _stored(layer: PackedLayer) -> tuple:
     key, value = layer.sides
-    of_key = (key.codes, key.scale, key.minimum, key.extra, key.wide, key.sinks, key.window)
+    of_key = (key.codes, key.scale, key.minimum, key.extra, key.order, key.sinks, key.window)
     return *of_key, value.codes, value.scale, value.minimum, value.sinks, value.window

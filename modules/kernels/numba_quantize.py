@@ -329,31 +329,27 @@ def quantize_values(values: torch.Tensor, bits: int, group_size: int, method: st
 
 
 @njit(cache=True, nogil=True)
-def _place_high_bits(codes, fine, wide, extra):
-    """The high bits of 4-bit codes `fine` `[heads, T, W/2]` into 2-bit `codes` `[heads, T, D/4]`, in place of those of the
-    channels `wide` `[heads, W]`; the low ones into `extra` `[heads, T, W/4]`, zeros before."""
-    heads, tokens, width = codes.shape
-    half, quarter = fine.shape[2], extra.shape[2]
-    for head in range(heads):
-        for number in range(wide.shape[1]):
-            plane, byte = divmod(wide[head, number], width)
-            fine_plane, fine_byte = divmod(number, half)
-            low_plane, low_byte = divmod(number, quarter)
-            keep = ~(3 << 2 * plane)
-            for token in range(tokens):
-                code = fine[head, token, fine_byte] >> 4 * fine_plane & 15
-                codes[head, token, byte] = codes[head, token, byte] & keep | code >> 2 << 2 * plane
-                extra[head, token, low_byte] |= (code & 3) << 2 * low_plane
+def _place_fine_codes(codes, fine, extra):
+    """4-bit codes `fine` `[rows, W/2]`: the high bits into 2-bit `codes` `[rows, D/4]`, in place of those of the first `W`
+    channels, the low ones into `extra` `[rows, W/4]`, four neighbours a byte."""
+    width, half = codes.shape[1], fine.shape[1]
+    for row in range(len(codes)):
+        for number in range(2 * half):
+            code = fine[row, number % half] >> 4 * (number // half) & 15
+            shift = 2 * (number // width)
+            codes[row, number % width] = codes[row, number % width] & ~(3 << shift) | code >> 2 << shift
+            low = (code & 3) << 2 * (number % 4)
+            extra[row, number // 4] = low if number % 4 == 0 else extra[row, number // 4] | low
 
 
-def widen(packed: Quantized, fine: Quantized, wide: torch.Tensor) -> Quantized:
-    """As `modules.quantization.widen`, for `[B, H, T, *]` on the CPU; it may write into `packed`."""
-    codes = packed.codes.contiguous()
-    extra = codes.new_zeros(*codes.shape[:3], wide.shape[-1] // 4)
-    _place_high_bits(*(t.contiguous().flatten(0, 1).numpy() for t in (codes, fine.codes, wide, extra)))
-    index = wide.unsqueeze(2).expand(-1, -1, packed.scale.shape[2], -1)
-    scale = packed.scale.scatter_(3, index, fine.scale * 4)
-    return Quantized(codes, scale, packed.minimum.scatter_(3, index, fine.minimum), extra)
+def widen(packed: Quantized, fine: Quantized) -> Quantized:
+    """As `modules.quantization.widen`, on the CPU; it may write into `packed`."""
+    codes, scale, minimum, _ = packed
+    codes, wide = codes.contiguous(), fine.scale.shape[-1]
+    extra = codes.new_empty(*codes.shape[:-1], wide // 4)
+    _place_fine_codes(*(t.contiguous().flatten(0, -2).numpy() for t in (codes, fine.codes, extra)))
+    scale[..., :wide], minimum[..., :wide] = fine.scale * 4, fine.minimum
+    return Quantized(codes, scale, minimum, extra)
 
 
 def _quantize(what: str, x: torch.Tensor, bits: int, group_size: int, method: str, size: int, fallback) -> Quantized:

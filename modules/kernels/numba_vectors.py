@@ -12,7 +12,6 @@ import functools
 import hashlib
 import math
 import pathlib
-import struct
 import threading
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -121,6 +120,9 @@ class Emitter:
     def load_scalar(self, address, typ, align: int):
         """One number of an IR type."""
         return self._load(address, typ, align)
+
+    def store_scalar(self, number, address, align: int) -> None:
+        self.b.store(number, self.b.inttoptr(address, number.type.as_pointer()), align=align)
 
     def load_float(self, address):
         return self._load(address, F32, 4)
@@ -231,47 +233,75 @@ class Emitter:
         lanes = self.plan.lanes
         return self.b.zext(self._load(address, ir.VectorType(I8, lanes), 1), ir.VectorType(I32, lanes))
 
-    def plane(self, raw, form: int | str, plane: int):
-        """Plane `plane` of a chunk as floats, `2**(bits*plane)` times the codes: a mask needs no shift."""
-        if not isinstance(form, int):
-            return raw
-        if form < 8:
-            raw = self.b.and_(raw, self.int_splat(((1 << form) - 1) << (form * plane)))
-        return self.b.sitofp(raw, ir.VectorType(F32, self.plan.lanes))
-
     def raw_offset(self, form: int | str, chunk: int) -> int:
         """Byte at which a chunk starts in a token."""
         return chunk * self.plan.lanes * (1 if isinstance(form, int) else ITEM_BYTES[form])
 
+    def plane(self, raw, form: int | str, plane: int):
+        """The codes of one plane of a chunk as floats, `1 / unit(form, plane)` times as large: a mask needs no shift."""
+        if not isinstance(form, int):
+            return raw
+        if form == 8:
+            return self._converted(raw)
+        bit, mask = form * plane, (1 << form) - 1
+        if self.looks_up:
+            return self._looked_up(raw, bit, [(index >> bit % 4) & mask for index in range(16)])
+        return self._converted(self.b.and_(raw, self.int_splat(mask << bit)))
+
     def unit(self, form: int | str, plane: int) -> float:
         """What `plane` is to be multiplied with to give codes; a power of two."""
-        return 2.0 ** -(form * plane) if isinstance(form, int) else 1.0
+        return 2.0 ** -(form * plane) if isinstance(form, int) and not self.looks_up else 1.0
 
-    # Low codes of the wide channels: four bytes at a time, in every lane
+    def wide_plane(self, raw, plane: int, low):
+        """The 4-bit codes whose high bits are a plane of a 2-bit chunk, and whose low ones start at bit `2 * lane` of `low`."""
+        bit = 2 * plane
+        if not self.looks_up:
+            high = self.b.and_(self._shifted(raw, bit - 2), self.int_splat(12))
+            low = self.b.and_(self.b.lshr(self.broadcast(low), self._lanes_times_two()), self.int_splat(3))
+            return self._converted(self.b.or_(high, low))
+        place = 2 - bit % 4  # of the low bits in the index, beside the high ones
+        low = self._rotated_right(self.broadcast(low), [(2 * lane - place) % 32 for lane in range(self.plan.lanes)])
+        high = self.b.and_(self._shifted(raw, bit - bit % 4), self.int_splat(3 << (bit % 4)))
+        index = self.b.or_(high, self.b.and_(low, self.int_splat(~(3 << (bit % 4)))))
+        table = [4 * ((i >> bit % 4) & 3) + ((i >> place) & 3) for i in range(16)]
+        return self._looked_up(index, 0, table)
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether the CPU finds 16 floats by the low 4 bits of 16 integers in one instruction, which takes the place of a
+        mask and a conversion."""
+        return self.plan.lanes == 16 and host()[1] == 16
+
+    def _looked_up(self, raw, bit: int, table: list[int]):
+        """`table[bits from bit - bit % 4 on]`; what lies above four bits is ignored."""
+        floats = ir.Constant(ir.VectorType(F32, 16), [ir.Constant(F32, float(number)) for number in table])
+        index = self._shifted(raw, bit - bit % 4)
+        typ = ir.FunctionType(floats.type, [floats.type, index.type])
+        name = "llvm.x86.avx512.permvar.sf.512"
+        return self.b.call(cgutils.get_or_insert_function(self.b.module, typ, name), [floats, index])
+
+    def _shifted(self, raw, bit: int):
+        """`raw` shifted so that `bit` becomes bit 0; `bit` may be negative."""
+        if bit < 0:
+            return self.b.shl(raw, self.int_splat(-bit))
+        return self.b.lshr(raw, self.int_splat(bit)) if bit else raw
+
+    def _converted(self, codes):
+        return self.b.sitofp(codes, ir.VectorType(F32, self.plan.lanes))
+
+    def _lanes_times_two(self):
+        return ir.Constant(ir.VectorType(I32, self.plan.lanes), [I32(2 * lane) for lane in range(self.plan.lanes)])
+
+    def _rotated_right(self, vector, bits: list[int]):
+        amounts = ir.Constant(vector.type, [I32(bit) for bit in bits])
+        function = ir.FunctionType(vector.type, [vector.type] * 3)
+        name = f"llvm.fshr.v{vector.type.count}i32"
+        return self.b.call(cgutils.get_or_insert_function(self.b.module, function, name), [vector, vector, amounts])
 
     def word(self, address, count: int):
         """`count` bytes, at most four, as one int32."""
-        if count == 4:
-            return self._load(address, I32, 1)
-        word = I32(0)
-        for number in range(count):
-            byte = self.b.zext(self._load(self.address(address, number), I8, 1), I32)
-            word = self.b.or_(word, self.b.shl(byte, I32(8 * number)))
-        return word
-
-    def low_code_bits(self) -> list[int]:
-        """The bit at which each lane's code starts in what `low_codes` masks."""
-        return [8 * (lane % 4) + 2 * (lane // 4) for lane in range(self.plan.lanes)]
-
-    def low_codes(self, word, plane: int):
-        """The codes of a word from `plane` on, times `2**bit` of each lane, as floats."""
-        lanes = self.plan.lanes
-        if plane:
-            word = self.b.lshr(word, I32(2 * plane))
-        masks = [struct.unpack("<i", struct.pack("<I", 3 << bit))[0] for bit in self.low_code_bits()]
-        codes = self.b.and_(self.broadcast(word), ir.Constant(ir.VectorType(I32, lanes), [I32(mask) for mask in masks]))
-        convert = self.b.uitofp if lanes == 16 else self.b.sitofp  # 16 lanes use the sign bit; fewer do not
-        return convert(codes, ir.VectorType(F32, lanes))
+        word = self._load(address, ir.IntType(8 * count), 1)
+        return word if count == 4 else self.b.zext(word, I32)
 
     def row_sums(self, vectors: list) -> list:
         """Sums over the lanes of each of `vectors`, in order, as vectors: a tree of shuffles and additions."""

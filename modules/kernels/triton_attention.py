@@ -187,7 +187,7 @@ def _weigh_codes(
 
 @triton.jit
 def _attend_codes(
-    q, q_offsets, q_real, k_codes, k_scale, k_minimum, k_extra, k_wide, v_codes, v_scale, v_minimum, part, ml, packed, first, last, factor,
+    q, q_offsets, q_real, k_codes, k_scale, k_minimum, k_extra, k_order, v_codes, v_scale, v_minimum, part, ml, packed, first, last, factor,
     D: tl.constexpr, D_PAD: tl.constexpr, G: tl.constexpr, VALUE_G: tl.constexpr, WIDE: tl.constexpr,
     WIDE_PAD: tl.constexpr, N: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
     K_SEG: tl.constexpr, K_SEG_PAD: tl.constexpr, K_FOLD: tl.constexpr, V_SEG: tl.constexpr, V_COLS: tl.constexpr,
@@ -216,6 +216,8 @@ def _attend_codes(
     for seg in tl.static_range(K_WIDTH // K_SEG):
         for plane in tl.static_range(K_PLANES):
             q_channel = plane * K_FOLD * K_WIDTH + seg * K_SEG + j
+            if WIDE > 0:
+                q_channel = tl.load(k_order + q_channel, mask=j < K_USED, other=0).to(tl.int32)
             x = tl.load(
                 q + q_offsets[None, None, :] + q_channel[None, :, None],
                 mask=q_real[None, None, :] & (j < K_USED)[None, :, None],
@@ -230,13 +232,14 @@ def _attend_codes(
             queries += (tl.broadcast_to(x, [BATCH, K_SEG_PAD, N]),)
 
     if WIDE > 0:
-        # The low bits of the wide keys, all four planes of their bytes side by side: (q∘scale/4)·low.
+        # The low bits of the wide keys, the first codes of all bytes, then the second, …: (q∘scale/4)·low.
         number = tl.arange(0, WIDE_PAD)
         is_wide = number < WIDE
         low_byte, low_plane = number % (WIDE // 4), number // (WIDE // 4)
         low_plane = tl.minimum(low_plane, 3)
         low_mask = tl.full([WIDE_PAD], 3, tl.int32) << (2 * low_plane)
-        wide_channel = tl.load(k_wide + number, mask=is_wide, other=0).to(tl.int32)
+        wide_place = tl.where(is_wide, 4 * low_byte + low_plane, 0)
+        wide_channel = tl.load(k_order + wide_place).to(tl.int32)
         y = tl.load(
             q + q_offsets[None, None, :] + wide_channel[None, :, None],
             mask=q_real[None, None, :] & is_wide[None, :, None],
@@ -306,7 +309,7 @@ def _attend_codes(
                     + low_byte[None, None, :]
                 )
                 low_codes = tl.load(k_extra + low_at, mask=is_wide[None, None, :], other=0)
-                low_scale = tl.load(k_scale + (block * T // G)[:, None] * D + wide_channel[None, :])
+                low_scale = tl.load(k_scale + (block * T // G)[:, None] * D + wide_place[None, :])
                 low_operand = _masked_bytes(low_codes, low_mask[None, None, :], ASM)
                 scores = tl.dot(low_operand, wide_query * low_scale[:, :, None], scores)
         else:
@@ -471,7 +474,7 @@ def _attend_full(
 
 @triton.jit
 def attend_splits(
-    q, k_new, v_new, k_codes, k_scale, k_minimum, k_sinks, k_window, k_extra, k_wide, v_codes, v_scale, v_minimum, v_sinks, v_window,
+    q, k_new, v_new, k_codes, k_scale, k_minimum, k_sinks, k_window, k_extra, k_order, v_codes, v_scale, v_minimum, v_sinks, v_window,
     counts, new_lengths, part, ml, factor, sequences, capacity, new_tokens, splits, row_blocks,
     q_stride_b, q_stride_h, q_stride_t, k_stride_b, k_stride_h, k_stride_t, v_stride_b, v_stride_h, v_stride_t,
     D: tl.constexpr, D_PAD: tl.constexpr, KV_HEADS: tl.constexpr, GROUP: tl.constexpr, G: tl.constexpr, VALUE_G: tl.constexpr,
@@ -521,7 +524,7 @@ def attend_splits(
         _attend_codes(
             q, q_offsets, q_real,
             k_codes + token0 * k_bytes, k_scale + token0 // G * D, k_minimum + token0 // G * D,
-            k_extra + token0 * (WIDE // 4), k_wide + head64 * WIDE,
+            k_extra + token0 * (WIDE // 4), k_order + head64 * D,
             v_codes + token0 * v_units, v_scale + token0 * (D // VALUE_G // META_PER_WORD), v_minimum + token0 * (D // VALUE_G),
             part, ml, packed, first, tl.minimum(first + share, steps), factor,
             D, D_PAD, G, VALUE_G, WIDE, WIDE_PAD, N, K_BITS, V_BITS, K_SEG, K_SEG_PAD, K_FOLD, V_SEG, V_COLS, V_FOLD, META_PER_WORD, T, U, WARPS, ASM, STAGES,
@@ -597,7 +600,7 @@ class Shape(NamedTuple):
             sink_length=layer.sink_length,
             ring=layer.ring,
             value_group_size=layer.value.group_size,
-            wide=0 if layer.key.wide is None else layer.key.wide.shape[-1],
+            wide=layer.key.wide,
         )
 
 
@@ -691,8 +694,8 @@ def why_not(layer: PackedLayer) -> str | None:
         return f"group_size={layer.group_size} does not divide head_dim={head_dim}"
     if layer.value.group_size not in GROUP_SIZES or head_dim % layer.value.group_size:
         return f"v_group_size={layer.value.group_size} is not one of {GROUP_SIZES} that divides head_dim={head_dim}"
-    if layer.key.wide is not None and layer.key.wide.shape[-1] > MAX_WIDE:
-        return f"{layer.key.wide.shape[-1]} wide key channels are more than {MAX_WIDE}"
+    if layer.key.wide > MAX_WIDE:
+        return f"{layer.key.wide} wide key channels are more than {MAX_WIDE}"
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"{dtype} is not a type the kernels take"
     return None
@@ -766,7 +769,7 @@ def attend(
     part, ml = scratch[: size * head_dim], scratch[size * head_dim :]
     out = torch.empty(batch, new_tokens, heads, head_dim, dtype=query.dtype, device=query.device)
     per_word = tile["META_PER_WORD"]
-    wide = (counts, counts) if layer.key.wide is None else (layer.key.extra, layer.key.wide)
+    wide = (layer.key.extra, layer.key.order) if layer.key.wide else (counts, counts)
     attend_splits[(splits + 1, batch * shape.kv_heads, row_blocks)](
         query, key, value, *_side_tensors(layer.key, per_word), *wide, *_side_tensors(layer.value, per_word),
         counts, fresh, part, ml,

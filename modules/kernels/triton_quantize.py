@@ -87,12 +87,13 @@ def _mark_unrepresentable(x, mark):
 
 @triton.jit
 def _pack_keys(
-    states, stride_t, codes, scale, minimum, wide, mark, first_column, D: tl.constexpr, G: tl.constexpr,
-    BITS: tl.constexpr, METHOD: tl.constexpr, WIDE: tl.constexpr, WIDE_PAD: tl.constexpr, COLUMNS: tl.constexpr,
+    states, stride_t, codes, scale, minimum, order, mark, first_column, D: tl.constexpr, G: tl.constexpr,
+    BITS: tl.constexpr, METHOD: tl.constexpr, WIDE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """One group of keys, bytes `first_column…` of each token; the pointers are those of the group's first row.
 
-    Channels among the `WIDE` of the list `wide` are fitted with 4 bits (`quantization.WIDE_BITS`), of which the high two go here.
+    With `WIDE` channels, they are stored in the `order` given and the first `WIDE` are fitted with 4 bits
+    (`quantization.WIDE_BITS`), of which the high two go here.
     """
     PLANES: tl.constexpr = 8 // BITS
     WIDTH: tl.constexpr = D // PLANES
@@ -102,14 +103,15 @@ def _pack_keys(
     packed = tl.zeros([G, COLUMNS], tl.int32)
     for plane in tl.static_range(PLANES):
         at = plane * WIDTH + column
-        x = tl.load(states + token[:, None] * stride_t + at[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
+        channel = at
+        if WIDE > 0:
+            channel = tl.load(order + at, mask=inside, other=0).to(tl.int32)
+        x = tl.load(states + token[:, None] * stride_t + channel[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
         _mark_unrepresentable(x, mark)
         s, m = _fit(x, 0, G, BITS, METHOD)
         plane_codes = _round_to_codes(x, s[None, :], m[None, :], BITS).to(tl.int32)
-        if WIDE > 0:
-            number = tl.arange(0, WIDE_PAD)
-            channels = tl.load(wide + number, mask=number < WIDE, other=-1).to(tl.int32)
-            is_wide = tl.max(tl.where(at[:, None] == channels[None, :], 1, 0), 1) > 0
+        if plane * WIDTH < WIDE:
+            is_wide = at < WIDE
             fine_s, fine_m = _fit(x, 0, G, 4, METHOD)
             fine = _round_to_codes(x, fine_s[None, :], fine_m[None, :], 4).to(tl.int32)
             plane_codes = tl.where(is_wide[None, :], fine >> 2, plane_codes)
@@ -122,19 +124,20 @@ def _pack_keys(
 
 @triton.jit
 def _pack_extra(
-    states, stride_t, extra, wide, G: tl.constexpr, METHOD: tl.constexpr, WIDE: tl.constexpr, WIDE_PAD: tl.constexpr
+    states, stride_t, extra, order, G: tl.constexpr, METHOD: tl.constexpr, WIDE: tl.constexpr, WIDE_PAD: tl.constexpr
 ):
-    """The low two bits of the wide channels of one group, whose first row of bytes `extra` points to."""
+    """The low two bits of the wide channels of one group, whose first row of bytes `extra` points to; a byte holds four
+    neighbours."""
     WIDTH: tl.constexpr = WIDE // 4
     token = tl.arange(0, G)
     column = tl.arange(0, WIDE_PAD // 4)
     inside = column < WIDTH
     packed = tl.zeros([G, WIDE_PAD // 4], tl.int32)
-    for plane in tl.static_range(4):
-        at = tl.load(wide + plane * WIDTH + column, mask=inside, other=0)
+    for neighbour in tl.static_range(4):
+        at = tl.load(order + 4 * column + neighbour, mask=inside, other=0)
         x = tl.load(states + token[:, None] * stride_t + at[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
         s, m = _fit(x, 0, G, 4, METHOD)
-        packed |= (_round_to_codes(x, s[None, :], m[None, :], 4).to(tl.int32) & 3) << (2 * plane)
+        packed |= (_round_to_codes(x, s[None, :], m[None, :], 4).to(tl.int32) & 3) << (2 * neighbour)
     tl.store(extra + token[:, None] * WIDTH + column[None, :], packed.to(tl.uint8), mask=inside[None, :])
 
 
@@ -171,7 +174,7 @@ def _pack_values(
 
 @triton.jit
 def pack_states(
-    states, codes, scale, minimum, extra, wide, mark, heads, capacity, first_token, stride_b, stride_h, stride_t,
+    states, codes, scale, minimum, extra, order, mark, heads, capacity, first_token, stride_b, stride_h, stride_t,
     KEYS: tl.constexpr, D: tl.constexpr, G: tl.constexpr, BITS: tl.constexpr, METHOD: tl.constexpr,
     WIDE: tl.constexpr, WIDE_PAD: tl.constexpr,
     COLUMNS: tl.constexpr, TOKENS: tl.constexpr, WIDTH_PAD: tl.constexpr,
@@ -188,15 +191,15 @@ def pack_states(
         states += block.to(tl.int64) * G * stride_t
         row = token // G * D
         codes += token * (D * BITS // 8)
-        wide += head * WIDE
+        order += head * D
         column = tl.program_id(2) * COLUMNS
         if column < D * BITS // 8:
             _pack_keys(
-                states, stride_t, codes, scale + row, minimum + row, wide, mark, column,
-                D, G, BITS, METHOD, WIDE, WIDE_PAD, COLUMNS,
+                states, stride_t, codes, scale + row, minimum + row, order, mark, column,
+                D, G, BITS, METHOD, WIDE, COLUMNS,
             )  # fmt: skip
         elif WIDE > 0:
-            _pack_extra(states, stride_t, extra + token * (WIDE // 4), wide, G, METHOD, WIDE, WIDE_PAD)
+            _pack_extra(states, stride_t, extra + token * (WIDE // 4), order, G, METHOD, WIDE, WIDE_PAD)
     else:
         token += block * TOKENS
         states += block.to(tl.int64) * TOKENS * stride_t
@@ -207,7 +210,7 @@ def pack_states(
 
 @triton.jit
 def _append_side(
-    new, sinks, window, codes, scale, minimum, extra, wide, mark, head, length, packed, capacity,
+    new, sinks, window, codes, scale, minimum, extra, order, mark, head, length, packed, capacity,
     KEYS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, G: tl.constexpr, VALUE_G: tl.constexpr, BITS: tl.constexpr,
     METHOD: tl.constexpr, WIDE: tl.constexpr, WIDE_PAD: tl.constexpr, SINK: tl.constexpr, RING: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, WIDTH_PAD: tl.constexpr,
 ):  # fmt: skip
@@ -234,14 +237,14 @@ def _append_side(
             elif KEYS:
                 row = token // G * D
                 codes += token * (D * BITS // 8)
-                wide += head * WIDE
+                order += head * D
                 for column in range(0, D * BITS // 8, COLUMNS):
                     _pack_keys(
-                        group, D, codes, scale + row, minimum + row, wide, mark, column,
-                        D, G, BITS, METHOD, WIDE, WIDE_PAD, COLUMNS,
+                        group, D, codes, scale + row, minimum + row, order, mark, column,
+                        D, G, BITS, METHOD, WIDE, COLUMNS,
                     )  # fmt: skip
                 if WIDE > 0:
-                    _pack_extra(group, D, extra + token * (WIDE // 4), wide, G, METHOD, WIDE, WIDE_PAD)
+                    _pack_extra(group, D, extra + token * (WIDE // 4), order, G, METHOD, WIDE, WIDE_PAD)
             else:
                 for start in range(0, G, TOKENS):
                     at = token + start
@@ -255,7 +258,7 @@ def _append_side(
 @triton.jit
 def append_step(
     key, value, k_sinks, k_window, k_codes, k_scale, k_minimum, v_sinks, v_window, v_codes, v_scale, v_minimum,
-    extra, wide, counts,
+    extra, order, counts,
     sequences, heads, capacity, k_stride_b, k_stride_h, v_stride_b, v_stride_h,
     D: tl.constexpr, D_PAD: tl.constexpr, G: tl.constexpr, VALUE_G: tl.constexpr, K_BITS: tl.constexpr,
     V_BITS: tl.constexpr, K_METHOD: tl.constexpr, V_METHOD: tl.constexpr, WIDE: tl.constexpr, WIDE_PAD: tl.constexpr, SINK: tl.constexpr, RING: tl.constexpr,
@@ -275,13 +278,13 @@ def append_step(
     if side == 0:
         key += sequence.to(tl.int64) * k_stride_b + in_sequence * k_stride_h
         _append_side(
-            key, k_sinks, k_window, k_codes, k_scale, k_minimum, extra, wide, mark, head, length, packed, capacity,
+            key, k_sinks, k_window, k_codes, k_scale, k_minimum, extra, order, mark, head, length, packed, capacity,
             True, D, D_PAD, G, VALUE_G, K_BITS, K_METHOD, WIDE, WIDE_PAD, SINK, RING, COLUMNS, TOKENS, V_WIDTH_PAD,
         )  # fmt: skip
     else:
         value += sequence.to(tl.int64) * v_stride_b + in_sequence * v_stride_h
         _append_side(
-            value, v_sinks, v_window, v_codes, v_scale, v_minimum, extra, wide, mark, head, length, packed, capacity,
+            value, v_sinks, v_window, v_codes, v_scale, v_minimum, extra, order, mark, head, length, packed, capacity,
             False, D, D_PAD, G, VALUE_G, V_BITS, V_METHOD, 0, 4, SINK, RING, COLUMNS, TOKENS, V_WIDTH_PAD,
         )  # fmt: skip
     tl.debug_barrier()  # every warp has read the counts before this program says it is done
@@ -303,11 +306,10 @@ def tiles(head_dim: int, bits: int, tokens: int) -> dict[str, int]:
 
 
 def _wide(side: PackedSide) -> tuple[torch.Tensor, torch.Tensor, dict[str, int]]:
-    """The low bits and the list of wide channels (any tensor where there are none), and their number."""
-    if side.extra is None:
+    """The low bits and the order of channels (any tensor without wide ones), and how many are wide."""
+    if not side.wide:
         return side.codes, side.codes, {"WIDE": 0, "WIDE_PAD": 4}
-    count = side.wide.shape[-1]
-    return side.extra, side.wide, {"WIDE": count, "WIDE_PAD": triton.next_power_of_2(count)}
+    return side.extra, side.order, {"WIDE": side.wide, "WIDE_PAD": triton.next_power_of_2(side.wide)}
 
 
 def pack_groups(side: PackedSide, rows: slice, start: int, states: torch.Tensor) -> None:
@@ -321,16 +323,16 @@ def pack_groups(side: PackedSide, rows: slice, start: int, states: torch.Tensor)
         return
     states = states if states.stride(-1) == 1 else states.contiguous()
     tile = tiles(head_dim, side.bits, tokens)
-    extra, wide, wide_sizes = _wide(side)
+    extra, order, wide_sizes = _wide(side)
     keys = side.what == "keys"
     if keys:
-        blocks = -(-head_dim * side.bits // 8 // tile["COLUMNS"]) + (side.extra is not None)
+        blocks = -(-head_dim * side.bits // 8 // tile["COLUMNS"]) + (side.wide > 0)
         grid = (tokens // side.group_size, batch * heads, blocks)
     else:
         grid = (tokens // tile["TOKENS"], batch * heads, 1)
     mark = torch.zeros(1, dtype=torch.int32, device=states.device)
     pack_states[grid](
-        states, side.codes[rows], side.scale[rows], side.minimum[rows], extra[rows], wide[rows], mark,
+        states, side.codes[rows], side.scale[rows], side.minimum[rows], extra[rows], order[rows], mark,
         heads, side.capacity, start, *states.stride()[:3],
         KEYS=keys, D=head_dim, G=side.group_size, BITS=side.bits, METHOD=side.method, **wide_sizes, **tile, num_warps=4,
     )  # fmt: skip
@@ -341,7 +343,7 @@ def _can_append(layer: PackedLayer, new_lengths: list[int]) -> bool:
     if any(new != 1 for new in new_lengths):
         return False
     choosing = any(not packed and layer.packs_at(row, 1) for row, packed in enumerate(layer.packed))
-    return layer.key.wide is None or not choosing
+    return not layer.key.wide or not choosing
 
 
 def append_token(layer: PackedLayer, key: torch.Tensor, value: torch.Tensor, new_lengths: list[int]) -> bool:
@@ -358,10 +360,10 @@ def append_token(layer: PackedLayer, key: torch.Tensor, value: torch.Tensor, new
     key, value = (t if t.stride(-1) == 1 else t.contiguous() for t in (key, value))
     k, v = layer.key, layer.value
     parts = [t if t is not None else s.codes for s in (k, v) for t in (s.sinks, s.window, s.codes, s.scale, s.minimum)]
-    extra, wide, wide_sizes = _wide(k)
+    extra, order, wide_sizes = _wide(k)
     k_tile, v_tile = (tiles(head_dim, side.bits, layer.group_size) for side in (k, v))
     append_step[(batch * heads, 2)](
-        key, value, *parts, extra, wide, layer.device_counts(), batch, heads, k.capacity,
+        key, value, *parts, extra, order, layer.device_counts(), batch, heads, k.capacity,
         *key.stride()[:2], *value.stride()[:2],
         D=head_dim, D_PAD=triton.next_power_of_2(head_dim), G=layer.group_size, VALUE_G=v.group_size,
         K_BITS=k.bits, V_BITS=v.bits, K_METHOD=k.method, V_METHOD=v.method, **wide_sizes,
