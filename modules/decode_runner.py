@@ -21,7 +21,14 @@ class _Capture:
     graph: torch.cuda.CUDAGraph
     input_ids: torch.Tensor  # int64 [B, 1]
     logits: torch.Tensor  # [B, 1, vocabulary]
-    bound_to: list[int]
+    bound_to: list[tuple[PackedLayer, torch.Tensor, int]]  # layers, their counts and capacities
+
+    def fits(self, states: list[PackedLayer], input_ids: torch.Tensor) -> bool:
+        """Whether the cache lies where it lay: what moves a layer's memory makes its counts anew or changes its capacity."""
+        return self.input_ids.shape == input_ids.shape and all(
+            state is bound and state.counts is counts and state.key.capacity == capacity
+            for state, (bound, counts, capacity) in zip(states, self.bound_to, strict=True)
+        )
 
 
 class DecodeRunner:
@@ -109,11 +116,7 @@ class DecodeRunner:
         for state in states:
             state.check_room(input_ids.shape[0], [1] * input_ids.shape[0])
             state.make_room([1] * input_ids.shape[0])  # not within a graph, which could not allocate for keeps
-        if (
-            self._capture is None
-            or self._capture.bound_to != _memory(states)
-            or self._capture.input_ids.shape != input_ids.shape
-        ):
+        if self._capture is None or not self._capture.fits(states, input_ids):
             self._in_vain += 1
             self._refused = self._in_vain > _MOST_IN_VAIN
             self._capture = None  # its memory is free before the next one takes its own
@@ -178,7 +181,6 @@ def _warn_of_hooks() -> None:
     warnings.warn("decoding stays eager: the model has forward hooks, which a CUDA graph would not call.", stacklevel=4)
 
 
-def _memory(states: list[PackedLayer]) -> list[int]:
-    """Addresses of all that a recorded step reads and writes."""
-    tensors = [t for state in states for t in (*state.tensors().values(), state.device_counts())]
-    return [t.data_ptr() for t in tensors]
+def _memory(states: list[PackedLayer]) -> list[tuple[PackedLayer, torch.Tensor, int]]:
+    """What a recorded step reads and writes, in a form that takes no time to compare."""
+    return [(state, state.device_counts(), state.key.capacity) for state in states]

@@ -769,7 +769,8 @@ def why_not(layer: PackedLayer) -> str | None:
     if window.dtype not in FLOAT_NAMES:
         return f"its kernels know float32, bfloat16 and float16, and the model has {window.dtype}"
     bits, groups = (layer.key.bits, layer.value.bits), (layer.group_size, layer.value.group_size)
-    if _plan(bits, window.dtype, 1, window.shape[-1], groups, layer.key.wide) is None:  # one row asks for the longest vectors
+    rows = 1  # asks for the longest vectors
+    if _plan(bits, window.dtype, rows, window.shape[-1], groups, layer.key.wide) is None:
         return (
             f"its kernels take no head_dim={window.shape[-1]} in groups of {groups[0]} tokens and {groups[1]} channels"
         )

@@ -604,23 +604,28 @@ class Shape(NamedTuple):
         )
 
 
-def _pick_step(shape: Shape, n: int, warps: int, shared: int) -> tuple[int, int]:
-    """The first of `_STEPS` of which two programs fit `shared` bytes: all buffers but one are filled ahead.
+def _pick_step(shape: Shape, n: int, warps: int, shared: int) -> tuple[int, int, int]:
+    """Stages of the pipeline, tokens of a block and blocks a warp handles at a time.
 
-    A token takes its codes, its share of the key metadata, and of the value metadata 2 bytes a group and a row of 16
-    minima; operands on their way take 20 bytes a channel and query row (from compiled kernels). Two stages are the most
-    that leave 16 query rows enough registers, 32 tokens where padding to a power of two takes them.
+    The first of `_STEPS` of which two programs fit `shared` bytes: all buffers but one are filled ahead. A token takes its
+    codes, its share of the key metadata, and of the value metadata 2 bytes a group and a row of 16 minima; operands on
+    their way take 20 bytes a channel and query row. Heads padded to a power of two, 16 query rows and wide channels leave
+    fewer registers, the widest heads only for 16 tokens at a time (from compiled kernels, which would spill).
     """
     d, g, k_bits, v_bits = shape[:4]
-    if d != triton.next_power_of_2(d):
-        return 2, 32
     token = d * (k_bits + v_bits) // 8 + 4 * d // g + 2 * d // shape.value_group_size + 32 + shape.wide
     for stages, tokens in _STEPS:
         if warps * tokens * token * max(0, stages - 1) + 20 * d * n <= shared // 2 - 1024:
             break
     if n == 16:
-        return min(stages, 2), 32 if shape.wide else tokens
-    return stages, tokens
+        stages, tokens = min(stages, 2), 32 if shape.wide else tokens
+    padded = d != triton.next_power_of_2(d)
+    if padded:
+        stages, tokens = 2, 32
+    if (padded and 4 in (k_bits, v_bits)) or (d == 256 and (k_bits, v_bits) != (2, 2)):
+        return stages, min(g, 16), 1
+    block = min(g, 32)
+    return stages, block, tokens // block
 
 
 def tile_constants(shape: Shape, rows: int, item: int = 2, shared: int = _SHARED_H100) -> dict[str, int]:
@@ -645,13 +650,9 @@ def tile_constants(shape: Shape, rows: int, item: int = 2, shared: int = _SHARED
         v_seg = v_g if v_width % v_g == 0 and v_fold == 1 else v_width
         v_columns = max(16, triton.next_power_of_2(v_seg // 2))
     groups = d // v_g
-    padded = d != triton.next_power_of_2(d)
-    crowded = (padded and 4 in (k_bits, v_bits)) or (d == 256 and (k_bits, v_bits) != (2, 2))  # 32 would spill
-    block_tokens = min(g, 16 if crowded else 32)
     n = 16 if rows > 8 and d <= 128 else 8
     full_segment = {64: 32, 128: 32}.get(d, 16) if item == 2 else {96: 32, 256: 16}.get(d, 64)  # others spill
-    stages, tokens = _pick_step(shape, n, 4, shared)
-    tokens = block_tokens if crowded else tokens
+    stages, block_tokens, blocks = _pick_step(shape, n, 4, shared)
     return {
         "D": d,
         "D_PAD": triton.next_power_of_2(d),
@@ -676,7 +677,7 @@ def tile_constants(shape: Shape, rows: int, item: int = 2, shared: int = _SHARED
         "SINK": shape.sink_length,
         "RING": shape.ring,
         "T": block_tokens,
-        "U": tokens // block_tokens,
+        "U": blocks,
         "WARPS": 4,
         "STAGES": stages,
     }

@@ -106,7 +106,8 @@ def _pack_keys(
         channel = at
         if WIDE > 0:
             channel = tl.load(order + at, mask=inside, other=0).to(tl.int32)
-        x = tl.load(states + token[:, None] * stride_t + channel[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
+        x = tl.load(states + token[:, None] * stride_t + channel[None, :], mask=inside[None, :], other=0.0)
+        x = x.to(tl.float32)
         _mark_unrepresentable(x, mark)
         s, m = _fit(x, 0, G, BITS, METHOD)
         plane_codes = _round_to_codes(x, s[None, :], m[None, :], BITS).to(tl.int32)
