@@ -21,7 +21,8 @@ _ROUNDS = tl.constexpr(LSQ_ROUNDS)
 _START = tl.constexpr(LSQ_START)
 _MARGIN = tl.constexpr((1 - CLIPPED) / 2)
 _HALF_EVEN = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding and taking it off rounds a small float32 to an integer
-_COLUMNS = 16  # bytes of a token a program packs; with 32 the fit of wide channels spills
+_COLUMNS = 16  # bytes of a token that are packed at a time
+WIDE_COLUMNS = 8  # of a prompt with wide channels: the two fits would spill with 16
 _TOKENS = 32  # tokens whose values are packed at a time
 
 
@@ -86,6 +87,13 @@ def _mark_unrepresentable(x, mark):
 
 
 @triton.jit
+def _high_bits(x, G: tl.constexpr, METHOD: tl.constexpr):
+    """The high two bits of the codes of wide channels, with the scale they take, and their minimum."""
+    s, m = _fit(x, 0, G, 4, METHOD)
+    return s * 4.0, m, _round_to_codes(x, s[None, :], m[None, :], 4).to(tl.int32) >> 2
+
+
+@triton.jit
 def _pack_keys(
     states, stride_t, codes, scale, minimum, order, mark, first_column, D: tl.constexpr, G: tl.constexpr,
     BITS: tl.constexpr, METHOD: tl.constexpr, WIDE: tl.constexpr, COLUMNS: tl.constexpr,
@@ -109,14 +117,16 @@ def _pack_keys(
         x = tl.load(states + token[:, None] * stride_t + channel[None, :], mask=inside[None, :], other=0.0)
         x = x.to(tl.float32)
         _mark_unrepresentable(x, mark)
-        s, m = _fit(x, 0, G, BITS, METHOD)
-        plane_codes = _round_to_codes(x, s[None, :], m[None, :], BITS).to(tl.int32)
-        if plane * WIDTH < WIDE:
-            is_wide = at < WIDE
-            fine_s, fine_m = _fit(x, 0, G, 4, METHOD)
-            fine = _round_to_codes(x, fine_s[None, :], fine_m[None, :], 4).to(tl.int32)
-            plane_codes = tl.where(is_wide[None, :], fine >> 2, plane_codes)
-            s, m = tl.where(is_wide, fine_s * 4.0, s), tl.where(is_wide, fine_m, m)
+        if (plane + 1) * WIDTH <= WIDE:
+            s, m, plane_codes = _high_bits(x, G, METHOD)
+        else:
+            s, m = _fit(x, 0, G, BITS, METHOD)
+            plane_codes = _round_to_codes(x, s[None, :], m[None, :], BITS).to(tl.int32)
+            if plane * WIDTH < WIDE:
+                is_wide = at < WIDE
+                fine_s, fine_m, fine = _high_bits(x, G, METHOD)
+                plane_codes = tl.where(is_wide[None, :], fine, plane_codes)
+                s, m = tl.where(is_wide, fine_s, s), tl.where(is_wide, fine_m, m)
         tl.store(scale + at, s.to(tl.float16), mask=inside)
         tl.store(minimum + at, m.to(tl.float16), mask=inside)
         packed |= plane_codes << (BITS * plane)
@@ -296,11 +306,11 @@ def append_step(
         tl.store(counts + sequences + sequence, tl.where(length + 1 - SINK - packed >= RING, packed + G, packed))
 
 
-def tiles(head_dim: int, bits: int, tokens: int) -> dict[str, int]:
+def tiles(head_dim: int, bits: int, tokens: int, columns: int = _COLUMNS) -> dict[str, int]:
     """The tile sizes of the kernels here, by name, for `tokens` tokens; `bits` of 16 count as bytes of two."""
     width = head_dim * bits // 8
     return {
-        "COLUMNS": min(_COLUMNS, triton.next_power_of_2(width)),
+        "COLUMNS": min(columns, triton.next_power_of_2(width)),
         "TOKENS": math.gcd(_TOKENS, tokens),
         "WIDTH_PAD": triton.next_power_of_2(width),
     }
@@ -323,7 +333,7 @@ def pack_groups(side: PackedSide, rows: slice, start: int, states: torch.Tensor)
     if not tokens:
         return
     states = states if states.stride(-1) == 1 else states.contiguous()
-    tile = tiles(head_dim, side.bits, tokens)
+    tile = tiles(head_dim, side.bits, tokens, WIDE_COLUMNS if side.wide else _COLUMNS)
     extra, order, wide_sizes = _wide(side)
     keys = side.what == "keys"
     if keys:
