@@ -318,6 +318,37 @@ def test_plan_names():
         plan.models_folder("/nowhere/at/all")
 
 
+# --- bits a layer ------------------------------------------------------------
+
+
+def test_layers_are_measured_alone(kivi_model):
+    ids = tokens(1, 150)
+    costs = evaluation.measure_layers(kivi_model, ids, options=SMALL, chunk=16)
+    layers = kivi_model.config.num_hidden_layers
+    assert costs.candidates == 2 * layers and all(cost > 0 for cost in costs.v_bits)
+    second = {**SMALL, "k_bits": 16, "v_bits": [16, 2] + [16] * (layers - 2)}
+    row = evaluation.measure_quality(kivi_model, ids, {"second": second}, chunk=16, skip=150 // 4).row("second")
+    assert costs.v_bits[1] == pytest.approx(row.kl, rel=1e-6)
+
+
+def test_bits_go_where_they_save_most():
+    costs = evaluation.LayerCosts(k_bits=(0.1, 0.5, 0.2, 0.0), v_bits=(0.0, 0.0, 0.7, 0.1), head_dim=64)
+    # K 3.5 and V 2.5 stored bits, 5 and 5 with 4 bits: each K takes 1.5 more, each V 2.5
+    assert evaluation.choose_bits(costs, 3.0) == {"k_bits": [2] * 4, "v_bits": [2] * 4}
+    assert evaluation.choose_bits(costs, 3.2) == {"k_bits": [2, 4, 2, 2], "v_bits": [2, 2, 2, 2]}  # 1.6 to spare
+    assert evaluation.choose_bits(costs, 3.5) == {"k_bits": [2, 4, 2, 2], "v_bits": [2, 2, 4, 2]}
+    assert evaluation.choose_bits(costs, 5.0) == {"k_bits": [4] * 4, "v_bits": [4] * 4}
+    with pytest.raises(ValueError, match="less than the 3.0 that 2 bits everywhere take"):
+        evaluation.choose_bits(costs, 2.9)
+
+
+def test_layers_command(model_folder, capsys):
+    assert run("layers", "--model", model_folder, "--tokens", 300, "--bits", 3.6, "--device", "cpu") == 0
+    options = capsys.readouterr().out.split()[-1]
+    chosen = evaluation.parse_options(options).options
+    assert set(chosen) == {"k_bits", "v_bits"} and 4 in chosen["k_bits"] + chosen["v_bits"]
+
+
 # --- command line ------------------------------------------------------------
 
 
@@ -346,13 +377,13 @@ def test_quality_and_passkey_commands(model_folder, tmp_path, capsys):
 
 
 def test_report_command_measures_and_writes(model_folder, tmp_path, monkeypatch):
-    step = plan.Step("small", plan.SMOLLM2, tokens=600, peers=False)
+    step = plan.Step("small", plan.SMOLLM2, tokens=600, peers=False, calibration="code")
     monkeypatch.setattr(plan, "PLAN", [step, plan.Step("keys", plan.SMOLLM2, lengths=(400,))])
     monkeypatch.setattr(command, "short_candidates", lambda: [named.kivi(named.DEFAULTS, {})])
     places = ["--results", tmp_path, "--output", tmp_path / "quality.md"]
     assert run("report", "--measure", "all", "--models", model_folder.parent, "--device", "cpu", *places) == 0
     page = (tmp_path / "quality.md").read_text()
-    assert f"### {plan.SMOLLM2}, prose" in page and "400 tokens" in page
+    assert f"### {plan.SMOLLM2}, prose" in page and "400 tokens" in page and "4 bits in some layers, by code" in page
 
 
 def test_command_mistakes(model_folder, tmp_path, capsys):

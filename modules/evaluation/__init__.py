@@ -7,6 +7,7 @@ or from a shell: `python -m modules.evaluation quality --model PATH --text prose
 """
 
 from modules.evaluation.candidates import Candidate, grid_candidates, main_candidates, parse_options, peers
+from modules.evaluation.layers import LayerCosts, choose_bits, measure_layers
 from modules.evaluation.passkey import measure_passkey, passkey_prompt
 from modules.evaluation.quality import measure_quality
 from modules.evaluation.results import (
@@ -24,16 +25,19 @@ from modules.evaluation.texts import encode, load_text
 __all__ = [
     "Candidate",
     "Environment",
+    "LayerCosts",
     "PasskeyResult",
     "PasskeyRow",
     "QualityResult",
     "QualityRow",
+    "choose_bits",
     "encode",
     "greedy",
     "grid_candidates",
     "load_result",
     "load_text",
     "main_candidates",
+    "measure_layers",
     "measure_passkey",
     "measure_quality",
     "parse_options",

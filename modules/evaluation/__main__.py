@@ -1,4 +1,4 @@
-"""The command line: `python -m modules.evaluation quality|passkey|report`."""
+"""The command line: `python -m modules.evaluation quality|passkey|layers|report`."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from modules.evaluation.candidates import CANDIDATE_SETS, Candidate, parse_options, peers, short_candidates
+from modules.evaluation.candidates import CANDIDATE_SETS, Candidate, kivi, parse_options, peers, short_candidates
+from modules.evaluation.layers import BITS, TOKENS, LayerCosts, choose_bits, measure_layers
 from modules.evaluation.passkey import depths_of, measure_passkey
 from modules.evaluation.plan import Step, models_folder, steps
 from modules.evaluation.quality import SKIP, keep_peers, measure_quality
 from modules.evaluation.report import write_report
 from modules.evaluation.results import PasskeyResult, QualityResult, load_result, save_result
 from modules.evaluation.streaming import CHUNK
-from modules.evaluation.tables import passkey_rows, print_table, quality_rows
+from modules.evaluation.tables import layer_rows, passkey_rows, print_table, quality_rows
 from modules.evaluation.texts import encode, load_text
 
 RESULTS = "benchmarks/results"
@@ -108,6 +109,17 @@ def run_passkey(
         )
 
 
+def run_layers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, console: Console, text: str, tokens: int = TOKENS
+) -> LayerCosts:
+    """Measure every layer alone, with a progress bar."""
+    ids = encode(tokenizer, load_text(text), tokens, text)
+    total = -(-tokens // CHUNK) * (2 * model.config.num_hidden_layers + 1)
+    with _progress(console) as bar:
+        task = bar.add_task("", total=total)
+        return measure_layers(model, ids, progress=lambda name: bar.update(task, advance=1, description=name))
+
+
 def _candidates(args: argparse.Namespace) -> list[Candidate]:
     chosen = [parse_options(text) for text in args.options] if args.options else CANDIDATE_SETS[args.set]()
     return chosen + (peers() if args.peers else [])
@@ -147,6 +159,15 @@ def _passkey(args: argparse.Namespace, console: Console) -> None:
         chunk=args.chunk,
     )
     _show(result, args.output)
+
+
+def _layers(args: argparse.Namespace, console: Console) -> None:
+    load_text(args.text)
+    model, tokenizer = load_model(args.model, args.dtype, args.device)
+    costs = run_layers(model, tokenizer, console=console, text=args.text, tokens=args.tokens)
+    chosen = choose_bits(costs, args.bits)
+    print_table(layer_rows(costs, chosen), f"{Path(args.model).name}: KL with 2 bits in one layer alone", Console())
+    print(",".join(f"{side}={'/'.join(map(str, bits))}" for side, bits in chosen.items()))
 
 
 def _show(result: QualityResult | PasskeyResult, output: str | None) -> None:
@@ -195,6 +216,9 @@ def measure_steps(wanted: list[Step], models: Path, results: Path, args: argpars
 
 def _measure_step(step: Step, loaded: Any, earlier: Any, console: Console) -> QualityResult:
     own = CANDIDATE_SETS[step.candidates]()
+    if step.calibration:
+        costs = run_layers(*loaded, console=console, text=step.calibration)
+        own.append(kivi(f"4 bits in some layers, by {step.calibration}", choose_bits(costs)))
 
     def measure(candidates: list[Candidate]) -> QualityResult:
         model, tokenizer = loaded
@@ -243,6 +267,15 @@ def _parser() -> argparse.ArgumentParser:
         "--peers", action=argparse.BooleanOptionalAction, default=False, help="transformers' own quantized caches too"
     )
     passkey.set_defaults(run=_passkey, set="short")
+
+    layers = commands.add_parser(
+        "layers", parents=[model], help="k_bits and v_bits, an entry a layer, by what each layer costs alone"
+    )
+    layers.add_argument("--model", required=True, help="a folder or a name on the hub (Llama, Qwen2, Qwen3)")
+    layers.add_argument("--text", default="prose", help="prose, code, a file, or hub:dataset:config:split:column")
+    layers.add_argument("--tokens", type=int, default=TOKENS)
+    layers.add_argument("--bits", type=float, default=BITS, help="stored bits of an element, on average")
+    layers.set_defaults(run=_layers)
 
     report = commands.add_parser("report", parents=[model], help="docs/quality.md and its plot from the results")
     report.add_argument(

@@ -22,6 +22,7 @@ class Step:
         text: what goes through the caches, or the filler.
         tokens: of the text; lengths: of the passkey prompts, which make it a passkey step.
         candidates: name of a set of candidates; peers: transformers' own quantized caches too.
+        calibration: a text by which the bits of single layers are chosen for one more candidate.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Step:
     tokens: int = 3072
     candidates: str = "short"
     peers: bool = True
+    calibration: str = ""
     lengths: tuple[int, ...] = ()
 
     @property
@@ -41,8 +43,8 @@ class Step:
 PLAN = [
     Step("smollm2-prose", SMOLLM2, candidates="grid"),
     Step("qwen-prose", QWEN),
-    Step("qwen-code", QWEN, text="code"),
-    Step("smollm2-code", SMOLLM2, text="code"),
+    Step("qwen-code", QWEN, text="code", calibration="prose"),
+    Step("smollm2-code", SMOLLM2, text="code", calibration="prose"),
     Step("qwen-passkey-2000", QWEN, lengths=(2000,)),
 ]
 LONG = [

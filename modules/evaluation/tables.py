@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
 
 from modules.evaluation.candidates import FULL
+from modules.evaluation.layers import LayerCosts
 from modules.evaluation.results import PasskeyResult, QualityResult, QualityRow
 
 Rows = list[list[str]]
@@ -54,6 +55,15 @@ def passkey_rows(results: Sequence[PasskeyResult]) -> Rows:
     for name in names:
         counts = [_sum(result.found(name, length) for result in results) for length in lengths]
         rows.append([name, *(f"{found} of {asked}" if asked else MISSING for found, asked in counts)])
+    return rows
+
+
+def layer_rows(costs: LayerCosts, chosen: Mapping[str, Sequence[int]]) -> Rows:
+    """Header and rows: layer, and of its keys and values what 2 bits cost and the bits chosen."""
+    rows = [["layer", "K: KL (nats)", "bits", "V: KL (nats)", "bits"]]
+    for layer, (key, value) in enumerate(zip(costs.k_bits, costs.v_bits)):
+        bits = [str(chosen[side][layer]) for side in ("k_bits", "v_bits")]
+        rows.append([str(layer), number(key, 5), bits[0], number(value, 5), bits[1]])
     return rows
 
 
