@@ -29,6 +29,8 @@ PLANS = [
     ((2, 2), 2, 4, 128, 32, torch.float32, 1 / 4),  # 8 bytes of low bits a token
     ((2, 2), 3, 8, 64, 32, torch.float32, 3 / 8),  # 6 bytes
     ((2, 2), 3, 3, 64, 32, torch.bfloat16, 3 / 16),  # 3 bytes
+    ((2, 2), 2, 4, 96, 32, torch.float32, 5 / 24),  # 5 bytes, and vectors of 8 as on CPUs without AVX-512
+    ((2, 4), 1, 2, 80, 16, torch.float32, 1 / 4),  # vectors of 4
     ((8, 4), 1, 7, 64, 16, torch.float16, 0.0),
     ((4, 16), 2, 1, 96, 48, torch.float32, 0.0),
     ((16, 8), 1, 2, 64, 64, torch.float32, 0.0),
