@@ -297,7 +297,7 @@ def problems(results: list[Compiled]) -> list[str]:
             found.append(f"{r.variant} sm_{r.arch}: codes are copied {r.copy_bytes} bytes a thread")
         if (
             "K2 V2 D128" in r.variant
-            and "4 rows" in r.variant
+            and ", 4 rows" in r.variant
             and r.arch == 90
             and r.per_code
             and r.per_code > MOST_PER_CODE

@@ -43,7 +43,7 @@ class Step:
 PLAN = [
     Step("smollm2-prose", SMOLLM2, candidates="grid"),
     Step("qwen-prose", QWEN),
-    Step("qwen-code", QWEN, text="code", calibration="prose"),
+    Step("qwen-code", QWEN, text="code"),
     Step("smollm2-code", SMOLLM2, text="code", calibration="prose"),
     Step("qwen-passkey-2000", QWEN, lengths=(2000,)),
 ]

@@ -198,7 +198,7 @@ def _weigh_codes(
 
 @triton.jit
 def _attend_codes(
-    q, q_offsets, q_real, k_codes, k_scale, k_minimum, k_extra, k_order, v_codes, v_scale, v_minimum, part, ml, out_at, packed, first, last, factor,
+    q, q_offsets, q_real, k_codes, k_scale, k_minimum, k_extra, k_order, v_codes, v_scale, v_minimum, part, ml, packed, first, last, factor,
     D: tl.constexpr, D_PAD: tl.constexpr, G: tl.constexpr, VALUE_G: tl.constexpr, WIDE: tl.constexpr,
     WIDE_PAD: tl.constexpr, N: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
     K_SEG: tl.constexpr, K_SEG_PAD: tl.constexpr, K_FOLD: tl.constexpr, V_SEG: tl.constexpr, V_COLS: tl.constexpr,
@@ -388,9 +388,8 @@ def _attend_codes(
     top = tl.max(maximum, 0)
     weights = tl.exp2(maximum - top[None, :])
     total = tl.sum(tl.reshape(tl.sum(total, 1), [U, WARPS, N]), 0)
-    _store_softmax(ml + out_at.to(tl.int64) * (2 * N), top, tl.sum(total * weights, 0), N)
+    _store_softmax(ml, top, tl.sum(total * weights, 0), N)
     row = tl.arange(0, N)
-    part += out_at.to(tl.int64) * (N * D)
     if first < last:  # the combine step skips splits without tokens
         merged_offsets = _merge_warps(offsets, weights)
         for i in tl.static_range(V_WIDTH // V_SEG * V_PLANES * V_PARTS):
@@ -418,7 +417,7 @@ def _store_softmax(ml, maximum, total, N: tl.constexpr):
 
 @triton.jit
 def _attend_full(
-    q, q_offsets, q_real, q_token, k_sinks, k_window, k_new, v_sinks, v_window, v_new, part, ml, out_at,
+    q, q_offsets, q_real, q_token, k_sinks, k_window, k_new, v_sinks, v_window, v_new, part, ml,
     length, packed, new_tokens, k_stride_t, v_stride_t, factor,
     D: tl.constexpr, N: tl.constexpr, SEG: tl.constexpr, SINK: tl.constexpr, RING: tl.constexpr,
     T: tl.constexpr, WARPS: tl.constexpr, ASM: tl.constexpr,
@@ -483,9 +482,8 @@ def _attend_full(
 
     top = tl.max(maximum, 0)
     weights = tl.exp2(maximum - top[None, :])
-    _store_softmax(ml + out_at.to(tl.int64) * (2 * N), top, tl.sum(tl.sum(total, 1) * weights, 0), N)
+    _store_softmax(ml, top, tl.sum(tl.sum(total, 1) * weights, 0), N)
     row = tl.arange(0, N)
-    part += out_at.to(tl.int64) * (N * D)
     for seg in tl.static_range(SEGS):
         tl.store(part + row[None, :] * D + (seg * SEG + c)[:, None], _merge_warps(sums[seg], weights))
 
@@ -519,7 +517,9 @@ def attend_splits(
     q_token = row // GROUP
     q_real = q_token < new_tokens
     q += sequence.to(tl.int64) * q_stride_b + kv_head * GROUP * q_stride_h
-    out_at = (head * row_blocks + row_block) * (splits + 1) + split
+    out_at = (head.to(tl.int64) * row_blocks + row_block) * (splits + 1) + split
+    part += out_at * (N * D)
+    ml += out_at * (N * 2)
     head64 = head.to(tl.int64)
     if split == 0:
         k_new += sequence.to(tl.int64) * k_stride_b + kv_head * k_stride_h
@@ -527,7 +527,7 @@ def attend_splits(
         _attend_full(
             q, q_offsets, q_real, q_token,
             k_sinks + head64 * (SINK * D), k_window + head64 * (RING * D), k_new,
-            v_sinks + head64 * (SINK * D), v_window + head64 * (RING * D), v_new, part, ml, out_at,
+            v_sinks + head64 * (SINK * D), v_window + head64 * (RING * D), v_new, part, ml,
             length, packed, mine, k_stride_t, v_stride_t, factor, D, N, FULL_SEG, SINK, RING, FULL_T, WARPS, ASM,
         )  # fmt: skip
     else:
@@ -542,7 +542,7 @@ def attend_splits(
             k_codes + token0 * k_bytes, k_scale + token0 // G * D, k_minimum + token0 // G * D,
             k_extra + token0 * (WIDE // 4), k_order + head64 * D,
             v_codes + token0 * v_units, v_scale + token0 * (D // VALUE_G // META_PER_WORD), v_minimum + token0 * (D // VALUE_G),
-            part, ml, out_at, packed, first, tl.minimum(first + share, steps), factor,
+            part, ml, packed, first, tl.minimum(first + share, steps), factor,
             D, D_PAD, G, VALUE_G, WIDE, WIDE_PAD, N, K_BITS, V_BITS, K_SEG, K_SEG_PAD, K_FOLD, V_SEG, V_COLS, V_FOLD, META_PER_WORD, T, U, WARPS, ASM, STAGES,
         )  # fmt: skip
 
