@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import random
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -16,22 +16,29 @@ def take_turns(
 ) -> dict[str, list[float]]:
     """Milliseconds of each step by name, for `rounds` rounds or about `seconds`, whichever ends first.
 
-    The order changes from round to round: whoever follows a step that reads much finds the CPU's cache empty. The first
-    two rounds compile and warm up, and are not counted; five are always measured.
+    Every step follows every other equally often: whoever follows a step that reads much finds the CPU's cache empty. The
+    first two rounds compile and warm up, and are not counted; five are always measured.
     """
-    shuffled, order = random.Random(0), list(steps)
+    orders = itertools.cycle(balanced_orders(list(steps)))
     times: dict[str, list[float]] = {name: [] for name in steps}
     end = time.perf_counter() + seconds
     for number in range(-_WARM_UP, max(rounds, _LEAST_ROUNDS)):
         if number >= _LEAST_ROUNDS and time.perf_counter() > end:
             break
-        shuffled.shuffle(order)
-        for name in order:
+        for name in next(orders):
             start = time.perf_counter()
             steps[name]()
             if number >= 0:
                 times[name].append(1e3 * (time.perf_counter() - start))
     return times
+
+
+def balanced_orders(names: list[str]) -> list[list[str]]:
+    """Orders in which each name comes before each other one equally often (E. J. Williams, Aust. J. Sci. Res. A 2, 1949)."""
+    count = len(names)
+    zigzag = [-(step + 1) // 2 if step % 2 else step // 2 for step in range(count)]
+    orders = [[names[(first + step) % count] for step in zigzag] for first in range(count)]
+    return orders + [order[::-1] for order in orders] if count % 2 else orders
 
 
 def percentiles(samples: list[float]) -> dict[str, float]:
