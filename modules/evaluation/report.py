@@ -214,7 +214,7 @@ def _panel(axis, result: QualityResult) -> None:
 def _label(row: QualityRow) -> str:
     """Short: bits of K/V and the group size; nothing for variants, which crowd around the defaults."""
     options = row.options
-    if row.name.startswith(("paper +", "defaults,")):
+    if row.name.startswith(("paper +", "defaults,")) or isinstance(options.get("k_bits"), list):
         return ""
     if row.kind == "transformers":
         return f"{options['backend']} {options.get('nbits', '')}".strip() if "backend" in options else row.name
