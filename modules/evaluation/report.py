@@ -175,14 +175,19 @@ def _environment(environments: Sequence[Environment]) -> str:
 
 
 def draw(quality: Sequence[QualityResult], path: Path) -> None:
-    """KL against stored bits, a panel a text, as SVG."""
-    figure, axes = panels(1, len(quality), (5.2, 4.6), sharey=True)
-    for axis, result in zip(axes[0], quality):
+    """KL against stored bits, a panel a text, two in a row, as SVG."""
+    columns = min(2, len(quality))
+    figure, axes = panels(-(-len(quality) // columns), columns, (5.6, 4.6), sharey=True)
+    places = [axis for row in axes for axis in row]
+    for axis, result in zip(places, quality):
         _panel(axis, result)
-    axes[0][0].set_ylabel("KL from full precision (nats, log scale)")
-    handles = {label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels())}
+    for axis in places[len(quality) :]:
+        axis.remove()
+    for row in axes:
+        row[0].set_ylabel("KL from full precision (nats, log scale)")
+    handles = {label: handle for axis in places for handle, label in zip(*axis.get_legend_handles_labels())}
     figure.legend(handles.values(), handles.keys(), loc="lower center", ncols=len(handles), frameon=False)
-    figure.tight_layout(rect=(0, 0.06, 1, 1))
+    figure.tight_layout(rect=(0, 0.04, 1, 1))
     save(figure, path)
 
 
@@ -199,7 +204,7 @@ def _panel(axis, result: QualityResult) -> None:
         axis.annotate(
             _label(row),
             (row.stored_bits, min(row.kl, WORST_SHOWN)),
-            xytext=(5, 3),
+            xytext=(5, -8 if row.options.get("backend") == "hqq" or "wide_channels" in row.options else 3),
             textcoords="offset points",
             fontsize=7,
             color="#57606a",
@@ -219,6 +224,8 @@ def _label(row: QualityRow) -> str:
     if row.kind == "transformers":
         return f"{options['backend']} {options.get('nbits', '')}".strip() if "backend" in options else row.name
     label = f"{options.get('k_bits', 2)}/{options.get('v_bits', 2)}"
+    if "wide_channels" in options:
+        label += " wide"
     if "group_size" in options:
         label += f" g{options['group_size']}"
     return label
