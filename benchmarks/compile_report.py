@@ -203,8 +203,7 @@ def packing(what: str, bits: int, method: str, head_dim: int, group_size: int, a
     types |= {"states": "*bf16", "codes": "*u8", "scale": "*fp16", "minimum": "*fp16", "mark": "*i32"}
     types |= {"extra": "*u8", "order": "*i64"}
     constants = {"KEYS": what == "keys", "D": head_dim, "G": group_size, "BITS": bits, "METHOD": method}
-    columns = (triton_quantize.WIDE_COLUMNS,) if wide else ()
-    constants |= {"WIDE": wide, "WIDE_PAD": max(4, wide)} | triton_quantize.tiles(head_dim, bits, 32, *columns)
+    constants |= {"WIDE": wide, "WIDE_PAD": max(4, wide)} | triton_quantize.tiles(head_dim, bits, 32)
     options = {"num_warps": 4}
     compiled = compile_kernel(
         triton_quantize.pack_states, types, constants, arch, options, unaligned=("heads", "first_token")

@@ -21,7 +21,7 @@ def long_text() -> str:
 
 LOAD = {"llama": load_llama_kivi, "qwen2": load_qwen_kivi}
 LOSES = {
-    "llama": (0.03, 8, 0.005),
+    "llama": (0.03, 8, 0.003),
     "qwen2": (0.05, 4, 0.003),
 }  # KL at most, of the paper's at most 1 / …, 4 bits at most
 

@@ -22,7 +22,6 @@ _START = tl.constexpr(LSQ_START)
 _MARGIN = tl.constexpr((1 - CLIPPED) / 2)
 _HALF_EVEN = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding and taking it off rounds a small float32 to an integer
 _COLUMNS = 16  # bytes of a token that are packed at a time
-WIDE_COLUMNS = 8  # of a prompt with wide channels: the two fits would spill with 16
 _TOKENS = 32  # tokens whose values are packed at a time
 
 
@@ -33,18 +32,26 @@ def _as_stored(x):
 
 
 @triton.jit
-def _round_to_codes(x, scale, minimum, BITS: tl.constexpr):
-    """Codes as float32: `round((x - minimum) / scale)` to even, within `0…2**BITS - 1`.
+def _reciprocal(x):
+    """`1 / x`, correctly rounded but for rare last bits: one Newton step behind the fast division, which calls nothing."""
+    one = tl.full(x.shape, 1.0, tl.float32)
+    near = one / x
+    return tl.fma(near, tl.fma(-near, x, one), near)
 
-    One division a group: a product with the reciprocal and one correction give the quotient, correctly rounded (Markstein,
-    IBM J. Res. Dev. 34, 1990).
-    """
+
+@triton.jit
+def _quotient(x, divisor, inverse):
+    """`x / divisor`, rounded likewise, by the reciprocal of the divisor (Markstein, IBM J. Res. Dev. 34, 1990)."""
+    near = x * inverse
+    return tl.fma(tl.fma(-near, divisor, x), inverse, near)
+
+
+@triton.jit
+def _round_to_codes(x, scale, minimum, BITS: tl.constexpr):
+    """Codes as float32: `round((x - minimum) / scale)` to even, within `0…2**BITS - 1`; one division a group."""
     safe = tl.where(scale > 0.0, scale, 1.0)
-    inverse = tl.broadcast_to(tl.div_rn(tl.full(safe.shape, 1.0, tl.float32), safe), x.shape)
-    safe = tl.broadcast_to(safe, x.shape)
-    x = x - minimum
-    codes = x * inverse
-    codes = tl.fma(tl.fma(-codes, safe, x), inverse, codes)
+    inverse = tl.broadcast_to(_reciprocal(safe), x.shape)
+    codes = _quotient(x - minimum, tl.broadcast_to(safe, x.shape), inverse)
     codes = tl.minimum(tl.maximum(codes, 0.0), (1 << BITS) - 1)
     return (codes + _HALF_EVEN) - _HALF_EVEN
 
@@ -63,7 +70,8 @@ def _fit(x, AXIS: tl.constexpr, COUNT: tl.constexpr, BITS: tl.constexpr, METHOD:
     if METHOD == "clipped":
         margin = (high - low) * _MARGIN
         low, high = low + margin, high - margin
-    best_scale = _as_stored(tl.div_rn(high - low, tl.full(low.shape, LEVELS, tl.float32)))
+    levels = tl.full(low.shape, LEVELS, tl.float32)
+    best_scale = _as_stored(_quotient(high - low, levels, _reciprocal(levels)))
     best_minimum = _as_stored(low)
     if METHOD == "lsq":
         scale, minimum = tl.expand_dims(best_scale, AXIS), tl.expand_dims(best_minimum, AXIS)
@@ -77,7 +85,8 @@ def _fit(x, AXIS: tl.constexpr, COUNT: tl.constexpr, BITS: tl.constexpr, METHOD:
             centred = codes - tl.expand_dims(mean_c, AXIS)
             variance = tl.sum(centred * centred, AXIS)
             covariance = tl.sum(centred * (x - tl.expand_dims(mean_x, AXIS)), AXIS)
-            next_scale = _as_stored(tl.div_rn(covariance, tl.maximum(variance, 1e-12)))
+            variance = tl.maximum(variance, 1e-12)
+            next_scale = _as_stored(_quotient(covariance, variance, _reciprocal(variance)))
             next_minimum = _as_stored(mean_x - next_scale * mean_c)
             wide_scale, wide_minimum = tl.expand_dims(next_scale, AXIS), tl.expand_dims(next_minimum, AXIS)
             error = _error(x, _round_to_codes(x, wide_scale, wide_minimum, BITS), wide_scale, wide_minimum, AXIS)
@@ -314,11 +323,11 @@ def append_step(
         tl.store(counts + sequences + sequence, tl.where(length + 1 - SINK - packed >= RING, packed + G, packed))
 
 
-def tiles(head_dim: int, bits: int, tokens: int, columns: int = _COLUMNS) -> dict[str, int]:
+def tiles(head_dim: int, bits: int, tokens: int) -> dict[str, int]:
     """The tile sizes of the kernels here, by name, for `tokens` tokens; `bits` of 16 count as bytes of two."""
     width = head_dim * bits // 8
     return {
-        "COLUMNS": min(columns, triton.next_power_of_2(width)),
+        "COLUMNS": min(_COLUMNS, triton.next_power_of_2(width)),
         "TOKENS": math.gcd(_TOKENS, tokens),
         "WIDTH_PAD": triton.next_power_of_2(width),
     }
@@ -341,7 +350,7 @@ def pack_groups(side: PackedSide, rows: slice, start: int, states: torch.Tensor)
     if not tokens:
         return
     states = states if states.stride(-1) == 1 else states.contiguous()
-    tile = tiles(head_dim, side.bits, tokens, WIDE_COLUMNS if side.wide else _COLUMNS)
+    tile = tiles(head_dim, side.bits, tokens)
     extra, order, wide_sizes = _wide(side)
     keys = side.what == "keys"
     if keys:
