@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from modules.evaluation.candidates import CANDIDATE_SETS, Candidate, kivi, parse_options, peers, short_candidates
-from modules.evaluation.layers import BITS, TOKENS, LayerCosts, choose_bits, measure_layers
+from modules.evaluation.layers import EXTRA_BITS, TOKENS, LayerCosts, choose_bits, measure_layers
 from modules.evaluation.passkey import depths_of, measure_passkey
 from modules.evaluation.plan import Step, models_folder, steps
 from modules.evaluation.quality import SKIP, keep_peers, measure_quality
@@ -165,7 +165,7 @@ def _layers(args: argparse.Namespace, console: Console) -> None:
     load_text(args.text)
     model, tokenizer = load_model(args.model, args.dtype, args.device)
     costs = run_layers(model, tokenizer, console=console, text=args.text, tokens=args.tokens)
-    chosen = choose_bits(costs, args.bits)
+    chosen = choose_bits(costs, args.extra)
     print_table(layer_rows(costs, chosen), f"{Path(args.model).name}: KL with 2 bits in one layer alone", Console())
     print(",".join(f"{side}={'/'.join(map(str, bits))}" for side, bits in chosen.items()))
 
@@ -274,7 +274,12 @@ def _parser() -> argparse.ArgumentParser:
     layers.add_argument("--model", required=True, help="a folder or a name on the hub (Llama, Qwen2, Qwen3)")
     layers.add_argument("--text", default="prose", help="prose, code, a file, or hub:dataset:config:split:column")
     layers.add_argument("--tokens", type=int, default=TOKENS)
-    layers.add_argument("--bits", type=float, default=BITS, help="stored bits of an element, on average")
+    layers.add_argument(
+        "--extra",
+        type=float,
+        default=EXTRA_BITS,
+        help="stored bits an element may take beyond 2 bits everywhere, on average",
+    )
     layers.set_defaults(run=_layers)
 
     report = commands.add_parser("report", parents=[model], help="docs/quality.md and its plot from the results")

@@ -15,7 +15,7 @@ from modules.evaluation.streaming import CHUNK
 from modules.kivi_options import FULL_PRECISION_BITS, KIVIOptions, head_dim_of
 
 TOKENS = 1024
-BITS = 3.125
+EXTRA_BITS = 0.125
 SIDES = ("k_bits", "v_bits")
 
 
@@ -77,25 +77,25 @@ def measure_layers(
 
 
 def choose_bits(
-    costs: LayerCosts, stored_bits: float = BITS, options: Mapping[str, Any] | None = None
+    costs: LayerCosts, extra_bits: float = EXTRA_BITS, options: Mapping[str, Any] | None = None
 ) -> dict[str, list[int]]:
     """`k_bits` and `v_bits`, an entry a layer: 4 where it saves most KL a stored bit, else 2.
 
     Args:
         costs: from `measure_layers`.
-        stored_bits: what a quantized element may take on average, with its share of scale and minimum.
+        extra_bits: what a quantized element may take on average beyond 2 bits everywhere, metadata included.
         options: KIVI options other than bits.
 
     Raises:
-        ValueError: where 2 bits everywhere already take more.
+        ValueError: for `extra_bits` below 0, and options that are not allowed.
     """
+    if extra_bits < 0:
+        raise ValueError(f"extra_bits must be 0 or more; got {extra_bits}. 2 bits are the least a layer can have.")
     chosen_options = KIVIOptions.from_config(None, options)
     layers = len(costs.k_bits)
     low, high = (chosen_options.stored_bits(bits, bits, costs.head_dim) for bits in (2, 4))
     more = {side: after - before for side, before, after in zip(SIDES, low, high)}
-    spare = (stored_bits - sum(low) / 2) * 2 * layers
-    if spare < 0:
-        raise ValueError(f"stored_bits={stored_bits} is less than the {sum(low) / 2} that 2 bits everywhere take.")
+    spare = extra_bits * 2 * layers
     places = [(getattr(costs, side)[layer] / more[side], side, layer) for side in SIDES for layer in range(layers)]
     chosen = {side: [2] * layers for side in SIDES}
     for _, side, layer in sorted(places, reverse=True):
