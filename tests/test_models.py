@@ -131,7 +131,7 @@ def test_closer_with_more_bits(pair, side):
     full = run(kivi, DynamicCache(), pieces)[:, 150:]
 
     def error(bits):
-        cache = kivi.create_kivi_cache(**{"k_bits": 16, "v_bits": 16, side: bits})
+        cache = kivi.create_kivi_cache(**{"k_bits": 16, "v_bits": 16, side: bits}, backend="torch")
         return relative_error(run(kivi, cache, pieces)[:, 150:], full)
 
     assert error(8) < error(4) / 2 < error(2) / 4
@@ -493,7 +493,7 @@ def test_sliding_layers_keep_the_stock_layer():
     }
     torch.manual_seed(0)
     stock = stock_class(config_class(**sizes)).eval()
-    kivi = kivi_class(kivi_config(**sizes, **SMALL)).eval()
+    kivi = kivi_class(kivi_config(**sizes, **SMALL, backend="torch")).eval()
     kivi.load_state_dict(stock.state_dict())
     cache = kivi.create_kivi_cache(use_kivi=False)
     kinds = [type(layer) for layer in cache.layers]

@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from modeling_llama_kivi import LlamaForCausalLM_KIVI, load_llama_kivi
 from modeling_qwen_kivi import load_qwen_kivi
+from modules import evaluation
+from modules.evaluation.candidates import short_candidates
 
 pytestmark = pytest.mark.real_model
 GREEDY = {"do_sample": False, "max_new_tokens": 30}
@@ -85,32 +87,14 @@ def test_padded_prompts_get_the_logits_they_get_alone(real, side):
         assert relative_error(together[row], stream(kivi, cache, later.split(1, dim=1))[0]) < 1e-4
 
 
-def divergence(model, ids, *caches, chunk=128, skip=512):
-    """Mean KL of the next token from full precision after `skip` tokens, for each cache; the text comes in chunks."""
-    total, count, reference = [0.0] * len(caches), 0, DynamicCache()
-    with torch.no_grad():
-        for start in range(0, ids.shape[1], chunk):
-            piece = ids[:, start : start + chunk]
-            expected = model(piece, past_key_values=reference).logits.log_softmax(-1)
-            for index, cache in enumerate(caches):
-                got = model(piece, past_key_values=cache).logits.log_softmax(-1)
-                if start >= skip:
-                    total[index] += (expected.exp() * (expected - got)).sum().item()
-            count += piece.shape[1] if start >= skip else 0
-    return [value / count for value in total]
-
-
 def test_two_bits_lose_little(real):
     _, kivi, _, ids = real
-    default, paper, four = divergence(
-        kivi,
-        ids[:, :1536],
-        kivi.create_kivi_cache(),
-        kivi.create_kivi_cache(sink_length=0, k_range="minmax"),
-        kivi.create_kivi_cache(k_bits=4, v_bits=4),
-    )
+    default, best, paper, four_two, four = evaluation.measure_quality(kivi, ids[:, :1536], short_candidates()).rows[1:]
     most, ratio, most_of_four = LOSES[kivi.config.model_type.removesuffix("_kivi")]
-    assert default < most and default < paper / ratio and four < most_of_four
+    assert default.kl < most and default.kl < paper.kl / ratio and default.top1 > 0.9
+    assert best.kl < default.kl and four_two.kl < default.kl and four.kl < most_of_four
+    bits = [row.stored_bits for row in (default, best, paper, four_two, four)]
+    assert bits == pytest.approx([3, 3.125, 3, 3.75, 5])
 
 
 def test_a_prompt_shared_by_four_continuations(real):
