@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from modules.decode_runner import DecodeRunner
 
 
-def _as_data(method: Callable) -> Callable:
+def as_data(method: Callable) -> Callable:
     """A method without autograd and without inference tensors: what it stores serves steps in every mode."""
     apart = torch.inference_mode(False)(torch.no_grad()(method))
 
@@ -99,7 +99,7 @@ class KIVICacheLayer(CacheLayerMixin):
         k_bits, v_bits = self.bits
         return f"{type(self).__name__}(k_bits={k_bits}, v_bits={v_bits}, tokens={self.columns})"
 
-    @_as_data
+    @as_data
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Allocate for states shaped `[B, H, *, D]`; no token is stored."""
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -108,7 +108,7 @@ class KIVICacheLayer(CacheLayerMixin):
             self.state.backend = pick_backend(self.options.backend, self.state)
         self.is_initialized = True
 
-    @_as_data
+    @as_data
     def append(
         self, key_states: torch.Tensor, value_states: torch.Tensor, step: Step, query: torch.Tensor | None = None
     ) -> None:
@@ -134,7 +134,7 @@ class KIVICacheLayer(CacheLayerMixin):
             self._add_marks(step, length)
         self.columns += length
 
-    @_as_data
+    @as_data
     def _add_marks(self, step: Step, length: int) -> None:
         batch, device = self.state.batch_size, self.device
         old, new = self.column_is_real, step.real
@@ -171,11 +171,11 @@ class KIVICacheLayer(CacheLayerMixin):
         self.add_columns(step, key_states.shape[2])
         return out
 
-    @_as_data
+    @as_data
     def _observe(self, query: torch.Tensor, step: Step) -> None:
         self.state.observe(query.detach(), step.lengths)
 
-    @_as_data
+    @as_data
     def _attend_and_store(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, step: Step
     ) -> torch.Tensor:
@@ -203,7 +203,7 @@ class KIVICacheLayer(CacheLayerMixin):
         self.append(key_states, value_states, step, query)
         return tuple(torch.cat([old, new], dim=2) for old, new in zip(past, (key_states, value_states)))
 
-    @_as_data
+    @as_data
     def _dense(self, side: PackedSide) -> torch.Tensor:
         """All stored states in the columns they came in, `[B, H, columns, D]`; zeros at padding."""
         dense = self._dense_as_stored(side)
@@ -237,7 +237,7 @@ class KIVICacheLayer(CacheLayerMixin):
             raise AttributeError("batch_size")
         return self.state.batch_size
 
-    @_as_data
+    @as_data
     def reset(self) -> None:
         """Forget everything; with `max_length` the memory is kept."""
         if self.max_length is not None and self.state is not None:
@@ -246,7 +246,7 @@ class KIVICacheLayer(CacheLayerMixin):
             self.state, self.is_initialized = None, False
         self.columns, self.column_is_real = 0, None
 
-    @_as_data
+    @as_data
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the newest `-tokens_to_remove` columns; a positive number is the older convention, columns to keep."""
         given = int(tokens_to_remove)
@@ -261,7 +261,7 @@ class KIVICacheLayer(CacheLayerMixin):
         self.state.keep(lengths)
         self.columns = keep
 
-    @_as_data
+    @as_data
     def _select(self, index: torch.Tensor) -> None:
         if self.state is None:
             return
@@ -284,25 +284,25 @@ class KIVICacheLayer(CacheLayerMixin):
         if self.state is not None:
             self._select(indices.nonzero().flatten() if indices.dtype == torch.bool else indices % self.batch_size)
 
-    @_as_data
+    @as_data
     def offload(self) -> None:
         """Move the tensors to the CPU."""
         if self.state is not None:
             self.state.to("cpu")
 
-    @_as_data
+    @as_data
     def prefetch(self) -> None:
         """Move the tensors back to the layer's device."""
         if self.state is not None:
             self.state.to(self.device)
 
-    @_as_data
+    @as_data
     def __deepcopy__(self, memo: dict[int, Any]) -> KIVICacheLayer:
         twin = memo[id(self)] = type(self).__new__(type(self))
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return twin
 
-    @_as_data
+    @as_data
     def snapshot(self, new_tokens: int) -> dict[str, Any]:
         """What `restore` needs to undo a step of `new_tokens` tokens."""
         saved = dict(self.__dict__)
@@ -483,7 +483,7 @@ class KIVICache(Cache):
         if self._runner is None:
             from modules.decode_runner import DecodeRunner  # which needs this module
 
-            self._runner = DecodeRunner(model, self)
+            self._runner = DecodeRunner(model)
         if self._runner.model is not model or self._runner.running or not self.get_seq_length():
             return None
         step = self.new_step(attention_mask, input_ids.shape[0], 1)
@@ -493,7 +493,7 @@ class KIVICache(Cache):
             position_ids, self.next_positions(step, 1, position_ids.device)
         ):
             return None
-        return self._runner.step(input_ids).clone()
+        return self._runner.step(self, input_ids).clone()
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_runner": None}  # a graph is bound to the memory of this very cache

@@ -365,6 +365,7 @@ class KIVIForCausalLMMixin:
             and wants_cache
             and asked <= {"return_dict"}
             and kwargs.get("return_dict", self.config.return_dict) is not False
+            and not (self.config.output_hidden_states or self.config.output_attentions)
         )
         if plain and isinstance(past_key_values, KIVICache) and self.use_cuda_graphs:
             logits = past_key_values.replay(self, input_ids, attention_mask, position_ids)

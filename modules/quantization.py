@@ -156,7 +156,7 @@ def quantize_values(values: torch.Tensor, bits: int, group_size: int, method: st
         values: float `[..., T, D]`, `D` a multiple of `group_size`.
         bits: 2, 4 or 8.
         group_size: channels that share a scale and minimum.
-        method: "minmax" or "lsq".
+        method: "minmax", "lsq" or "clipped".
 
     Returns:
         `Quantized`: codes `[..., T, D*bits/8]`, scale and minimum `[..., T, D/G]`.
@@ -278,7 +278,7 @@ def hadamard(size: int, device: torch.device | None = None) -> torch.Tensor:
 
     One tensor a size and device, shared: not to be written to.
     """
-    matrix = torch.ones(1, 1, device=device)
+    matrix = torch.ones(1, 1, dtype=torch.float32, device=device)
     while size % (2 * matrix.shape[0]) == 0:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)]) / 2**0.5
     return torch.block_diag(*[matrix] * (size // matrix.shape[0]))

@@ -15,6 +15,7 @@ from modules.decode_runner import DecodeRunner
 from modules.kivi_cache_general import KIVICache, KIVICacheLayer
 from modules.kivi_modeling import FIELD_DEFAULTS
 from modules.kivi_options import KIVIOptions
+from modules.quantization import hadamard
 
 GREEDY = {"max_new_tokens": 40, "do_sample": False, "use_cache": True}
 
@@ -509,6 +510,21 @@ def test_sliding_layers_keep_the_stock_layer():
         assert torch.equal(together[row, 90:], alone[0, len(prompt) :])
 
 
+@pytest.mark.parametrize("backend", ["torch", "numba"])
+def test_the_default_dtype_does_not_matter(llama_pair, backend):
+    """Loading code sets it for a while."""
+    _, kivi = llama_pair
+    pieces = cut(tokens(1, 100), 90, *[1] * 9)
+    expected = run(kivi, kivi.create_kivi_cache(backend=backend), pieces)
+    hadamard.cache_clear()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        out = run(kivi, kivi.create_kivi_cache(backend=backend), pieces)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert relative_error(out, expected) < 1e-5
+
+
 def test_no_warnings_of_ours(pair):
     _, kivi = pair
     with warnings.catch_warnings():
@@ -578,11 +594,11 @@ def test_single_tokens_over_an_allocated_cache_go_to_the_graph_runner(llama_pair
     expected = kivi.generate(ids, past_key_values=kivi.create_kivi_cache(), **GREEDY)
     seen = []
 
-    def step(self, input_ids):
+    def step(self, cache, input_ids):
         seen.append(input_ids.shape)
         self.running = True
         try:
-            return self._eager(input_ids)
+            return self._eager(cache, input_ids)
         finally:
             self.running = False
 

@@ -907,7 +907,7 @@ class _Call:
         scratch = buffer("scratch", threads, plan.scratch_floats)
         partial = buffer("partial", self.units * splits, plan.partial_floats)
         batch, heads, length, head_dim = query.shape
-        out = torch.empty(batch, length, heads, head_dim)
+        out = torch.empty(batch, length, heads, head_dim, dtype=torch.float32)
         arguments = self.lengths, scratch, partial, self.limits, self.largest, out.numpy()
         with contextlib.nullcontext() if threads == 1 else numba_threads(threads):
             self.kernel(plan, self.fields, scaling * _LOG2_E, *arguments)

@@ -488,7 +488,8 @@ def _attend_full(
         tl.store(part + row[None, :] * D + (seg * SEG + c)[:, None], _merge_warps(sums[seg], weights))
 
 
-@triton.jit
+# Numbers that change as a cache grows: one compilation serves all, so that no later step waits for another.
+@triton.jit(do_not_specialize=["splits", "row_blocks"])
 def attend_splits(
     q, k_new, v_new, k_codes, k_scale, k_minimum, k_sinks, k_window, k_extra, k_order, v_codes, v_scale, v_minimum, v_sinks, v_window,
     counts, new_lengths, part, ml, factor, sequences, capacity, new_tokens, splits, row_blocks,
@@ -547,7 +548,7 @@ def attend_splits(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "row_blocks"])
 def combine_splits(
     part, ml, new_lengths, out, parts, row_blocks, new_tokens, KV_HEADS: tl.constexpr, GROUP: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, N: tl.constexpr, BLOCK: tl.constexpr, ALL_NEW: tl.constexpr,
@@ -787,15 +788,16 @@ def attend(
     out = torch.empty(batch, new_tokens, heads, head_dim, dtype=query.dtype, device=query.device)
     per_word = tile["META_PER_WORD"]
     wide = (layer.key.extra, layer.key.order) if layer.key.wide else (counts, counts)
-    attend_splits[(splits + 1, batch * shape.kv_heads, row_blocks)](
-        query, key, value, *_side_tensors(layer.key, per_word), *wide, *_side_tensors(layer.value, per_word),
-        counts, fresh, part, ml,
-        scaling * LOG2_E, batch, layer.key.capacity, new_tokens, splits, row_blocks,
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-        **tile, ALL_NEW=all_new, ASM=query.is_cuda and not FORCE_PLAIN, num_warps=tile["WARPS"],
-    )  # fmt: skip
-    combine_splits[(rows, batch * shape.kv_heads)](
-        part, ml, fresh, out, splits + 1, row_blocks, new_tokens, shape.kv_heads, shape.group, head_dim, tile["D_PAD"],
-        tile["N"], 16, all_new, num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(query):
+        attend_splits[(splits + 1, batch * shape.kv_heads, row_blocks)](
+            query, key, value, *_side_tensors(layer.key, per_word), *wide, *_side_tensors(layer.value, per_word),
+            counts, fresh, part, ml,
+            scaling * LOG2_E, batch, layer.key.capacity, new_tokens, splits, row_blocks,
+            *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
+            **tile, ALL_NEW=all_new, ASM=query.is_cuda and not FORCE_PLAIN, num_warps=tile["WARPS"],
+        )  # fmt: skip
+        combine_splits[(rows, batch * shape.kv_heads)](
+            part, ml, fresh, out, splits + 1, row_blocks, new_tokens, shape.kv_heads, shape.group, head_dim, tile["D_PAD"],
+            tile["N"], 16, all_new, num_warps=4,
+        )  # fmt: skip
     return out

@@ -359,11 +359,12 @@ def pack_groups(side: PackedSide, rows: slice, start: int, states: torch.Tensor)
     else:
         grid = (tokens // tile["TOKENS"], batch * heads, 1)
     mark = torch.zeros(1, dtype=torch.int32, device=states.device)
-    pack_states[grid](
-        states, side.codes[rows], side.scale[rows], side.minimum[rows], extra[rows], order[rows], mark,
-        heads, side.capacity, start, *states.stride()[:3],
-        KEYS=keys, D=head_dim, G=side.group_size, BITS=side.bits, METHOD=side.method, **wide_sizes, **tile, num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(states):
+        pack_states[grid](
+            states, side.codes[rows], side.scale[rows], side.minimum[rows], extra[rows], order[rows], mark,
+            heads, side.capacity, start, *states.stride()[:3],
+            KEYS=keys, D=head_dim, G=side.group_size, BITS=side.bits, METHOD=side.method, **wide_sizes, **tile, num_warps=4,
+        )  # fmt: skip
 
 
 def _can_append(layer: PackedLayer, new_lengths: list[int]) -> bool:
@@ -390,14 +391,15 @@ def append_token(layer: PackedLayer, key: torch.Tensor, value: torch.Tensor, new
     parts = [t if t is not None else s.codes for s in (k, v) for t in (s.sinks, s.window, s.codes, s.scale, s.minimum)]
     extra, order, wide_sizes = _wide(k)
     k_tile, v_tile = (tiles(head_dim, side.bits, layer.group_size) for side in (k, v))
-    append_step[(batch * heads, 2)](
-        key, value, *parts, extra, order, layer.device_counts(), batch, heads, k.capacity,
-        *key.stride()[:2], *value.stride()[:2],
-        D=head_dim, D_PAD=triton.next_power_of_2(head_dim), G=layer.group_size, VALUE_G=v.group_size,
-        K_BITS=k.bits, V_BITS=v.bits, K_METHOD=k.method, V_METHOD=v.method, **wide_sizes,
-        SINK=layer.sink_length, RING=layer.ring,
-        COLUMNS=k_tile["COLUMNS"], TOKENS=v_tile["TOKENS"], V_WIDTH_PAD=v_tile["WIDTH_PAD"], num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(key):
+        append_step[(batch * heads, 2)](
+            key, value, *parts, extra, order, layer.device_counts(), batch, heads, k.capacity,
+            *key.stride()[:2], *value.stride()[:2],
+            D=head_dim, D_PAD=triton.next_power_of_2(head_dim), G=layer.group_size, VALUE_G=v.group_size,
+            K_BITS=k.bits, V_BITS=v.bits, K_METHOD=k.method, V_METHOD=v.method, **wide_sizes,
+            SINK=layer.sink_length, RING=layer.ring,
+            COLUMNS=k_tile["COLUMNS"], TOKENS=v_tile["TOKENS"], V_WIDTH_PAD=v_tile["WIDTH_PAD"], num_warps=4,
+        )  # fmt: skip
     filled = any(layer.packs_at(row, 1) for row in range(batch))
     if filled and not (key.is_cuda and torch.cuda.is_current_stream_capturing()):
         check_packed(layer)
