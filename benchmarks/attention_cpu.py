@@ -2,8 +2,10 @@
 
     python benchmarks/attention_cpu.py --shapes llama-3.1-8b --lengths 8192 32768 --threads 1
 
-All contenders of a row take turns within the same loop, so that what else the machine does hits them alike. The baseline
-is what a stock model does a layer and step: append to a `DynamicCache`, which concatenates everything, then SDPA.
+All contenders of a row take turns within the same loop, so that what else the machine does hits them alike. Each does what
+its model does a layer and step: the baseline appends to a `DynamicCache`, which concatenates everything, then SDPA; ours
+checks and rotates the new token, attends, rotates back and stores the token. No step here fills a group, as one in 32 does;
+packing is in the times of whole steps (`decode_cpu.py`).
 """
 
 from __future__ import annotations
@@ -18,22 +20,28 @@ from machine import RESULTS, environment  # which puts the project's folder on t
 from timing import percentiles, take_turns
 from transformers import DynamicCache
 
+from modules.kivi_cache_general import KIVICacheLayer, Step
 from modules.kivi_options import KIVIOptions
-from modules.packed_attention import packed_attention, pick_backend
-from modules.packed_state import PackedLayer
 
 SHAPES = {"smollm2-135m": (9, 3, 64), "llama-3.1-8b": (32, 8, 128), "qwen2.5-7b": (28, 4, 128)}  # heads, KV heads, size
 DTYPES = ("float32", "bfloat16", "float16")
 
 
 def packed_step(backend: str, bits: int, query, key, value, past):
-    """A function that attends with one token over a packed layer holding `past`; the token is not stored."""
+    """A function that attends with one token over a packed layer holding `past`, stores the token and forgets it."""
     options = KIVIOptions(k_bits=bits, v_bits=bits, backend=backend)
-    layer = PackedLayer.empty(past[0], (bits, bits), options)
-    layer.backend = pick_backend(backend, layer)
-    layer.append(*past, [past[0].shape[2]])
-    scaling = query.shape[-1] ** -0.5
-    return lambda: packed_attention(query, key, value, layer, scaling)
+    layer = KIVICacheLayer(options, (bits, bits))
+    layer.append(*past, Step.of(None, 1, past[0].shape[2]))
+    if layer.state.packs_at(0, 1):
+        raise ValueError(f"a step after {past[0].shape[2]} tokens packs a group; choose another length.")
+    kept, scaling, one = layer.state.lengths, query.shape[-1] ** -0.5, Step.of(None, 1, 1)
+
+    def step():
+        out = layer.attend(query, key, value, scaling, one)
+        layer.state.lengths = kept
+        return out
+
+    return step
 
 
 def dense_step(query, key, value, past):
@@ -74,9 +82,9 @@ def rows_of(shape: str, length: int, dtype: str, args: argparse.Namespace) -> li
 
 
 def write(rows: list[dict], about: dict, folder: pathlib.Path) -> pathlib.Path:
-    """`attention_cpu_<threads>threads.json` and `.csv` in `folder`."""
+    """`attention_cpu.json` and `.csv` in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"attention_cpu_{about['threads']}threads.json"
+    path = folder / "attention_cpu.json"
     path.write_text(json.dumps({"environment": about, "rows": rows}, indent=1) + "\n")
     with path.with_suffix(".csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=[*rows[0], *about])

@@ -14,11 +14,14 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import functools
+import gc
+import itertools
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -28,9 +31,10 @@ from modules.kivi_options import KIVIOptions
 from modules.packed_state import PackedLayer
 
 SHAPES = {"Llama-2-7B": (32, 32, 128), "Llama-3.1-8B": (32, 8, 128), "Qwen2.5-7B": (28, 4, 128)}
-TOKENS = (2048, 8192, 32768, 131072)
-BATCHES = (1, 4, 16, 64)
+TOKENS = (32768, 8192, 131072, 2048)  # what time does not allow for comes last
+BATCHES = (1, 8, 16, 64)
 DTYPE = torch.bfloat16
+DEVICE = "cuda"
 REPLAYS = 20
 LLAMA_8B = dict(
     vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
@@ -51,7 +55,13 @@ class Row:
     gigabytes_per_second: float | None = None
     share_of_copy: float | None = None
     per_second: float | None = None
+    peak_gigabytes: float | None = None
     error: str = ""
+
+    def fail(self, error: Exception) -> Row:
+        """Say in one line what went wrong."""
+        self.error = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:100]}"
+        return self
 
 
 def _median_of_events(run: Callable[[], object], repeats: int) -> float:
@@ -83,7 +93,7 @@ def time_graphed(steps: list[Callable[[], object]]) -> float:
 
 def copy_bandwidth() -> float:
     """GB/s of a copy of 2 GiB within the device, bytes read plus bytes written."""
-    source = torch.empty(1 << 31, dtype=torch.uint8, device="cuda").random_()
+    source = torch.empty(1 << 31, dtype=torch.uint8, device=DEVICE).random_()
     target = torch.empty_like(source)
     for _ in range(3):
         target.copy_(source)
@@ -93,14 +103,16 @@ def copy_bandwidth() -> float:
 def rotation(bytes_of_one: float) -> int:
     """How many caches exceed the L2 cache four times; at least two."""
     l2 = torch.cuda.get_device_properties(0).L2_cache_size
-    return max(2, min(64, int(-(-4 * l2 // bytes_of_one))))
+    return max(2, int(-(-4 * l2 // bytes_of_one)))
 
 
-def filled_layer(batch: int, kv_heads: int, head_dim: int, tokens: int, bits: tuple[int, int]) -> PackedLayer:
-    """A layer of random codes and plausible metadata, as long as `tokens`, without quantizing anything."""
+def filled_layer(
+    batch: int, kv_heads: int, head_dim: int, tokens: int, bits: tuple[int, int], room: int = 64
+) -> PackedLayer:
+    """A layer of random codes and plausible metadata, `tokens` long with place for `room` more; nothing is quantized."""
     options = KIVIOptions(k_bits=bits[0], v_bits=bits[1])
-    like = torch.empty(batch, kv_heads, 1, head_dim, dtype=DTYPE, device="cuda")
-    layer = PackedLayer.empty(like, bits, options, max_length=tokens + 64)
+    like = torch.empty(batch, kv_heads, 1, head_dim, dtype=DTYPE, device=DEVICE)
+    layer = PackedLayer.empty(like, bits, options, max_length=tokens + room)
     layer.backend = "triton"
     layer.lengths = [tokens] * batch
     layer.packed = layer.packed_after_append()
@@ -140,8 +152,8 @@ def packed_steps(shape, batch: int, tokens: int, bits: tuple[int, int]):
     heads, kv_heads, head_dim = shape
     estimate = 2 * batch * kv_heads * tokens * head_dim * (sum(bits) / 16 + 0.125)
     layers = [filled_layer(batch, kv_heads, head_dim, tokens, bits) for _ in range(rotation(estimate))]
-    query = torch.randn(batch, heads, 1, head_dim, dtype=DTYPE, device="cuda")
-    key, value = (torch.randn(batch, kv_heads, 1, head_dim, dtype=DTYPE, device="cuda") for _ in range(2))
+    query = torch.randn(batch, heads, 1, head_dim, dtype=DTYPE, device=DEVICE)
+    key, value = (torch.randn(batch, kv_heads, 1, head_dim, dtype=DTYPE, device=DEVICE) for _ in range(2))
 
     def step(layer):
         return lambda: triton_attention.attend(query, key, value, layer, head_dim**-0.5, [1] * batch)
@@ -154,9 +166,9 @@ def full_precision_steps(shape, batch: int, tokens: int, method: str):
     heads, kv_heads, head_dim = shape
     size = 2 * batch * kv_heads * tokens * head_dim * 2
     caches = [
-        torch.randn(2, batch, kv_heads, tokens, head_dim, dtype=DTYPE, device="cuda") for _ in range(rotation(size))
+        torch.randn(2, batch, kv_heads, tokens, head_dim, dtype=DTYPE, device=DEVICE) for _ in range(rotation(size))
     ]
-    query = torch.randn(batch, heads, 1, head_dim, dtype=DTYPE, device="cuda")
+    query = torch.randn(batch, heads, 1, head_dim, dtype=DTYPE, device=DEVICE)
     if method == "flash-attn":
         from flash_attn import flash_attn_with_kvcache
 
@@ -194,154 +206,224 @@ def full_precision_steps(shape, batch: int, tokens: int, method: str):
 
 
 def measure(row: Row, make: Callable[[], tuple[list, int]], copy: float) -> Row:
-    """Time what `make` returns; a kernel that is missing or refuses becomes an error."""
+    """Time what `make` returns; whatever goes wrong becomes an error, and the others are measured."""
     try:
         steps, size = make()
         row.microseconds = time_graphed(steps)
         row.gigabytes_per_second = size / row.microseconds / 1e3
         row.share_of_copy = row.gigabytes_per_second / copy
-    except (ImportError, NotImplementedError, RuntimeError) as error:
-        row.error = (
-            f"{type(error).__name__}: {str(error).splitlines()[0][:100]}" if str(error) else type(error).__name__
-        )
+    except Exception as error:  # of a library that is measured
+        row.fail(error)
     steps = None
     torch.cuda.empty_cache()
     return row
 
 
-def attention(copy: float, until: float) -> list[Row]:
+def attention(copy: float, until: float) -> Iterator[Row]:
     """Every shape, batch and length that fits a third of the memory, until time is up."""
     memory = torch.cuda.get_device_properties(0).total_memory
     l2 = torch.cuda.get_device_properties(0).L2_cache_size
-    rows = []
-    for tokens in TOKENS:
-        for batch in BATCHES:
-            for name, shape in SHAPES.items():
-                size = max(2 * 4 * batch * shape[1] * tokens * shape[2], 4 * l2)
-                if size > memory / 3 or time.monotonic() > until:
-                    continue
-                for bits in ((2, 2), (4, 4)):
-                    row = Row("attention", name, f"packed K{bits[0]} V{bits[1]}", batch, tokens)
-                    rows.append(measure(row, lambda s=shape, b=bits, n=batch, t=tokens: packed_steps(s, n, t, b), copy))
-                for method in ("sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "flash-attn", "flashinfer"):
-                    row = Row("attention", name, method, batch, tokens)
-                    rows.append(
-                        measure(
-                            row, lambda s=shape, m=method, n=batch, t=tokens: full_precision_steps(s, n, t, m), copy
-                        )
-                    )
-                print(table(rows[-7:]), flush=True)
-    return rows
+    for tokens, batch, (name, shape) in itertools.product(TOKENS, BATCHES, SHAPES.items()):
+        size = max(2 * 4 * batch * shape[1] * tokens * shape[2], 4 * l2)
+        if size > memory / 3 or time.monotonic() > until:
+            continue
+        for bits in (2, 4, 8):
+            make = functools.partial(packed_steps, shape, batch, tokens, (bits, bits))
+            yield measure(Row("attention", name, f"packed K{bits} V{bits}", batch, tokens), make, copy)
+        for method in ("sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "flash-attn", "flashinfer"):
+            make = functools.partial(full_precision_steps, shape, batch, tokens, method)
+            yield measure(Row("attention", name, method, batch, tokens), make, copy)
 
 
-def packing(copy: float) -> list[Row]:
-    """Quantizing a prompt of 32k tokens into the cache, and one decode append that packs nothing."""
+def packing_steps(what: str, bits: int, method: str, tokens: int = 32768):
+    """Steps that quantize a prompt into a layer of Llama-3.1-8B's heads, and the bytes of one, read and written."""
     from modules.kernels import triton_quantize
 
-    rows = []
-    for bits, method in ((2, "lsq"), (2, "minmax"), (4, "lsq")):
-        layer = filled_layer(1, 8, 128, 32768, (bits, bits))
-        states = torch.randn(1, 8, layer.packed[0], 128, dtype=DTYPE, device="cuda")
-        for side in layer.sides:
-            side.method = method if side.what == "keys" else "minmax"
-            row = Row("packing", f"{side.what} {bits} bits {side.method}", "pack_groups", 1, layer.packed[0])
-            size = states.numel() * (2 + bits / 8 + 0.125)
-            rows.append(
-                measure(
-                    row,
-                    lambda s=side, x=states, n=size: ([lambda: triton_quantize.pack_groups(s, slice(0, 1), 0, x)], n),
-                    copy,
-                )
-            )
-    layer = filled_layer(1, 8, 128, 32768, (2, 2))
-    token = torch.randn(1, 8, 1, 128, dtype=DTYPE, device="cuda")
-    row = Row("packing", "one token", "append_token", 1, 32768)
-    rows.append(
-        measure(
-            row, lambda: ([lambda: triton_quantize.append_token(layer, token, token, [1])], 4 * token.numel()), copy
-        )
-    )
-    return rows
+    size = 8 * tokens * 128 * (2 + bits / 8 + 0.125)
+    steps = []
+    for _ in range(rotation(size)):
+        layer = filled_layer(1, 8, 128, tokens, (bits, bits))
+        side = layer.key if what == "keys" else layer.value
+        side.method = method
+        states = torch.randn(1, 8, layer.packed[0], 128, dtype=DTYPE, device=DEVICE)
+        steps.append(functools.partial(triton_quantize.pack_groups, side, slice(0, 1), 0, states))
+    return steps, size
 
 
-def decoding(until: float, steps: int = 32) -> list[Row]:
-    """Tokens a second of a random model of Llama-3.1-8B's shape: stock with its caches, KIVI eager and from a graph."""
-    from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+def append_steps(tokens: int = 32768):
+    """Steps that append a token and pack nothing, and the bytes of one."""
+    from modules.kernels import triton_quantize
+
+    layer = filled_layer(1, 8, 128, tokens, (2, 2))
+    token = torch.randn(1, 8, 1, 128, dtype=DTYPE, device=DEVICE)
+    return [functools.partial(triton_quantize.append_token, layer, token, token, [1])], 4 * token.numel()
+
+
+def packing(copy: float) -> Iterator[Row]:
+    """Quantizing a prompt of 32k tokens into the cache, and one decode append."""
+    for what, bits, method in (
+        ("keys", 2, "lsq"), ("keys", 2, "minmax"), ("keys", 4, "lsq"), ("values", 2, "clipped"), ("values", 4, "minmax"),
+    ):  # fmt: skip
+        row = Row("packing", f"{what} {bits} bits {method}", "pack_groups", 1, 32768)
+        yield measure(row, functools.partial(packing_steps, what, bits, method), copy)
+    yield measure(Row("packing", "one token", "append_token", 1, 32768), append_steps, copy)
+
+
+def random_models() -> tuple[torch.nn.Module, torch.nn.Module]:
+    """A KIVI model of Llama-3.1-8B's shape and a stock one with the same weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     from modeling_llama_kivi import LlamaForCausalLM_KIVI, LlamaKIVIConfig
-    from modules.decode_runner import DecodeRunner
 
+    default = torch.get_default_dtype()
     torch.set_default_dtype(DTYPE)
-    rows = []
-    with torch.device("cuda"):
-        model = LlamaForCausalLM_KIVI(LlamaKIVIConfig(**LLAMA_8B)).eval()
+    try:
+        with torch.device(DEVICE):
+            model = LlamaForCausalLM_KIVI(LlamaKIVIConfig(**LLAMA_8B)).eval()
         with torch.device("meta"):
-            stock = LlamaForCausalLM(LlamaConfig(**LLAMA_8B, attn_implementation="sdpa"))
+            stock = LlamaForCausalLM(LlamaConfig(**LLAMA_8B, attn_implementation="sdpa")).eval()
+    finally:
+        torch.set_default_dtype(default)
     stock.load_state_dict(model.state_dict(), assign=True)
     stock.model.rotary_emb = model.model.rotary_emb
-    stock.eval()
+    return model, stock
 
-    @torch.no_grad()
-    def run(batch: int, tokens: int, method: str) -> float:
-        ids = torch.randint(0, 32000, (batch, tokens), device="cuda")
-        if method.startswith("KIVI"):
-            chosen, cache = model, model.create_kivi_cache(max_length=tokens + steps + 64)
-        else:
-            chosen = stock
-            cache = (
-                StaticCache(stock.config, max_cache_len=tokens + steps + 64) if method == "stock StaticCache" else None
-            )
-        part = None
-        for piece in ids.split(max(1, 8192 // batch), dim=1):
-            part = chosen(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = part.past_key_values
-        token = part.logits[:, -1:].argmax(-1)
-        runner = DecodeRunner(model, cache) if method == "KIVI graph" else None
-        for count in range(steps + 3):
-            if count == 3:
-                torch.cuda.synchronize()
-                start = time.perf_counter()
-            if runner is not None:
-                logits = runner.step(token)
-            else:
-                logits = chosen(input_ids=token, past_key_values=cache, use_cache=True).logits
-            token = logits[:, -1:].argmax(-1)
-        torch.cuda.synchronize()
-        return (time.perf_counter() - start) / steps
 
-    for batch, tokens in ((1, 2048), (1, 32768), (8, 8192), (1, 65536), (32, 4096)):
-        for method in ("stock DynamicCache", "stock StaticCache", "KIVI eager", "KIVI graph"):
-            if time.monotonic() > until:
-                continue
-            row = Row("decoding", "Llama-3.1-8B, random", method, batch, tokens)
+def filled_cache(model, method: str, batch: int, tokens: int, room: int):
+    """The cache of `method` with `tokens` random tokens of every sequence and place for `room` more."""
+    from transformers import DynamicCache, StaticCache
+
+    config = model.config
+    kv_heads, head_dim = config.num_key_value_heads, config.head_dim
+    if method.startswith("KIVI"):
+        cache = model.create_kivi_cache(max_length=tokens + room)
+        for layer in cache.layers:
+            layer.state = filled_layer(batch, kv_heads, head_dim, tokens, layer.bits, room)
+            layer.columns, layer.is_initialized = tokens, True
+            layer.dtype, layer.device = DTYPE, torch.device(DEVICE)
+        return cache
+    if "StaticCache" in method:
+        cache = StaticCache(config, max_cache_len=tokens + room)
+        cache.early_initialization(batch, kv_heads, head_dim, DTYPE, torch.device(DEVICE))
+        for layer in cache.layers:
+            layer.keys.normal_()
+            layer.values.normal_()
+            layer.cumulative_length.fill_(tokens)
+        return cache
+    cache = DynamicCache(config=config)
+    for index in range(config.num_hidden_layers):
+        cache.update(*torch.randn(2, batch, kv_heads, tokens, head_dim, dtype=DTYPE, device=DEVICE), index)
+    return cache
+
+
+def stepper(model, cache, token: torch.Tensor, graphed: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function from a token `[B, 1]` to the next; `graphed` records a stock model's step in a CUDA graph."""
+
+    def step(token: torch.Tensor) -> torch.Tensor:
+        return model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+
+    if not graphed:
+        return step
+    still = token.clone()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step(still)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        following = step(still)
+
+    def replay(token: torch.Tensor) -> torch.Tensor:
+        still.copy_(token)
+        graph.replay()
+        return following
+
+    return replay
+
+
+@torch.no_grad()
+def seconds_a_step(model, method: str, batch: int, tokens: int, steps: int) -> float:
+    """Mean seconds of a decode step, three before them not counted."""
+    cache = filled_cache(model, method, batch, tokens, steps + 64)
+    token = torch.zeros(batch, 1, dtype=torch.int64, device=DEVICE)
+    step = stepper(model, cache, token, method == "stock StaticCache, graph")
+    for count in range(steps + 3):
+        if count == 3:
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+        token = step(token)
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / steps
+
+
+def sequences_that_fit(method: str, tokens: int) -> int:
+    """About how many sequences of `tokens` tokens fit the free memory: bytes of a KIVI cache, or of 16-bit states."""
+    layers, kv_heads, head_dim = (LLAMA_8B[name] for name in ("num_hidden_layers", "num_key_value_heads", "head_dim"))
+    bits = 3.25 if method.startswith("KIVI") else 16  # with window and sinks
+    one = 2 * layers * kv_heads * head_dim * tokens * bits / 8
+    return max(1, int(0.92 * torch.cuda.mem_get_info()[0] / one))
+
+
+def decoding(until: float, steps: int = 32) -> Iterator[Row]:
+    """Tokens a second of a random model of Llama-3.1-8B's shape over filled caches: at equal batch, and at the largest batch
+    that fits (a tenth less after each failure)."""
+    model, stock = random_models()
+    methods = ("stock DynamicCache", "stock StaticCache, graph", "KIVI eager", "KIVI graph")
+    cases = [(batch, tokens, method) for batch, tokens in ((1, 32768), (8, 32768)) for method in methods]
+    cases += [(0, 32768, method) for method in methods[1::2]]
+    cases += [
+        (batch, tokens, method) for batch, tokens in ((1, 2048), (32, 4096), (1, 131072 - 128)) for method in methods
+    ]
+    for wanted, tokens, method in cases:
+        batch = wanted or sequences_that_fit(method, tokens)
+        model.use_cuda_graphs = method == "KIVI graph"
+        while time.monotonic() < until:
+            name = method if wanted else f"{method}, largest batch"
+            row = Row("decoding", "Llama-3.1-8B, random", name, batch, tokens)
+            torch.cuda.reset_peak_memory_stats()
             try:
-                seconds = run(batch, tokens, method)
+                seconds = seconds_a_step(model if method.startswith("KIVI") else stock, method, batch, tokens, steps)
                 row.microseconds, row.per_second = seconds * 1e6, batch / seconds
-            except (RuntimeError, ValueError, TypeError) as error:
-                row.error = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+                row.peak_gigabytes = torch.cuda.max_memory_allocated() / 1e9
+            except Exception as error:  # most often memory
+                row.fail(error)
+            gc.collect()
             torch.cuda.empty_cache()
-            rows.append(row)
-            print(table([row]), flush=True)
-    return rows
+            if row.error and not wanted and batch > 1:
+                batch = min(batch - 1, int(0.9 * batch))
+                continue
+            yield row
+            break
 
 
 def table(rows: list[Row]) -> str:
     """Aligned text."""
+    widths = (10, 22, 40, 6, 8, 10, 8, 8, 8, 8, 0)
+    return "\n".join("  ".join(_cell(v).ljust(w) for v, w in zip(dataclasses.astuple(row), widths)) for row in rows)
 
-    def cell(value) -> str:
-        return (
-            ""
-            if value is None
-            else f"{value:.3g}"
-            if isinstance(value, float) and value < 100
-            else f"{value:.0f}"
-            if isinstance(value, float)
-            else str(value)
-        )
 
-    cells = [[cell(v) for v in dataclasses.astuple(row)] for row in rows]
-    widths = (10, 22, 20, 6, 8, 10, 8, 8, 8, 0)
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths)) for line in cells)
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    return (
+        f"{value:.3g}"
+        if isinstance(value, float) and value < 100
+        else f"{value:.0f}"
+        if isinstance(value, float)
+        else str(value)
+    )
+
+
+def write(rows: list[Row], copy: float, folder: Path) -> None:
+    """`gpu_bench.json` and `gpu_bench.csv`; after every row, so that a run that is cut short leaves what it has."""
+    folder.mkdir(parents=True, exist_ok=True)
+    about = environment() | {"device": torch.cuda.get_device_name(), "copy_gigabytes_per_second": copy}
+    results = about | {"rows": [dataclasses.asdict(row) for row in rows]}
+    (folder / "gpu_bench.json").write_text(json.dumps(results, indent=1))
+    with open(folder / "gpu_bench.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([field.name for field in dataclasses.fields(Row)])
+        writer.writerows(dataclasses.astuple(row) for row in rows)
 
 
 def main() -> int:
@@ -362,22 +444,16 @@ def main() -> int:
     wanted = arguments.only or ("packing", "decoding", "attention")
     copy = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}: copy bandwidth {copy:.0f} GB/s")
-    rows = packing(copy) if "packing" in wanted else []
-    print(table(rows))
-    if "decoding" in wanted:
-        rows += decoding(begin + 60 * arguments.minutes * 0.5)
-    if "attention" in wanted:
-        rows += attention(copy, until)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    about = environment() | {"device": torch.cuda.get_device_name(), "copy_gigabytes_per_second": copy}
-    (arguments.out / "gpu_bench.json").write_text(
-        json.dumps(about | {"rows": [dataclasses.asdict(row) for row in rows]}, indent=1)
-    )
-    with open(arguments.out / "gpu_bench.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([field.name for field in dataclasses.fields(Row)])
-        writer.writerows(dataclasses.astuple(row) for row in rows)
-    print(table(rows))
+    rows: list[Row] = []
+    parts = {
+        "packing": lambda: packing(copy),
+        "decoding": lambda: decoding(begin + 60 * arguments.minutes * 0.5),
+        "attention": lambda: attention(copy, until),
+    }
+    for row in itertools.chain.from_iterable(parts[name]() for name in wanted):
+        rows.append(row)
+        print(table([row]), flush=True)
+        write(rows, copy, arguments.out)
     return 0
 
 

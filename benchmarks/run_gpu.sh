@@ -13,7 +13,7 @@ mkdir -p "$out"
 parts=${PARTS:-$(($(nproc) < 12 ? $(nproc) : 12))}
 pids=()
 for part in $(seq "$parts"); do
-    timeout 150 "$python" -m pytest -q -m gpu --shard "$part/$parts" tests >"$out/tests-$part.txt" 2>&1 &
+    timeout 200 "$python" -m pytest -q -m gpu --shard "$part/$parts" tests >"$out/tests-$part.txt" 2>&1 &
     pids+=($!)
 done
 tests=0
@@ -21,7 +21,7 @@ for pid in "${pids[@]}"; do
     wait "$pid" || tests=$?
 done
 tail -n 1 "$out"/tests-*.txt
-timeout 380 "$python" benchmarks/gpu_bench.py --out "$out" --minutes "${MINUTES:-5.5}" 2>&1 | tee "$out/gpu_bench.txt"
+timeout 330 "$python" benchmarks/gpu_bench.py --out "$out" --minutes "${MINUTES:-5}" 2>&1 | tee "$out/gpu_bench.txt"
 bench=${PIPESTATUS[0]}
 echo "tests: exit $tests, benchmark: exit $bench; results in $out"
 exit $((tests || bench))

@@ -23,11 +23,17 @@ if TYPE_CHECKING:
 
 
 def as_data(method: Callable) -> Callable:
-    """A method without autograd and without inference tensors: what it stores serves steps in every mode."""
+    """A method without autograd, inference tensors and autocast: what it stores serves steps in every mode."""
     apart = torch.inference_mode(False)(torch.no_grad()(method))
 
     @functools.wraps(method)
     def run(*args: Any, **kwargs: Any) -> Any:
+        casting = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
+        if casting:
+            with contextlib.ExitStack() as stack:
+                for device in casting:
+                    stack.enter_context(torch.autocast(device, enabled=False))
+                return apart(*args, **kwargs)
         plain = not torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         return (method if plain else apart)(*args, **kwargs)
 
@@ -117,15 +123,17 @@ class KIVICacheLayer(CacheLayerMixin):
         Raises:
             ValueError: naming the layer, for NaN, infinite or too large states, or a full cache. Nothing is stored then.
         """
-        if not self.is_initialized:
+        another_batch = self.columns == 0 and self.is_initialized and self.batch_size != key_states.shape[0]
+        if not self.is_initialized or another_batch:
             self.lazy_initialization(key_states, value_states)
         with self._located():
             key_states, value_states = (step.real_first(states.detach()) for states in (key_states, value_states))
             self.state.check_room(key_states.shape[0], step.lengths)
+            value_states = self.state.rotate(value_states)
             self.state.check_states(key_states, value_states)
             if query is not None:
                 self.state.observe(step.real_first(query.detach()), step.lengths)
-            self.state.append(key_states, self.state.rotate(value_states), step.lengths)
+            self.state.append(key_states, value_states, step.lengths)
         self.add_columns(step, key_states.shape[2])
 
     def add_columns(self, step: Step, length: int) -> None:
@@ -158,9 +166,11 @@ class KIVICacheLayer(CacheLayerMixin):
             query: `[B, num_attention_heads, q, D]`; key_states, value_states: `[B, num_key_value_heads, q, D]`.
 
         Returns:
-            `[B, q, num_attention_heads, D]`.
+            `[B, q, num_attention_heads, D]` in the dtype of the cache.
         """
         out = None
+        if not query.dtype == key_states.dtype == value_states.dtype == self.dtype:  # under autocast
+            query, key_states, value_states = (t.to(self.dtype) for t in (query, key_states, value_states))
         with self._located():
             if step.real is None and query.shape[2] == 1:
                 out = decode(query, key_states, value_states, self.state, scaling)
@@ -279,10 +289,9 @@ class KIVICacheLayer(CacheLayerMixin):
             self._select(torch.arange(self.batch_size).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the sequences `indices`: int64 numbers or a bool mask."""
-        indices = torch.as_tensor(indices)
+        """Keep the sequences `indices`: int64 numbers or a bool mask. An IndexError for one that is not there."""
         if self.state is not None:
-            self._select(indices.nonzero().flatten() if indices.dtype == torch.bool else indices % self.batch_size)
+            self._select(torch.arange(self.batch_size)[torch.as_tensor(indices).cpu()])
 
     @as_data
     def offload(self) -> None:
@@ -405,11 +414,14 @@ class KIVICache(Cache):
         """The step for `length` new columns under a mask `[B, stored + length]`, 1 for real tokens.
 
         Raises:
-            ValueError: for a mask of another shape, or one that changes tokens already stored.
+            ValueError: for another batch than is stored, a mask of another shape, or one that changes tokens already
+                stored.
         """
+        stored = self.get_seq_length()
+        if stored and self.kivi_layers:
+            self.kivi_layers[0].state.check_batch(batch)
         if attention_mask is None:
             return Step.of(None, batch, length)
-        stored = self.get_seq_length()
         if attention_mask.dim() != 2:
             raise ValueError(
                 f"a KIVI cache takes a mask of shape [batch, tokens]; got one of {attention_mask.dim()} dimensions. "
@@ -435,7 +447,7 @@ class KIVICache(Cache):
     def next_positions(self, step: Step, length: int, device: torch.device) -> torch.Tensor:
         """Positions `[B, length]` of the new tokens: each sequence counts its own real tokens."""
         state = self.kivi_layers[0].state if self.kivi_layers else None
-        stored = state.lengths if state is not None else [0] * len(step.lengths)
+        stored = state.lengths if state is not None and self.get_seq_length() else [0] * len(step.lengths)
         start = torch.tensor(stored, device=device).unsqueeze(1)
         if step.real is None:
             return start + torch.arange(length, device=device)
@@ -478,7 +490,7 @@ class KIVICache(Cache):
             model: the causal LM; its forward is what is recorded.
             input_ids, attention_mask, position_ids: as the forward got them.
         """
-        if input_ids.shape[1] != 1 or model.training or not input_ids.is_cuda:
+        if input_ids.shape[1] != 1 or model.training or not input_ids.is_cuda or torch.is_autocast_enabled("cuda"):
             return None
         if self._runner is None:
             from modules.decode_runner import DecodeRunner  # which needs this module

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import logging
 import warnings
@@ -85,6 +86,15 @@ class KIVIConfigMixin(PreTrainedConfig):
         return config
 
 
+def as_kivi_config(config: PreTrainedConfig, config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
+    """`config`, or where it is a stock one its twin of `config_class`, so that what is saved is loaded as a KIVI model."""
+    if isinstance(config, config_class):
+        return config
+    twin = config_class.__new__(config_class)
+    twin.__dict__.update(copy.deepcopy(config.__dict__))
+    return twin
+
+
 def check_config(config: PreTrainedConfig) -> None:
     """Give a config the KIVI fields it lacks and raise `ValueError` for one that is not allowed or does not fit."""
     for name, default in FIELD_DEFAULTS.items():
@@ -101,6 +111,8 @@ def check_fields(config: PreTrainedConfig) -> KIVIOptions:
     Whether they fit the model is for `check_config`: `from_pretrained` sets its arguments one by one, after construction.
     """
     options = KIVIOptions.from_config(config)
+    if not isinstance(config.use_kivi_cache, bool):
+        raise ValueError(f"use_kivi_cache must be True or False; got {config.use_kivi_cache!r}.")
     chunk = config.prefill_chunk
     if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
         raise ValueError(f"prefill_chunk must be a whole number of tokens, 1 or more, or None; got {chunk!r}.")
@@ -151,8 +163,9 @@ class KIVIAttentionMixin:
         if layer.get_seq_length() == 0 or implementation == "eager":
             keys, values = past_key_values.update(key, value, self.layer_idx, query=query)
             attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+            dropout = self.attention_dropout if self.training else 0.0
             attended, weights = attend(
-                self, query, keys, values, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
+                self, query, keys, values, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
             )
         else:
             if self.training and query.requires_grad:
@@ -188,6 +201,11 @@ def attention_class(config: PreTrainedConfig, sdpa: type[nn.Module], flash: type
 
 class KIVIModelMixin:
     """A base model that runs a step through a `KIVICache`: masks, positions, chunks; stock with any other cache."""
+
+    @property
+    def _slides(self) -> bool:
+        """Whether some layers have a sliding window: those attend as in the stock model, with a mask."""
+        return any(getattr(layer.self_attn, "sliding_window", None) for layer in self.layers)
 
     def forward(
         self,
@@ -229,7 +247,7 @@ class KIVIModelMixin:
                 return self._forward_in_chunks(
                     inputs, attention_mask, cache, step, chunk, use_cache=use_cache, **kwargs
                 )
-            if cache.get_seq_length() and not any(cache.is_sliding) and self.config._attn_implementation != "eager":
+            if cache.get_seq_length() and not self._slides and self.config._attn_implementation != "eager":
                 attention_mask = None  # attention over codes goes by the step, so none need be built
             return super().forward(
                 **inputs, attention_mask=attention_mask, past_key_values=cache, use_cache=use_cache, **kwargs
@@ -248,10 +266,18 @@ class KIVIModelMixin:
 
         Chunks are of real tokens: each sequence of a padded batch is cut where it would be cut alone.
         """
-        aligned = not any(cache.is_sliding)
+        return_dict = kwargs.pop("return_dict", None)
+        if kwargs.get("output_attentions", self.config.output_attentions):
+            raise ValueError(
+                f"a forward in chunks gives no attention weights; got output_attentions=True with prefill_chunk={chunk}. Set "
+                "prefill_chunk=None for it."
+            )
+        aligned = not self._slides
         length = inputs["position_ids"].shape[-1]
         stored = cache.get_seq_length()
         real = step.real
+        if real is None and attention_mask is not None and not attention_mask[:, :stored].all():
+            real = torch.ones_like(attention_mask[:, stored:], dtype=torch.bool)  # the past has padding
         if aligned and real is not None:
             inputs = {name: None if t is None else step.real_first(t, dim=1) for name, t in inputs.items()}
             real = step.real_first(real, dim=1)
@@ -263,10 +289,11 @@ class KIVIModelMixin:
                 past = attention_mask[:, :stored].bool()
                 mask = torch.cat([past.to(real.device), real[:, : piece.stop]], dim=1)
             part = {name: None if t is None else t[:, piece] for name, t in inputs.items()}
-            outputs.append(self.forward(**part, attention_mask=mask, past_key_values=cache, **kwargs))
+            outputs.append(self.forward(**part, attention_mask=mask, past_key_values=cache, return_dict=True, **kwargs))
         if aligned and step.order is not None:
             cache.set_columns(stored, step)
-        return _join_outputs(outputs, step if aligned else None)
+        joined = _join_outputs(outputs, step if aligned else None)
+        return joined.to_tuple() if return_dict is False else joined
 
 
 def _join_outputs(outputs: list[BaseModelOutputWithPast], step: Step | None) -> BaseModelOutputWithPast:
@@ -295,6 +322,7 @@ class KIVIForCausalLMMixin:
 
     def __init__(self, config: PreTrainedConfig, **options: Any) -> None:
         reject_unknown(options, FIELD_DEFAULTS, type(self).__name__)
+        config = as_kivi_config(config, type(self).config_class)
         for name, value in options.items():
             setattr(config, name, value)
         check_config(config)
@@ -306,9 +334,7 @@ class KIVIForCausalLMMixin:
 
     @use_kivi_cache.setter
     def use_kivi_cache(self, value: bool) -> None:
-        if not isinstance(value, bool):
-            raise ValueError(f"use_kivi_cache must be True or False; got {value!r}.")
-        self.config.use_kivi_cache = value
+        self._set_checked("use_kivi_cache", value)
 
     @property
     def prefill_chunk(self) -> int | None:
@@ -316,11 +342,16 @@ class KIVIForCausalLMMixin:
 
     @prefill_chunk.setter
     def prefill_chunk(self, value: int | None) -> None:
-        previous, self.config.prefill_chunk = self.config.prefill_chunk, value
+        self._set_checked("prefill_chunk", value)
+
+    def _set_checked(self, name: str, value: Any) -> None:
+        """Set a field of the config, or leave it and raise the `ValueError` of a value that is not allowed."""
+        previous = getattr(self.config, name)
+        setattr(self.config, name, value)
         try:
-            check_config(self.config)
+            check_fields(self.config)
         except ValueError:
-            self.config.prefill_chunk = previous
+            setattr(self.config, name, previous)
             raise
 
     def create_kivi_cache(

@@ -37,7 +37,7 @@ def _check_count(name: str, value: Any, minimum: int) -> None:
 
 
 def _check_choice(name: str, value: Any, allowed: tuple) -> None:
-    if isinstance(value, bool) or value not in allowed:
+    if isinstance(value, (bool, float)) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}.")
 
 

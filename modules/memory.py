@@ -75,9 +75,10 @@ def cache_report(cache: Any) -> dict[str, Any]:
     }
     lengths = list(layers[0].lengths) if layers else []
     longest = max(range(len(lengths)), key=lengths.__getitem__) if lengths else None
-    sinks = min(lengths[longest], layers[0].sink_length) if layers else 0
-    packed = layers[0].packed[longest] if layers else 0
-    window = lengths[longest] - sinks - packed if layers else 0
+    stored = 0 if longest is None else lengths[longest]
+    sinks = min(stored, layers[0].sink_length) if layers else 0
+    packed = 0 if longest is None else layers[0].packed[longest]
+    window = stored - sinks - packed
     info["tokens"] = {"sinks": sinks, "packed": packed, "window": window, "lengths": lengths}
 
     codes = metadata = fixed = full = slack = dense = elements = packed_elements = 0
@@ -88,7 +89,7 @@ def cache_report(cache: Any) -> dict[str, Any]:
             side_packed = _storage_bytes(side.codes, side.extra)
             side_meta = _storage_bytes(side.scale, side.minimum)
             fixed += _storage_bytes(side.order)
-            used = sum(layer.packed) / (len(layer.packed) * side.capacity) if side.capacity else 0.0
+            used = sum(layer.packed) / (len(layer.packed) * side.capacity) if side.capacity and layer.packed else 0.0
             per_token = side.sinks.shape[1] * side.sinks.shape[3]
             elements += per_token * sum(layer.lengths)
             dense += per_token * sum(layer.lengths) * side.sinks.element_size()
@@ -113,12 +114,11 @@ def cache_report(cache: Any) -> dict[str, Any]:
         "dense": dense + other,
         "ratio": (dense + other) / (total + other) if total + other else 0.0,
     }
-    tokens = lengths[longest] if layers else 0
     bits = [bits for layer in cache.kivi_layers for bits in layer.bits]
     info["bits"] = {
         "stored": 8 * total / elements if elements else 0.0,
         "packed": 8 * packed_used / packed_elements if packed_elements else 0.0,
-        "nominal": nominal_bits(tokens, sum(bits) / len(bits), cache.options.residual_length) if bits else 0.0,
+        "nominal": nominal_bits(stored, sum(bits) / len(bits), cache.options.residual_length) if bits else 0.0,
     }
     return info
 

@@ -65,11 +65,12 @@ def attend_and_store(
     Args and result are those of `packed_attention`, but values are in the model's basis on both sides.
 
     Raises:
-        ValueError: for NaN, infinite or too large states, or a full cache. Nothing is stored then.
+        ValueError: for NaN, infinite or too large states, or a full cache; nothing is stored then. A single token on a GPU
+            is not looked at until its group is packed, since that would stop the device at every step.
     """
     layer.check_room(key.shape[0], new_lengths)
-    layer.check_states(key, value)
     value = layer.rotate(value)
+    layer.check_states(key, value)
     out = packed_attention(query, key, value, layer, scaling, new_lengths)
     layer.observe(query, new_lengths)
     layer.append(key, value, new_lengths)

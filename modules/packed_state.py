@@ -120,7 +120,8 @@ class PackedSide:
         if not largest <= self.limit:
             raise ValueError(
                 f"{self.what} reach {largest}: at {self.bits} bits they must be finite and at most {self.limit:.5g} in "
-                "magnitude. Look for the overflow upstream, or keep this side at 16 bits."
+                "magnitude (values as they are stored, rotated unless v_rotation=False). Look for the overflow upstream, or "
+                "keep this side at 16 bits."
             )
 
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -324,19 +325,23 @@ class PackedLayer:
             return [slice(start, end)] if count else []
         return [slice(start, self.ring), slice(0, end - self.ring)]
 
-    def check_room(self, batch: int, new_lengths: list[int]) -> None:
-        """Raise `ValueError` where new tokens of `batch` sequences do not fit."""
+    def check_batch(self, batch: int) -> None:
+        """Raise `ValueError` where `batch` is not the number of sequences stored."""
         if batch != self.batch_size:
             raise ValueError(
                 f"the cache holds {self.batch_size} sequences, the new states {batch}; reset() the cache or use "
                 "batch_repeat_interleave() / batch_select_indices()."
             )
+
+    def check_room(self, batch: int, new_lengths: list[int]) -> None:
+        """Raise `ValueError` where new tokens of `batch` sequences do not fit."""
+        self.check_batch(batch)
         longest = max((old + new for old, new in zip(self.lengths, new_lengths)), default=0)
         if self.max_length is not None and longest > self.max_length:
             raise ValueError(f"the cache was made with max_length={self.max_length} tokens; {longest} are needed.")
 
     def check_states(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Raise `ValueError` for new states that are NaN, infinite or too large."""
+        """Raise `ValueError` for new states, values rotated, that are NaN, infinite or too large."""
         if key.device.type == "cuda" and key.shape[2] == 1:
             return  # a check would stop the device at every step; the flush checks what it packs
         for side, states in ((self.key, key), (self.value, value)):
@@ -437,6 +442,8 @@ class PackedLayer:
                         self._write_ring(side, slice(row, row + 1), start, group[:, :, : after_sinks - start])
                 self.packed[row] = start
             self.lengths[row] = min(length, self.lengths[row])
+            if not length and self.query_energy is not None:
+                self.query_energy[row] = 0
 
     def select(self, index: torch.Tensor) -> None:
         """Keep the sequences `index` (int64, `[n]`), in that order; one may come several times."""

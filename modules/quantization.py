@@ -62,8 +62,9 @@ def _as_stored(t: torch.Tensor) -> torch.Tensor:
 def _fit(x: torch.Tensor, dim: int, bits: int, method: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes (float32, like `x`), scale and minimum (float32 holding float16 values, size 1 along `dim`) of groups.
 
-    "minmax" spans each group; "clipped" the range shrunk to `CLIPPED` about its centre. "lsq" alternates rounding with the least-squares refit of scale and minimum, from the
-    range shrunk to `LSQ_START` about its centre, and keeps the best of all it saw, min-max included.
+    "minmax" spans each group; "clipped" the range shrunk to `CLIPPED` about its centre. "lsq" alternates rounding with the
+    least-squares refit of scale and minimum, from the range shrunk to `LSQ_START` about its centre, and keeps the best of all
+    it saw, min-max included.
     """
     levels = (1 << bits) - 1
     low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from modeling_llama_kivi import LlamaForCausalLM_KIVI, LlamaKIVIConfig
 from modeling_qwen_kivi import Qwen2ForCausalLM_KIVI, Qwen2KIVIConfig, Qwen3ForCausalLM_KIVI, Qwen3KIVIConfig
+from modules.evaluation.plan import MODELS_FOLDER, MODELS_VARIABLE, QWEN, SMOLLM2
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -44,7 +45,7 @@ FAMILIES = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM, Qwen2KIVIConfig, Qwen2ForCausalLM_KIVI, {"hidden_size": 192}),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, Qwen3KIVIConfig, Qwen3ForCausalLM_KIVI, {"head_dim": 64}),
 }
-REAL_MODELS = {"llama": "smollm2-135m-instruct", "qwen2": "qwen2.5-coder-0.5b-instruct"}
+REAL_MODELS = {"llama": SMOLLM2, "qwen2": QWEN}
 
 
 def relative_error(out: torch.Tensor, ref: torch.Tensor) -> float:
@@ -78,7 +79,7 @@ def llama_pair():
 
 def real_model_path(family: str) -> pathlib.Path:
     """Folder of a real model, or a skip that says how to get it."""
-    root = pathlib.Path(os.environ.get("KIVI_MODELS", pathlib.Path.home() / ".cache" / "kivi-models"))
+    root = pathlib.Path(os.environ.get(MODELS_VARIABLE) or MODELS_FOLDER).expanduser()
     path = root / REAL_MODELS[family]
     if not path.exists():
         pytest.skip(f"no {REAL_MODELS[family]} under {root}; `python3 start.py test` fetches it, or set KIVI_MODELS")

@@ -177,10 +177,14 @@ def test_deepcopy_is_independent():
 def test_offload_and_prefetch_keep_the_contents():
     cache = make()
     feed(cache, 1, 80)
+    before = {name: t.clone() for name, t in cache.layers[0].state.tensors().items()}
     cache.offload(0)
     cache.layers[0].prefetch()
+    assert all(torch.equal(t, before[name]) for name, t in cache.layers[0].state.tensors().items())
     out, _ = feed(cache, 1, 1, seed=1)
-    assert out[0].shape[2] == 81
+    expected = make()
+    feed(expected, 1, 80)
+    assert torch.equal(out[0], feed(expected, 1, 1, seed=1)[0][0])
 
 
 def test_max_length_allocates_once_and_is_kept_to():
@@ -255,6 +259,32 @@ def test_bad_states_name_the_layer_and_leave_the_cache_alone(bad, side, length):
     after, _ = feed(cache, 1, 1, seed=6)
     expected, _ = feed(good, 1, 1, seed=6)
     assert all(torch.equal(a, b) for a, b in zip(after, expected))
+
+
+@pytest.mark.parametrize("dtype,offset", [(torch.float16, 20000), (torch.float32, 60000)])
+@pytest.mark.parametrize("length", [1, 60])
+def test_values_that_are_too_large_once_rotated_are_refused(dtype, offset, length):
+    """A rotation gathers what all channels have in common in one; nothing may be stored by then."""
+    cache = make()
+    feed(cache, 1, 70, dtype=dtype)
+    good = copy.deepcopy(cache)
+    key, value = states(1, length, seed=8, dtype=dtype)
+    with pytest.raises(ValueError, match="layer 1.*values reach.*v_rotation=False"):
+        cache.update(key, torch.full_like(value, offset), 1)
+    after, _ = feed(cache, 1, 1, seed=6, dtype=dtype)
+    expected, _ = feed(good, 1, 1, seed=6, dtype=dtype)
+    assert all(torch.equal(a, b) for a, b in zip(after, expected))
+
+
+def test_sequences_that_are_not_there_cannot_be_selected():
+    cache = make()
+    feed(cache, 2, 80)
+    with pytest.raises(IndexError):
+        cache.batch_select_indices(torch.tensor([5]))
+    cache.batch_select_indices(torch.tensor([-1]))
+    assert cache.layers[0].batch_size == 1
+    cache.batch_select_indices(torch.tensor([False]))
+    assert cache.get_cache_info()["tokens"]["lengths"] == []
 
 
 def test_another_batch_size_is_refused():

@@ -244,6 +244,44 @@ def test_prefill_chunk_is_the_same_as_cutting_by_hand(pair, chunk):
     assert len(out.hidden_states) == 4 and out.hidden_states[1].shape == (2, 130, kivi.config.hidden_size)
 
 
+@pytest.mark.parametrize("window", [None, 20])
+def test_chunks_of_a_second_turn_know_the_padding_of_the_first(window):
+    """With a mask that says nothing of the new tokens; eager attention and sliding layers go by it."""
+    _, _, kivi_config, kivi_class, _ = FAMILIES["qwen2"]
+    sizes = {**SIZES, **SMALL, "backend": "torch"}
+    if window:
+        layers = ["full_attention", "sliding_attention", "full_attention"]
+        sizes |= {"layer_types": layers, "sliding_window": window, "use_sliding_window": True}
+    torch.manual_seed(0)
+    kivi = kivi_class(kivi_config(**sizes)).eval()
+    kivi.set_attn_implementation("sdpa" if window else "eager")
+    ids, mask = padded([tokens(1, 10)[0], tokens(1, 100)[0]], "left", 100)
+    later = tokens(2, 40, seed=5)
+    for make in (kivi.create_kivi_cache, lambda **options: KIVICache(**SMALL, backend="torch", **options)):
+        logits = []
+        for chunk in (None, 16):
+            cache, kivi.prefill_chunk = make(use_kivi=False), None
+            with torch.no_grad():
+                kivi(ids, attention_mask=mask, past_key_values=cache)
+                kivi.prefill_chunk = chunk
+                both = torch.cat([mask, torch.ones_like(later)], dim=1)
+                logits.append(kivi(later, attention_mask=both, past_key_values=cache).logits)
+        alone = run(kivi, kivi.create_kivi_cache(use_kivi=False), [ids[:1, 90:], later[:1]])[0, 10:]
+        assert relative_error(logits[1], logits[0]) < 1e-4 and relative_error(logits[0][0], alone) < 1e-4
+
+
+def test_chunks_without_a_return_dict_or_attention_weights(llama_pair):
+    _, kivi = llama_pair
+    kivi.config.backend = "torch"
+    ids, kivi.prefill_chunk = tokens(2, 90), 32
+    with torch.no_grad():
+        plain = kivi.model(ids, past_key_values=kivi.create_kivi_cache()).last_hidden_state
+        out = kivi.model(ids, past_key_values=kivi.create_kivi_cache(), return_dict=False)
+        assert isinstance(out, tuple) and torch.equal(out[0], plain)
+        with pytest.raises(ValueError, match="attention weights"):
+            kivi(ids, past_key_values=kivi.create_kivi_cache(), output_attentions=True)
+
+
 def test_chunks_with_labels_and_embeddings(pair):
     _, kivi = pair
     ids = tokens(2, 90)
@@ -408,6 +446,8 @@ def test_a_stock_checkpoint(pair, tmp_path):
     [
         ({"k_bits": 5}, "k_bits must be one of"),
         ({"k_bits": "two"}, "k_bits"),
+        ({"v_bits": 2.0}, "v_bits must be one of"),
+        ({"use_kivi_cache": "no"}, "use_kivi_cache must be True or False"),
         ({"group_size": 40, "residual_length": 80}, "group_size must divide head_dim"),
         ({"k_bit": 2}, "did you mean 'k_bits'"),
         ({"prefill_chunk": 0}, "prefill_chunk"),
@@ -421,10 +461,13 @@ def test_bad_options_are_refused_before_the_weights_are_read(pair, tmp_path, opt
         type(kivi).from_pretrained(tmp_path, **options)
 
 
-def test_a_stock_config_is_enough(pair):
+def test_a_stock_config_is_enough(pair, tmp_path):
     stock, kivi = pair
-    model = type(kivi)(stock.config)
-    assert model.create_kivi_cache(group_size=16).options.k_bits == 2
+    model = type(kivi)(stock.config, k_bits=4, group_size=16)
+    assert model.create_kivi_cache().options.k_bits == 4 and not hasattr(stock.config, "k_bits")
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(again) is type(kivi) and again.create_kivi_cache().options.k_bits == 4
     with pytest.raises(ValueError, match="did you mean"):
         kivi.create_kivi_cache(resdual_length=3)
 
@@ -554,6 +597,48 @@ def test_a_cache_goes_from_one_autograd_mode_to_another(llama_pair, first, secon
     assert relative_error(torch.cat(out, dim=1), expected) < 1e-5
     for tensor in cache.layers[0].state.tensors().values():
         assert not tensor.is_inference() and not tensor.requires_grad
+
+
+@pytest.mark.parametrize("backend,bits", [("torch", 2), ("torch", 8), ("numba", 2)])
+def test_autocast(llama_pair, backend, bits):
+    """As near to no autocast as the stock model is."""
+    stock, kivi = llama_pair
+    pieces = cut(tokens(2, 120), 90, *[1] * 25)
+    errors = []
+    for model, make in ((stock, DynamicCache), (kivi, lambda: kivi.create_kivi_cache(k_bits=bits, backend=backend))):
+        full = run(model, make(), pieces)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            errors.append(relative_error(run(model, make(), pieces), full))
+    assert 0 < errors[1] < 2 * errors[0] + 0.02
+
+
+@pytest.mark.parametrize("how", ["reset", "crop"])
+@pytest.mark.parametrize("max_length", [None, 300])
+def test_what_is_forgotten_does_not_matter(llama_pair, how, max_length):
+    """A cache that was emptied is a new one, for another number of sequences too."""
+    _, kivi = llama_pair
+    pieces = cut(tokens(2, 120, seed=2), 100, 1, 1)
+    used = kivi.create_kivi_cache(max_length=max_length)
+    run(kivi, used, [tokens(2, 90, seed=1)])
+    used.reset() if how == "reset" else used.crop(-90)
+    assert torch.equal(run(kivi, used, pieces), run(kivi, kivi.create_kivi_cache(max_length=max_length), pieces))
+    used.reset()
+    one = [piece[:1] for piece in pieces]
+    assert torch.equal(run(kivi, used, one), run(kivi, kivi.create_kivi_cache(max_length=max_length), one))
+    with pytest.raises(ValueError, match="holds 1 sequences, the new states 2"):
+        run(kivi, used, pieces[1:2])
+
+
+def test_attention_dropout_of_a_training_step(llama_pair):
+    _, kivi = llama_pair
+    kivi.train()
+    for layer in kivi.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    logits = []
+    for cache in (DynamicCache(), kivi.create_kivi_cache()):
+        torch.manual_seed(3)
+        logits.append(kivi(tokens(1, 40), past_key_values=cache).logits)
+    assert relative_error(*logits) < 1e-5
 
 
 @pytest.mark.parametrize("backend", ["torch", "numba"])

@@ -105,7 +105,10 @@ def test_a_prompt_shared_by_four_continuations(real):
     for question in ("What", "Where", "When", "Who"):
         more = torch.cat([ids[:, :500], tokenizer(question, return_tensors="pt").input_ids], dim=1)
         texts.append(kivi.generate(more, past_key_values=copy.deepcopy(shared), **{**GREEDY, "max_new_tokens": 5}))
-    assert shared.get_seq_length() == 500
+        assert shared.get_seq_length() == 500
+        own = kivi.create_kivi_cache()
+        stream(kivi, own, [ids[:, :500]])
+        assert torch.equal(texts[-1], kivi.generate(more, past_key_values=own, **{**GREEDY, "max_new_tokens": 5}))
     assert all(text.shape[1] == 506 for text in texts)
 
 

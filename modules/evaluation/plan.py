@@ -45,21 +45,17 @@ PLAN = [
     Step("qwen-prose", QWEN),
     Step("qwen-code", QWEN, text="code"),
     Step("smollm2-code", SMOLLM2, text="code", calibration="prose"),
-    Step("qwen-passkey-2000", QWEN, lengths=(2000,)),
-]
-LONG = [
-    Step("qwen-passkey-4000", QWEN, lengths=(4000,)),
-    Step("qwen-passkey-8000", QWEN, lengths=(8000,)),
+    *(Step(f"qwen-passkey-{length}", QWEN, lengths=(length,)) for length in (2000, 4000, 8000)),
 ]
 
 
 def steps(names: list[str]) -> list[Step]:
-    """The steps of these names, "all" standing for those of the page that take minutes.
+    """The steps of these names, "all" standing for the whole page.
 
     Raises:
         ValueError: for a name that there is not.
     """
-    known = {step.name: step for step in PLAN + LONG}
+    known = {step.name: step for step in PLAN}
     for name in names:
         if name != "all" and name not in known:
             raise ValueError(f"there is no measurement {name!r}; there are all, {', '.join(known)}.")

@@ -677,12 +677,12 @@ def _take_in(plan, call, lengths, scratch, limits, largest):
             largest[0] = found if not found <= largest[0] else largest[0]
             source = call[GIVEN_VALUE] + b * call[GIVEN_VALUE_BATCH] + h * call[GIVEN_VALUE_HEAD]
             _copy_row(plan, source, place, np.float32(1.0))
+            if call[ROTATION]:
+                _rotate_row(row, call[ROTATION])
             found = _largest(row)
             largest[1] = found if not found <= largest[1] else largest[1]
             if not (largest[0] <= limits[0] and largest[1] <= limits[1]):
                 return False
-            if call[ROTATION]:
-                _rotate_row(row, call[ROTATION])
             _store_row(plan, place, call[NEW_VALUE] + b * call[NEW_VALUE_BATCH] + h * call[NEW_VALUE_HEAD])
     for b in range(call[BATCH]):
         slot = (lengths[b, _LENGTH] - call[SINKS]) % call[RING]
