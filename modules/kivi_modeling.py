@@ -90,7 +90,7 @@ def as_kivi_config(config: PreTrainedConfig, config_class: type[PreTrainedConfig
     """`config`, or where it is a stock one its twin of `config_class`, so that what is saved is loaded as a KIVI model."""
     if isinstance(config, config_class):
         return config
-    twin = config_class.__new__(config_class)
+    twin = object.__new__(config_class)
     twin.__dict__.update(copy.deepcopy(config.__dict__))
     return twin
 
