@@ -324,7 +324,8 @@ def main() -> int:
     if arguments.json:
         about = {"date": datetime.date.today().isoformat(), "triton": triton.__version__, "quick": arguments.quick}
         kernels = [dataclasses.asdict(result) for result in results]
-        arguments.json.write_text(json.dumps({"environment": about, "kernels": kernels}, indent=1) + "\n")
+        contents = {"environment": about, "beyond_limits": problems(results), "kernels": kernels}
+        arguments.json.write_text(json.dumps(contents, indent=1) + "\n")
     found = problems(results) if arguments.check else []
     print("\n".join(found), file=sys.stderr)
     return 1 if found else 0

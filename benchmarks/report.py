@@ -112,7 +112,9 @@ def compile_section(folder: pathlib.Path) -> str:
         "bring, the instructions of the main loop, and those per code of keys and values. Another version of Triton makes other "
         "machine code."
     )
-    return "\n\n".join([*parts, about(result["environment"]), text, markdown([header, *lines])])
+    beyond = "\n".join(f"- {line}" for line in result["beyond_limits"]) or "- none"
+    parts += [about(result["environment"]), text, "Beyond the limits of `--check`:", beyond]
+    return "\n\n".join([*parts, markdown([header, *lines])])
 
 
 def gpu_section(folder: pathlib.Path) -> str:
