@@ -25,6 +25,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from modules.kernels.numba_vectors import (
+    F32,
     FLOAT_NAMES,
     I32,
     I64,
@@ -398,6 +399,31 @@ def _emit_one_value(e: Emitter, form: int | str, values, token, last, block, lan
             parts[column][row] = e.multiply_add(codes, factors[group, row], parts[column][row])
 
 
+def _emit_rotate(e: Emitter, row) -> None:
+    """`head_dim` floats times `modules.quantization.hadamard`, in place: butterflies within vectors, then between them."""
+    lanes, head_dim = e.plan.lanes, e.plan.head_dim
+    size = head_dim & -head_dim  # the largest power of two that divides it
+    places = [e.address(row, 4 * lanes * number) for number in range(head_dim // lanes)]
+    parts = [e.load(place) for place in places]
+    step = 1
+    while step < size:
+        if step < lanes:
+            signs = ir.Constant(
+                parts[0].type, [ir.Constant(F32, -1.0 if lane & step else 1.0) for lane in range(lanes)]
+            )
+            order = [lane ^ step for lane in range(lanes)]
+            parts = [e.multiply_add(part, signs, e.shuffle(part, part, order)) for part in parts]
+        else:
+            for first in range(len(parts)):
+                other = first ^ (step // lanes)
+                if first < other:
+                    low, high = parts[first], parts[other]
+                    parts[first], parts[other] = e.b.fadd(low, high), e.b.fsub(low, high)
+        step *= 2
+    for place, part in zip(places, parts):
+        e.store(e.b.fmul(part, e.float_splat(1 / math.sqrt(size))), place)
+
+
 # --- the emitted code as functions of compiled code -------------------------------------------------------------------
 
 
@@ -409,6 +435,11 @@ def _copy_row(typingctx, plan, source, target, factor):
 @intrinsic
 def _store_row(typingctx, plan, source, target):
     return void_signature(plan, source, target), emitting(lambda e, *a: _emit_store_row(e, e.plan.dense, *a))
+
+
+@intrinsic
+def _rotate(typingctx, plan, row):
+    return void_signature(plan, row), emitting(_emit_rotate)
 
 
 @intrinsic
@@ -469,7 +500,7 @@ _FIELDS = (  # noqa: SIM905 - reads better
     "NEW_KEY NEW_KEY_BATCH NEW_KEY_HEAD NEW_VALUE NEW_VALUE_BATCH NEW_VALUE_HEAD "
     "K_CODES K_SCALE K_MINIMUM K_EXTRA K_ORDER K_SINKS K_WINDOW V_CODES V_SCALE V_MINIMUM V_SINKS V_WINDOW "
     "CAPACITY SINKS RING ROW_TILES SPLITS THREADS "
-    "GIVEN_VALUE GIVEN_VALUE_BATCH GIVEN_VALUE_HEAD STORES ROTATION"  # for decoding: values as given, …
+    "GIVEN_VALUE GIVEN_VALUE_BATCH GIVEN_VALUE_HEAD STORES ROTATES"  # for decoding: values as given, …
 ).split()
 (
     BATCH, KV_HEADS, GROUP, QUERIES,
@@ -477,7 +508,7 @@ _FIELDS = (  # noqa: SIM905 - reads better
     NEW_KEY, NEW_KEY_BATCH, NEW_KEY_HEAD, NEW_VALUE, NEW_VALUE_BATCH, NEW_VALUE_HEAD,
     K_CODES, K_SCALE, K_MINIMUM, K_EXTRA, K_ORDER, K_SINKS, K_WINDOW, V_CODES, V_SCALE, V_MINIMUM, V_SINKS, V_WINDOW,
     CAPACITY, SINKS, RING, ROW_TILES, SPLITS, THREADS,
-    GIVEN_VALUE, GIVEN_VALUE_BATCH, GIVEN_VALUE_HEAD, STORES, ROTATION,
+    GIVEN_VALUE, GIVEN_VALUE_BATCH, GIVEN_VALUE_HEAD, STORES, ROTATES,
 ) = range(len(_FIELDS))  # fmt: skip
 _LENGTH, _PACKED, _NEW = range(3)  # columns of `lengths`
 
@@ -637,21 +668,6 @@ def _combine(plan, call, lengths, partial, out):
 
 
 @njit
-def _rotate_row(row, size):
-    """`row` times `modules.quantization.hadamard`, in place, blocks of `size` channels at a time."""
-    factor = np.float32(1.0 / math.sqrt(size))
-    step = 1
-    while step < size:
-        for first in range(0, len(row), 2 * step):
-            for i in range(first, first + step):
-                low, high = row[i], row[i + step]
-                row[i], row[i + step] = low + high, low - high
-        step *= 2
-    for i in range(len(row)):
-        row[i] *= factor
-
-
-@njit
 def _largest(row):
     """The largest magnitude; NaN where there is one."""
     largest = np.float32(0.0)
@@ -677,8 +693,8 @@ def _take_in(plan, call, lengths, scratch, limits, largest):
             largest[0] = found if not found <= largest[0] else largest[0]
             source = call[GIVEN_VALUE] + b * call[GIVEN_VALUE_BATCH] + h * call[GIVEN_VALUE_HEAD]
             _copy_row(plan, source, place, np.float32(1.0))
-            if call[ROTATION]:
-                _rotate_row(row, call[ROTATION])
+            if call[ROTATES]:
+                _rotate(plan, place)
             found = _largest(row)
             largest[1] = found if not found <= largest[1] else largest[1]
             if not (largest[0] <= limits[0] and largest[1] <= limits[1]):
@@ -707,11 +723,9 @@ def _attend(plan, call, scaling, lengths, scratch, partial, limits, largest, out
         for unit in prange(partial.shape[0]):
             _attend_unit(plan, call, scaling, lengths, scratch, partial, np.int64(unit), np.int64(get_thread_id()))
     _combine(plan, call, lengths, partial, out)
-    if call[STORES] and call[ROTATION]:
-        for b in range(out.shape[0]):
-            for token in range(out.shape[1]):
-                for head in range(out.shape[2]):
-                    _rotate_row(out[b, token, head], call[ROTATION])
+    if call[STORES] and call[ROTATES]:
+        for row in range(out.size // plan.head_dim):
+            _rotate(plan, out.ctypes.data + row * plan.head_dim * 4)
 
 
 _KERNEL_ARGUMENTS = (
@@ -884,10 +898,9 @@ class _Call:
         if stores:
             self.rotated = np.empty(batch * kv_heads * token, np.uint8)
             attended = [self.rotated.ctypes.data, kv_heads * token, token]
-        rotation = head_dim & -head_dim if layer.rotates else 0  # the largest power of two that divides it
         fields = [batch, kv_heads, group, length, *_address(query, 3), *_address(key, 2), *attended]
         fields += [0 if t is None else t.data_ptr() for t in stored]
-        fields += [layer.key.capacity, layer.sink_length, layer.ring, row_tiles, 0, 0, *given, stores, rotation]
+        fields += [layer.key.capacity, layer.sink_length, layer.ring, row_tiles, 0, 0, *given, stores, layer.rotates]
         self.fields, self.lengths = np.array(fields), np.empty((batch, 3), np.int64)
         self.limits = np.array([side.limit for side in layer.sides], np.float32)
         self.largest = np.zeros(2, np.float32)
