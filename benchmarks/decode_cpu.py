@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--model", help="a folder; default SmolLM2-135M-Instruct, fetched")
     parser.add_argument("--tokens", type=int, nargs="+", default=[512, 8000])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=pathlib.Path, default=RESULTS / "decode_cpu.json")
     args = parser.parse_args()
