@@ -205,7 +205,7 @@ class KIVIModelMixin:
     @property
     def _slides(self) -> bool:
         """Whether some layers have a sliding window: those attend as in the stock model, with a mask."""
-        return any(getattr(layer.self_attn, "sliding_window", None) for layer in self.layers)
+        return "sliding_attention" in (getattr(self.config, "layer_types", None) or ())
 
     def forward(
         self,
