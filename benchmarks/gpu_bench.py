@@ -325,9 +325,7 @@ def stepper(model, cache, token: torch.Tensor, graphed: bool) -> Callable[[torch
     if not graphed:
         return step
     still = token.clone()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step(still)
+    step(still)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -403,15 +401,9 @@ def table(rows: list[Row]) -> str:
 
 
 def _cell(value: object) -> str:
-    if value is None:
-        return ""
-    return (
-        f"{value:.3g}"
-        if isinstance(value, float) and value < 100
-        else f"{value:.0f}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    if isinstance(value, float):
+        return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+    return "" if value is None else str(value)
 
 
 def write(rows: list[Row], copy: float, folder: Path) -> None:
