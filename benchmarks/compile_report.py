@@ -96,7 +96,7 @@ HEADER = [
 
 
 def compile_kernel(
-    kernel, types: dict[str, str], constants: dict[str, object], arch: int, options: dict[str, int], unaligned=()
+    kernel, types: dict[str, str], constants: dict[str, object], arch: int, warps: int = 4, unaligned=()
 ):
     """Compile a jitted kernel as a launch would with pointers and sizes that are multiples of 16."""
     signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
@@ -109,7 +109,8 @@ def compile_kernel(
     ]
     attributes = {(index,): [["tt.divisibility", 16]] for index in aligned}
     source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    options = {"num_warps": warps, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", arch, _WARP), options=options)
 
 
 def _tool(name: str, *arguments: str) -> str:
@@ -171,9 +172,8 @@ def attention(shape: triton_attention.Shape, rows: int, dtype: str, arch: int) -
     types |= {"k_extra": "*u8", "k_order": "*i64"}
     types |= {"counts": "*i32", "new_lengths": "*i32", "part": "*fp32", "ml": "*fp32", "factor": "fp32"}
     constants = tile | {"ALL_NEW": True, "ASM": True}
-    options = {"num_warps": tile["WARPS"]}
     numbers = ("sequences", "new_tokens", "splits", "row_blocks")
-    compiled = compile_kernel(triton_attention.attend_splits, types, constants, arch, options, unaligned=numbers)
+    compiled = compile_kernel(triton_attention.attend_splits, types, constants, arch, tile["WARPS"], unaligned=numbers)
     name = f"K{shape.k_bits} V{shape.v_bits} D{shape.head_dim} G{shape.group_size}/{shape.value_group_size} W{shape.wide} {dtype}, {rows} rows"
     result, instructions = describe("attend_splits", name, arch, compiled)
     # The loop over codes masks them; the loop over full-precision tokens does not.
@@ -195,9 +195,7 @@ def combination(head_dim: int, dtype: str, arch: int) -> Compiled:
         KV_HEADS=8, GROUP=4, D=head_dim, D_PAD=triton.next_power_of_2(head_dim), N=8, BLOCK=16, ALL_NEW=True
     )
     numbers = ("parts", "row_blocks", "new_tokens")
-    compiled = compile_kernel(
-        triton_attention.combine_splits, types, constants, arch, {"num_warps": 4}, unaligned=numbers
-    )
+    compiled = compile_kernel(triton_attention.combine_splits, types, constants, arch, unaligned=numbers)
     return describe("combine_splits", f"D{head_dim} {dtype}", arch, compiled)[0]
 
 
@@ -208,10 +206,8 @@ def packing(what: str, bits: int, method: str, head_dim: int, group_size: int, a
     types |= {"extra": "*u8", "order": "*i64"}
     constants = {"KEYS": what == "keys", "D": head_dim, "G": group_size, "BITS": bits, "METHOD": method}
     constants |= {"WIDE": wide, "WIDE_PAD": max(4, wide)} | triton_quantize.tiles(head_dim, bits, 32)
-    options = {"num_warps": 4}
-    compiled = compile_kernel(
-        triton_quantize.pack_states, types, constants, arch, options, unaligned=("heads", "first_token")
-    )
+    numbers = ("heads", "first_token")
+    compiled = compile_kernel(triton_quantize.pack_states, types, constants, arch, unaligned=numbers)
     return describe("pack_states", f"{what} {bits} bits {method} D{head_dim} G{group_size}", arch, compiled)[0]
 
 
@@ -228,9 +224,8 @@ def appending(k_bits: int, v_bits: int, head_dim: int, arch: int, wide: int = 0)
     constants |= {"VALUE_G": 64 if wide else 32, "WIDE": wide, "WIDE_PAD": max(4, wide)}
     k_tile, v_tile = (triton_quantize.tiles(head_dim, bits, 32) for bits in (k_bits, v_bits))
     constants |= {"COLUMNS": k_tile["COLUMNS"], "TOKENS": v_tile["TOKENS"], "V_WIDTH_PAD": v_tile["WIDTH_PAD"]}
-    compiled = compile_kernel(
-        triton_quantize.append_step, types, constants, arch, {"num_warps": 4}, unaligned=("sequences", "heads")
-    )
+    numbers = ("sequences", "heads")
+    compiled = compile_kernel(triton_quantize.append_step, types, constants, arch, unaligned=numbers)
     return describe("append_step", f"K{k_bits} V{v_bits} D{head_dim}", arch, compiled)[0]
 
 
@@ -252,9 +247,9 @@ def variants(quick: bool) -> list[tuple[triton_attention.Shape, int, str]]:
         REFERENCE,
         (shape_of(128, 32, 2, 2, 64, 32), 4, "bfloat16"),
         (shape_of(128, 32, 4, 4), 4, "bfloat16"),
-        (shape_of(64, 32, 2, 2), 4, "bfloat16"),
+        (shape_of(64, 32, 2, 2, 64, 16), 4, "bfloat16"),
+        (shape_of(128, 32, 2, 2, 64, 32), 64, "bfloat16"),
     ]
-    chosen += [(shape_of(128, 32, 2, 2, 64, 32), 64, "bfloat16")]
     if quick:
         return chosen
     chosen += [(shape_of(128, 32, 2, 2), rows, "bfloat16") for rows in (4, 64)]
@@ -262,6 +257,7 @@ def variants(quick: bool) -> list[tuple[triton_attention.Shape, int, str]]:
     chosen += [(shape_of(d, 32, b, b), 4, "bfloat16") for d in (64, 96, 256) for b in (2, 4, 8)]
     chosen += [(shape_of(128, g, b, b), 4, "bfloat16") for g in (16, 64, 128) for b in (2, 4, 8)]
     chosen += [(shape_of(d, 32, 2, 2, 64 if d % 64 == 0 else 32, d // 4), 4, "bfloat16") for d in (64, 96, 256)]
+    chosen += [(shape_of(64, 32, 2, 2, 64, 16), 64, "bfloat16"), (shape_of(128, 32, 2, 2, 64, 32), 4, "float32")]
     chosen += [(shape_of(d, 32, 2, 2), 4, "float32") for d in triton_attention.HEAD_DIMS]
     return list(dict.fromkeys(chosen))
 

@@ -198,7 +198,7 @@ def _weigh_codes(
 
 @triton.jit
 def _attend_codes(
-    q, q_offsets, q_real, k_codes, k_scale, k_minimum, k_extra, k_order, v_codes, v_scale, v_minimum, part, ml, packed, first, last, factor,
+    q, q_offsets, q_real, k_codes, k_scale, k_minimum, k_extra, k_order, v_codes, v_scale, v_minimum, part, ml, out_at, packed, first, last, factor,
     D: tl.constexpr, D_PAD: tl.constexpr, G: tl.constexpr, VALUE_G: tl.constexpr, WIDE: tl.constexpr,
     WIDE_PAD: tl.constexpr, N: tl.constexpr, K_BITS: tl.constexpr, V_BITS: tl.constexpr,
     K_SEG: tl.constexpr, K_SEG_PAD: tl.constexpr, K_FOLD: tl.constexpr, V_SEG: tl.constexpr, V_COLS: tl.constexpr,
@@ -275,7 +275,7 @@ def _attend_codes(
     next_plane = column // (V_SEG // 2) if V_FOLD == 2 else column * 0
     group16 = tl.arange(0, 16)
     maximum = tl.full([WARPS, N], _EMPTY, tl.float32)
-    total = tl.zeros([BATCH, T, N], tl.float32)
+    total = tl.zeros([WARPS, 8, N], tl.float32)
     sums = ()
     for _ in tl.static_range(V_WIDTH // V_SEG * V_PLANES * V_PARTS):
         sums += (tl.zeros([WARPS, V_COLS, N], tl.float32),)
@@ -339,7 +339,6 @@ def _attend_codes(
         decay = tl.exp2(maximum - new)
         maximum = new
         new_of_batch = tl.reshape(tl.broadcast_to(new[None, :, :], [U, WARPS, N]), [BATCH, N])
-        decay_of_batch = tl.reshape(tl.broadcast_to(decay[None, :, :], [U, WARPS, N]), [BATCH, N])
         p = tl.exp2(
             tl.fma(
                 scores,
@@ -347,7 +346,9 @@ def _attend_codes(
                 tl.broadcast_to(-new_of_batch[:, None, :], [BATCH, T, N]),
             )
         )
-        total = tl.fma(total, tl.broadcast_to(decay_of_batch[:, None, :], [BATCH, T, N]), p)
+        # Sums within a thread, which holds every eighth token.
+        weight = tl.sum(tl.sum(tl.reshape(p, [U, WARPS, T // 8, 8, N]), 2), 0)
+        total = tl.fma(total, tl.broadcast_to(decay[:, None, :], [WARPS, 8, N]), weight)
 
         # Values, tokens of a warp side by side: p is [WARPS, U*T, N].
         p = p.to(tl.float16 if V_BITS < 16 else v_codes.dtype.element_ty)
@@ -387,9 +388,9 @@ def _attend_codes(
 
     top = tl.max(maximum, 0)
     weights = tl.exp2(maximum - top[None, :])
-    total = tl.sum(tl.reshape(tl.sum(total, 1), [U, WARPS, N]), 0)
-    _store_softmax(ml, top, tl.sum(total * weights, 0), N)
+    _store_softmax(ml, out_at, top, tl.sum(tl.sum(total, 1) * weights, 0), N)
     row = tl.arange(0, N)
+    part += out_at.to(tl.int64) * (N * D)  # not before: the loop needs the registers
     if first < last:  # the combine step skips splits without tokens
         merged_offsets = _merge_warps(offsets, weights)
         for i in tl.static_range(V_WIDTH // V_SEG * V_PLANES * V_PARTS):
@@ -409,7 +410,8 @@ def _attend_codes(
 
 
 @triton.jit
-def _store_softmax(ml, maximum, total, N: tl.constexpr):
+def _store_softmax(ml, out_at, maximum, total, N: tl.constexpr):
+    ml += out_at.to(tl.int64) * (2 * N)
     row = tl.arange(0, N)
     tl.store(ml + 2 * row, maximum)
     tl.store(ml + 2 * row + 1, total)
@@ -417,7 +419,7 @@ def _store_softmax(ml, maximum, total, N: tl.constexpr):
 
 @triton.jit
 def _attend_full(
-    q, q_offsets, q_real, q_token, k_sinks, k_window, k_new, v_sinks, v_window, v_new, part, ml,
+    q, q_offsets, q_real, q_token, k_sinks, k_window, k_new, v_sinks, v_window, v_new, part, ml, out_at,
     length, packed, new_tokens, k_stride_t, v_stride_t, factor,
     D: tl.constexpr, N: tl.constexpr, SEG: tl.constexpr, SINK: tl.constexpr, RING: tl.constexpr,
     T: tl.constexpr, WARPS: tl.constexpr, ASM: tl.constexpr,
@@ -454,11 +456,9 @@ def _attend_full(
         for seg in tl.static_range(SEGS):
             k_channel = seg * SEG + c[None, None, :]
             x = tl.load(k_window + slot[:, :, None] * D + k_channel, mask=in_ring[:, :, None], other=0.0)
-            recent = tl.load(k_new + fresh[:, :, None] * k_stride_t + k_channel, mask=is_new[:, :, None], other=0.0)
-            x = tl.where(is_new[:, :, None], recent, x)
+            x = tl.load(k_new + fresh[:, :, None] * k_stride_t + k_channel, mask=is_new[:, :, None], other=x)
             if SINK > 0:
-                sink = tl.load(k_sinks + index[:, :, None] * D + k_channel, mask=is_sink[:, :, None], other=0.0)
-                x = tl.where(is_sink[:, :, None], sink, x)
+                x = tl.load(k_sinks + index[:, :, None] * D + k_channel, mask=is_sink[:, :, None], other=x)
             scores = _dot(x, queries[seg], scores, ASM)
         seen = (is_sink | in_ring)[:, :, None] | (is_new[:, :, None] & (fresh[:, :, None] <= q_token[None, None, :]))
         scores = tl.where(seen, scores * factor, float("-inf"))
@@ -472,18 +472,17 @@ def _attend_full(
         for seg in tl.static_range(SEGS):
             v_channel = seg * SEG + c[None, :, None]
             y = tl.load(v_window + slot[:, None, :] * D + v_channel, mask=in_ring[:, None, :], other=0.0)
-            recent_v = tl.load(v_new + fresh[:, None, :] * v_stride_t + v_channel, mask=is_new[:, None, :], other=0.0)
-            y = tl.where(is_new[:, None, :], recent_v, y)
+            y = tl.load(v_new + fresh[:, None, :] * v_stride_t + v_channel, mask=is_new[:, None, :], other=y)
             if SINK > 0:
-                sink_v = tl.load(v_sinks + index[:, None, :] * D + v_channel, mask=is_sink[:, None, :], other=0.0)
-                y = tl.where(is_sink[:, None, :], sink_v, y)
+                y = tl.load(v_sinks + index[:, None, :] * D + v_channel, mask=is_sink[:, None, :], other=y)
             new_sums += (_dot(y, p, sums[seg] * decay[:, None, :], ASM),)
         sums = new_sums
 
     top = tl.max(maximum, 0)
     weights = tl.exp2(maximum - top[None, :])
-    _store_softmax(ml, top, tl.sum(tl.sum(total, 1) * weights, 0), N)
+    _store_softmax(ml, out_at, top, tl.sum(tl.sum(total, 1) * weights, 0), N)
     row = tl.arange(0, N)
+    part += out_at.to(tl.int64) * (N * D)
     for seg in tl.static_range(SEGS):
         tl.store(part + row[None, :] * D + (seg * SEG + c)[:, None], _merge_warps(sums[seg], weights))
 
@@ -518,9 +517,7 @@ def attend_splits(
     q_token = row // GROUP
     q_real = q_token < new_tokens
     q += sequence.to(tl.int64) * q_stride_b + kv_head * GROUP * q_stride_h
-    out_at = (head.to(tl.int64) * row_blocks + row_block) * (splits + 1) + split
-    part += out_at * (N * D)
-    ml += out_at * (N * 2)
+    out_at = (head * row_blocks + row_block) * (splits + 1) + split
     head64 = head.to(tl.int64)
     if split == 0:
         k_new += sequence.to(tl.int64) * k_stride_b + kv_head * k_stride_h
@@ -528,7 +525,7 @@ def attend_splits(
         _attend_full(
             q, q_offsets, q_real, q_token,
             k_sinks + head64 * (SINK * D), k_window + head64 * (RING * D), k_new,
-            v_sinks + head64 * (SINK * D), v_window + head64 * (RING * D), v_new, part, ml,
+            v_sinks + head64 * (SINK * D), v_window + head64 * (RING * D), v_new, part, ml, out_at,
             length, packed, mine, k_stride_t, v_stride_t, factor, D, N, FULL_SEG, SINK, RING, FULL_T, WARPS, ASM,
         )  # fmt: skip
     else:
@@ -543,7 +540,7 @@ def attend_splits(
             k_codes + token0 * k_bytes, k_scale + token0 // G * D, k_minimum + token0 // G * D,
             k_extra + token0 * (WIDE // 4), k_order + head64 * D,
             v_codes + token0 * v_units, v_scale + token0 * (D // VALUE_G // META_PER_WORD), v_minimum + token0 * (D // VALUE_G),
-            part, ml, packed, first, tl.minimum(first + share, steps), factor,
+            part, ml, out_at, packed, first, tl.minimum(first + share, steps), factor,
             D, D_PAD, G, VALUE_G, WIDE, WIDE_PAD, N, K_BITS, V_BITS, K_SEG, K_SEG_PAD, K_FOLD, V_SEG, V_COLS, V_FOLD, META_PER_WORD, T, U, WARPS, ASM, STAGES,
         )  # fmt: skip
 
@@ -667,8 +664,9 @@ def tile_constants(shape: Shape, rows: int, item: int = 2, shared: int = _SHARED
         v_seg = v_g if v_width % v_g == 0 and v_fold == 1 else v_width
         v_columns = max(16, triton.next_power_of_2(v_seg // 2))
     groups = d // v_g
-    n = 16 if rows > 8 and d <= 128 else 8
-    full_segment = {64: 32, 128: 32}.get(d, 16) if item == 2 else {96: 32, 256: 16}.get(d, 64)  # others spill
+    n = 16 if rows > 8 and d in (64, 128) and item == 2 else 8
+    # Channels of a full-precision tile: a power of two, and of what keeps the loops from spilling the most.
+    full_segment = 32 if d in (64, 96) or (d == 256 and item == 4) else d
     stages, block_tokens, blocks = _pick_step(shape, n, 4, shared)
     return {
         "D": d,
@@ -690,7 +688,7 @@ def tile_constants(shape: Shape, rows: int, item: int = 2, shared: int = _SHARED
         "V_FOLD": v_fold,
         "META_PER_WORD": next(size for size in (4, 2, 1) if groups % size == 0),
         "FULL_SEG": full_segment,
-        "FULL_T": 16 if item == 2 else 8,  # the three sources of a tile must fit the registers
+        "FULL_T": 16,  # the least a product takes
         "SINK": shape.sink_length,
         "RING": shape.ring,
         "T": block_tokens,
@@ -794,10 +792,10 @@ def attend(
             counts, fresh, part, ml,
             scaling * LOG2_E, batch, layer.key.capacity, new_tokens, splits, row_blocks,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-            **tile, ALL_NEW=all_new, ASM=query.is_cuda and not FORCE_PLAIN, num_warps=tile["WARPS"],
+            **tile, ALL_NEW=all_new, ASM=query.is_cuda and not FORCE_PLAIN, num_warps=tile["WARPS"], enable_fp_fusion=True,
         )  # fmt: skip
         combine_splits[(rows, batch * shape.kv_heads)](
             part, ml, fresh, out, splits + 1, row_blocks, new_tokens, shape.kv_heads, shape.group, head_dim, tile["D_PAD"],
-            tile["N"], 16, all_new, num_warps=4,
+            tile["N"], 16, all_new, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return out

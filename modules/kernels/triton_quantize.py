@@ -363,7 +363,7 @@ def pack_groups(side: PackedSide, rows: slice, start: int, states: torch.Tensor)
         pack_states[grid](
             states, side.codes[rows], side.scale[rows], side.minimum[rows], extra[rows], order[rows], mark,
             heads, side.capacity, start, *states.stride()[:3],
-            KEYS=keys, D=head_dim, G=side.group_size, BITS=side.bits, METHOD=side.method, **wide_sizes, **tile, num_warps=4,
+            KEYS=keys, D=head_dim, G=side.group_size, BITS=side.bits, METHOD=side.method, **wide_sizes, **tile, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
 
 
@@ -398,7 +398,7 @@ def append_token(layer: PackedLayer, key: torch.Tensor, value: torch.Tensor, new
             D=head_dim, D_PAD=triton.next_power_of_2(head_dim), G=layer.group_size, VALUE_G=v.group_size,
             K_BITS=k.bits, V_BITS=v.bits, K_METHOD=k.method, V_METHOD=v.method, **wide_sizes,
             SINK=layer.sink_length, RING=layer.ring,
-            COLUMNS=k_tile["COLUMNS"], TOKENS=v_tile["TOKENS"], V_WIDTH_PAD=v_tile["WIDTH_PAD"], num_warps=4,
+            COLUMNS=k_tile["COLUMNS"], TOKENS=v_tile["TOKENS"], V_WIDTH_PAD=v_tile["WIDTH_PAD"], num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     filled = any(layer.packs_at(row, 1) for row in range(batch))
     if filled and not (key.is_cuda and torch.cuda.is_current_stream_capturing()):
