@@ -96,7 +96,7 @@ HEADER = [
 
 
 def compile_kernel(
-    kernel, types: dict[str, str], constants: dict[str, object], arch: int, warps: int = 4, unaligned=()
+    kernel, types: dict[str, str], constants: dict[str, object], arch: int, unaligned=(), **options: int
 ):
     """Compile a jitted kernel as a launch would with pointers and sizes that are multiples of 16."""
     signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
@@ -109,7 +109,7 @@ def compile_kernel(
     ]
     attributes = {(index,): [["tt.divisibility", 16]] for index in aligned}
     source = ASTSource(kernel, signature, constants, attributes)
-    options = {"num_warps": warps, "enable_fp_fusion": True}
+    options = {"num_warps": 4, "enable_fp_fusion": True} | options
     return triton.compile(source, target=GPUTarget("cuda", arch, _WARP), options=options)
 
 
@@ -173,7 +173,8 @@ def attention(shape: triton_attention.Shape, rows: int, dtype: str, arch: int) -
     types |= {"counts": "*i32", "new_lengths": "*i32", "part": "*fp32", "ml": "*fp32", "factor": "fp32"}
     constants = tile | {"ALL_NEW": True, "ASM": True}
     numbers = ("sequences", "new_tokens", "splits", "row_blocks")
-    compiled = compile_kernel(triton_attention.attend_splits, types, constants, arch, tile["WARPS"], unaligned=numbers)
+    options = {"num_warps": tile["WARPS"], "maxnreg": triton_attention.REGISTERS}
+    compiled = compile_kernel(triton_attention.attend_splits, types, constants, arch, numbers, **options)
     name = f"K{shape.k_bits} V{shape.v_bits} D{shape.head_dim} G{shape.group_size}/{shape.value_group_size} W{shape.wide} {dtype}, {rows} rows"
     result, instructions = describe("attend_splits", name, arch, compiled)
     # The loop over codes masks them; the loop over full-precision tokens does not.
@@ -195,7 +196,7 @@ def combination(head_dim: int, dtype: str, arch: int) -> Compiled:
         KV_HEADS=8, GROUP=4, D=head_dim, D_PAD=triton.next_power_of_2(head_dim), N=8, BLOCK=16, ALL_NEW=True
     )
     numbers = ("parts", "row_blocks", "new_tokens")
-    compiled = compile_kernel(triton_attention.combine_splits, types, constants, arch, unaligned=numbers)
+    compiled = compile_kernel(triton_attention.combine_splits, types, constants, arch, numbers)
     return describe("combine_splits", f"D{head_dim} {dtype}", arch, compiled)[0]
 
 
@@ -207,7 +208,7 @@ def packing(what: str, bits: int, method: str, head_dim: int, group_size: int, a
     constants = {"KEYS": what == "keys", "D": head_dim, "G": group_size, "BITS": bits, "METHOD": method}
     constants |= {"WIDE": wide, "WIDE_PAD": max(4, wide)} | triton_quantize.tiles(head_dim, bits, 32)
     numbers = ("heads", "first_token")
-    compiled = compile_kernel(triton_quantize.pack_states, types, constants, arch, unaligned=numbers)
+    compiled = compile_kernel(triton_quantize.pack_states, types, constants, arch, numbers)
     return describe("pack_states", f"{what} {bits} bits {method} D{head_dim} G{group_size}", arch, compiled)[0]
 
 
@@ -225,7 +226,7 @@ def appending(k_bits: int, v_bits: int, head_dim: int, arch: int, wide: int = 0)
     k_tile, v_tile = (triton_quantize.tiles(head_dim, bits, 32) for bits in (k_bits, v_bits))
     constants |= {"COLUMNS": k_tile["COLUMNS"], "TOKENS": v_tile["TOKENS"], "V_WIDTH_PAD": v_tile["WIDTH_PAD"]}
     numbers = ("sequences", "heads")
-    compiled = compile_kernel(triton_quantize.append_step, types, constants, arch, unaligned=numbers)
+    compiled = compile_kernel(triton_quantize.append_step, types, constants, arch, numbers)
     return describe("append_step", f"K{k_bits} V{v_bits} D{head_dim}", arch, compiled)[0]
 
 

@@ -40,6 +40,8 @@ _STEPS = (
     (1, 32),
 )  # stages of the pipeline, tokens a warp handles at a time; the first that fits
 _SHARED_H100 = 233472  # bytes of shared memory of a multiprocessor, where no device says otherwise
+# Of a thread. Without a limit the compiler spills some for a third program a multiprocessor, which the memory has no room for.
+REGISTERS = 255
 _MAX_SPLITS = 128
 _PROGRAMS_PER_SM = 2  # what registers and shared memory allow
 _MIN_SPLIT_STEPS = 2  # a split of fewer steps costs more to merge than it saves
@@ -618,25 +620,26 @@ class Shape(NamedTuple):
         )
 
 
-def _pick_step(shape: Shape, n: int, warps: int, shared: int) -> tuple[int, int, int]:
+def _pick_step(shape: Shape, n: int, warps: int, item: int, shared: int) -> tuple[int, int, int]:
     """Stages of the pipeline, tokens of a block and blocks a warp handles at a time.
 
     The first of `_STEPS` of which two programs fit `shared` bytes: all buffers but one are filled ahead. A token takes its
     codes, its share of the key metadata, and of the value metadata 2 bytes a group and a row of 16 minima; operands on
     their way take 20 bytes a channel and query row. Heads padded to a power of two, 16 query rows and wide channels leave
-    fewer registers, the widest heads only for 16 tokens at a time (from compiled kernels, which would spill).
+    fewer registers, the widest heads only for one block at a time (from compiled kernels, which would spill).
     """
     d, g, k_bits, v_bits = shape[:4]
-    token = d * (k_bits + v_bits) // 8 + 4 * d // g + 2 * d // shape.value_group_size + 32 + shape.wide
+    stored_bits = sum(8 * item if bits == FULL_PRECISION_BITS else bits for bits in (k_bits, v_bits))
+    token = d * stored_bits // 8 + 4 * d // g + 2 * d // shape.value_group_size + 32 + shape.wide
     for stages, tokens in _STEPS:
         if warps * tokens * token * max(0, stages - 1) + 20 * d * n <= shared // 2 - 1024:
             break
     if n == 16:
         stages, tokens = (3, 32) if shape.wide else (min(stages, 2), tokens)
     padded = d != triton.next_power_of_2(d)
-    if padded:
+    if padded or (d == 256 and (k_bits, v_bits) != (2, 2)):
         stages, tokens = 2, 32
-    if (padded and 4 in (k_bits, v_bits)) or (d == 256 and (k_bits, v_bits) != (2, 2)):
+    if padded and 4 in (k_bits, v_bits):
         return stages, min(g, 16), 1
     block = min(g, 32)
     return stages, block, tokens // block
@@ -666,8 +669,8 @@ def tile_constants(shape: Shape, rows: int, item: int = 2, shared: int = _SHARED
     groups = d // v_g
     n = 16 if rows > 8 and d in (64, 128) and item == 2 else 8
     # Channels of a full-precision tile: a power of two, and of what keeps the loops from spilling the most.
-    full_segment = 32 if d in (64, 96) or (d == 256 and item == 4) else d
-    stages, block_tokens, blocks = _pick_step(shape, n, 4, shared)
+    full_segment = 32 if d in (64, 96) or (d == 256 and (item == 4 or k_bits == 4)) else d
+    stages, block_tokens, blocks = _pick_step(shape, n, 4, item, shared)
     return {
         "D": d,
         "D_PAD": triton.next_power_of_2(d),
@@ -792,7 +795,8 @@ def attend(
             counts, fresh, part, ml,
             scaling * LOG2_E, batch, layer.key.capacity, new_tokens, splits, row_blocks,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-            **tile, ALL_NEW=all_new, ASM=query.is_cuda and not FORCE_PLAIN, num_warps=tile["WARPS"], enable_fp_fusion=True,
+            **tile, ALL_NEW=all_new, ASM=query.is_cuda and not FORCE_PLAIN, num_warps=tile["WARPS"],
+            maxnreg=REGISTERS, enable_fp_fusion=True,
         )  # fmt: skip
         combine_splits[(rows, batch * shape.kv_heads)](
             part, ml, fresh, out, splits + 1, row_blocks, new_tokens, shape.kv_heads, shape.group, head_dim, tile["D_PAD"],
