@@ -96,7 +96,7 @@ HEADER = [
 
 
 def compile_kernel(
-    kernel, types: dict[str, str], constants: dict[str, object], arch: int, unaligned=(), **options: int
+    kernel, types: dict[str, str], constants: dict[str, object], arch: int, unaligned=(), **options: int | bool | None
 ):
     """Compile a jitted kernel as a launch would with pointers and sizes that are multiples of 16."""
     signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
@@ -173,7 +173,7 @@ def attention(shape: triton_attention.Shape, rows: int, dtype: str, arch: int) -
     types |= {"counts": "*i32", "new_lengths": "*i32", "part": "*fp32", "ml": "*fp32", "factor": "fp32"}
     constants = tile | {"ALL_NEW": True, "ASM": True}
     numbers = ("sequences", "new_tokens", "splits", "row_blocks")
-    options = {"num_warps": tile["WARPS"], "maxnreg": triton_attention.REGISTERS}
+    options = triton_attention.launch_options(tile)
     compiled = compile_kernel(triton_attention.attend_splits, types, constants, arch, numbers, **options)
     name = f"K{shape.k_bits} V{shape.v_bits} D{shape.head_dim} G{shape.group_size}/{shape.value_group_size} W{shape.wide} {dtype}, {rows} rows"
     result, instructions = describe("attend_splits", name, arch, compiled)

@@ -40,8 +40,6 @@ _STEPS = (
     (1, 32),
 )  # stages of the pipeline, tokens a warp handles at a time; the first that fits
 _SHARED_H100 = 233472  # bytes of shared memory of a multiprocessor, where no device says otherwise
-# Of a thread. Without a limit the compiler spills some for a third program a multiprocessor, which the memory has no room for.
-REGISTERS = 255
 _MAX_SPLITS = 128
 _PROGRAMS_PER_SM = 2  # what registers and shared memory allow
 _MIN_SPLIT_STEPS = 2  # a split of fewer steps costs more to merge than it saves
@@ -645,6 +643,21 @@ def _pick_step(shape: Shape, n: int, warps: int, item: int, shared: int) -> tupl
     return stages, block, tokens // block
 
 
+def _full_segment(head_dim: int, k_bits: int, item: int) -> int:
+    """Channels of a full-precision tile: a power of two, the whole head where that does not spill (from compiled kernels)."""
+    crowded = head_dim == 256 and (item == 4 or k_bits == 4)
+    return 32 if crowded or head_dim == 96 or (head_dim == 64 and item == 2) else head_dim
+
+
+def launch_options(tile: dict[str, int]) -> dict[str, int | bool | None]:
+    """What the compiler is told of `attend_splits` beside `tile`.
+
+    Without a limit on the registers it spills some to fit a third program on a multiprocessor, which the shared memory has
+    no room for; at 16 query rows it is the limit that spills some.
+    """
+    return {"num_warps": tile["WARPS"], "maxnreg": 255 if tile["N"] == 8 else None, "enable_fp_fusion": True}
+
+
 def tile_constants(shape: Shape, rows: int, item: int = 2, shared: int = _SHARED_H100) -> dict[str, int]:
     """The tile sizes of `attend_splits`, by name.
 
@@ -668,8 +681,6 @@ def tile_constants(shape: Shape, rows: int, item: int = 2, shared: int = _SHARED
         v_columns = max(16, triton.next_power_of_2(v_seg // 2))
     groups = d // v_g
     n = 16 if rows > 8 and d in (64, 128) and item == 2 else 8
-    # Channels of a full-precision tile: a power of two, and of what keeps the loops from spilling the most.
-    full_segment = 32 if d in (64, 96) or (d == 256 and (item == 4 or k_bits == 4)) else d
     stages, block_tokens, blocks = _pick_step(shape, n, 4, item, shared)
     return {
         "D": d,
@@ -690,7 +701,7 @@ def tile_constants(shape: Shape, rows: int, item: int = 2, shared: int = _SHARED
         "V_COLS": v_columns,
         "V_FOLD": v_fold,
         "META_PER_WORD": next(size for size in (4, 2, 1) if groups % size == 0),
-        "FULL_SEG": full_segment,
+        "FULL_SEG": _full_segment(d, k_bits, item),
         "FULL_T": 16,  # the least a product takes
         "SINK": shape.sink_length,
         "RING": shape.ring,
@@ -795,8 +806,7 @@ def attend(
             counts, fresh, part, ml,
             scaling * LOG2_E, batch, layer.key.capacity, new_tokens, splits, row_blocks,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-            **tile, ALL_NEW=all_new, ASM=query.is_cuda and not FORCE_PLAIN, num_warps=tile["WARPS"],
-            maxnreg=REGISTERS, enable_fp_fusion=True,
+            **tile, ALL_NEW=all_new, ASM=query.is_cuda and not FORCE_PLAIN, **launch_options(tile),
         )  # fmt: skip
         combine_splits[(rows, batch * shape.kv_heads)](
             part, ml, fresh, out, splits + 1, row_blocks, new_tokens, shape.kv_heads, shape.group, head_dim, tile["D_PAD"],
