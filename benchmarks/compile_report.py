@@ -109,7 +109,7 @@ def compile_kernel(
     ]
     attributes = {(index,): [["tt.divisibility", 16]] for index in aligned}
     source = ASTSource(kernel, signature, constants, attributes)
-    options = {"num_warps": 4, "enable_fp_fusion": True} | options
+    options = triton_quantize.LAUNCH_OPTIONS | options
     return triton.compile(source, target=GPUTarget("cuda", arch, _WARP), options=options)
 
 

@@ -26,6 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
+from modules.kernels.triton_quantize import LAUNCH_OPTIONS
 from modules.packed_state import FULL_PRECISION_BITS, PackedLayer, PackedSide
 
 LOG2_E = 1.4426950408889634
@@ -655,7 +656,7 @@ def launch_options(tile: dict[str, int]) -> dict[str, int | bool | None]:
     Without a limit on the registers it spills some to fit a third program on a multiprocessor, which the shared memory has
     no room for; at 16 query rows it is the limit that spills some.
     """
-    return {"num_warps": tile["WARPS"], "maxnreg": 255 if tile["N"] == 8 else None, "enable_fp_fusion": True}
+    return LAUNCH_OPTIONS | {"num_warps": tile["WARPS"], "maxnreg": 255 if tile["N"] == 8 else None}
 
 
 def tile_constants(shape: Shape, rows: int, item: int = 2, shared: int = _SHARED_H100) -> dict[str, int]:
@@ -810,6 +811,6 @@ def attend(
         )  # fmt: skip
         combine_splits[(rows, batch * shape.kv_heads)](
             part, ml, fresh, out, splits + 1, row_blocks, new_tokens, shape.kv_heads, shape.group, head_dim, tile["D_PAD"],
-            tile["N"], 16, all_new, num_warps=4, enable_fp_fusion=True,
+            tile["N"], 16, all_new, **LAUNCH_OPTIONS,
         )  # fmt: skip
     return out

@@ -23,6 +23,7 @@ _MARGIN = tl.constexpr((1 - CLIPPED) / 2)
 _HALF_EVEN = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding and taking it off rounds a small float32 to an integer
 _COLUMNS = 16  # bytes of a token that are packed at a time
 _TOKENS = 32  # tokens whose values are packed at a time
+LAUNCH_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}  # of every kernel for GPUs
 
 
 @triton.jit
@@ -363,7 +364,7 @@ def pack_groups(side: PackedSide, rows: slice, start: int, states: torch.Tensor)
         pack_states[grid](
             states, side.codes[rows], side.scale[rows], side.minimum[rows], extra[rows], order[rows], mark,
             heads, side.capacity, start, *states.stride()[:3],
-            KEYS=keys, D=head_dim, G=side.group_size, BITS=side.bits, METHOD=side.method, **wide_sizes, **tile, num_warps=4, enable_fp_fusion=True,
+            KEYS=keys, D=head_dim, G=side.group_size, BITS=side.bits, METHOD=side.method, **wide_sizes, **tile, **LAUNCH_OPTIONS,
         )  # fmt: skip
 
 
@@ -398,7 +399,7 @@ def append_token(layer: PackedLayer, key: torch.Tensor, value: torch.Tensor, new
             D=head_dim, D_PAD=triton.next_power_of_2(head_dim), G=layer.group_size, VALUE_G=v.group_size,
             K_BITS=k.bits, V_BITS=v.bits, K_METHOD=k.method, V_METHOD=v.method, **wide_sizes,
             SINK=layer.sink_length, RING=layer.ring,
-            COLUMNS=k_tile["COLUMNS"], TOKENS=v_tile["TOKENS"], V_WIDTH_PAD=v_tile["WIDTH_PAD"], num_warps=4, enable_fp_fusion=True,
+            COLUMNS=k_tile["COLUMNS"], TOKENS=v_tile["TOKENS"], V_WIDTH_PAD=v_tile["WIDTH_PAD"], **LAUNCH_OPTIONS,
         )  # fmt: skip
     filled = any(layer.packs_at(row, 1) for row in range(batch))
     if filled and not (key.is_cuda and torch.cuda.is_current_stream_capturing()):
