@@ -1,1 +1,1 @@
-"""Compiled backends, one file a kernel. Imported only when used; none imports transformers."""
+"""Attention over packed layers, appending to them and packing: a protocol, a registry, and a folder a backend."""

@@ -24,7 +24,7 @@ from numba import get_thread_id, njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from modules.kernels.numba_vectors import (
+from modules.kernels.numba.vectors import (
     F32,
     FLOAT_NAMES,
     I32,
@@ -41,7 +41,10 @@ from modules.kernels.numba_vectors import (
     row_bytes,
     void_signature,
 )
-from modules.packed_state import FULL_PRECISION_BITS, PackedLayer
+from modules.kernels.reference.attention import attend as attend_in_torch
+from modules.options import FULL_PRECISION_BITS
+from modules.store.layer import PackedLayer
+from modules.store.step import Step
 
 _MAX_ROWS = 8
 _MIN_TILE = 128  # tokens of a tile: its scores and weights stay in the first-level cache
@@ -400,7 +403,7 @@ def _emit_one_value(e: Emitter, form: int | str, values, token, last, block, lan
 
 
 def _emit_rotate(e: Emitter, row) -> None:
-    """`head_dim` floats times `modules.quantization.hadamard`, in place: butterflies within vectors, then between them."""
+    """`head_dim` floats times `modules.codecs.rotation.hadamard`, in place: butterflies within vectors, then between them."""
     lanes, head_dim = e.plan.lanes, e.plan.head_dim
     size = head_dim & -head_dim  # the largest power of two that divides it
     places = [e.address(row, 4 * lanes * number) for number in range(head_dim // lanes)]
@@ -805,22 +808,20 @@ def attend(
     value: torch.Tensor,
     layer: PackedLayer,
     scaling: float,
-    new_lengths: list[int],
+    step: Step,
 ) -> torch.Tensor:
     """Attention of new tokens over a layer on the CPU.
 
-    Args and result are those of `modules.packed_attention.packed_attention`; states are float32, bfloat16 or float16.
+    Args and result are those of `modules.kernels.backend.Backend.attend`; states are float32, bfloat16 or float16.
     """
     plan = _plan_of(query, key, value, layer)
     if plan is None or query.shape[1] // key.shape[1] * query.shape[2] > _MANY_ROWS:
-        from modules.packed_attention import _attend_torch
-
-        return _attend_torch(query, key, value, layer, scaling, new_lengths)
+        return attend_in_torch(query, key, value, layer, scaling, step)
     query = query if query.stride(3) == 1 else query.contiguous()
     key, value = (t if _tokens_lie_side_by_side(t) else t.contiguous() for t in (key, value))
     stored = [t if t is None else t.contiguous() for t in _stored(layer)]
     call = _Call(plan, query, key, value, layer, stored)
-    return call.run(query, scaling, layer, new_lengths)
+    return call.run(query, scaling, layer, step.lengths)
 
 
 def decode(
@@ -837,7 +838,7 @@ def decode(
     Raises:
         ValueError: for NaN, infinite or too large states; nothing is stored then.
     """
-    if min(layer.lengths) < layer.sink_length or any(layer.packs_at(row, 1) for row in range(layer.batch_size)):
+    if min(layer.lengths) < layer.sink_length or any(layer.ledger.packs(row, 1) for row in range(layer.batch_size)):
         return None
     memory = _memory(query, key, value, layer)
     before, call = _decoding.get(layer, (None, None))
@@ -855,7 +856,6 @@ def decode(
     out = call.run(query, scaling, layer, new_lengths)
     for side, magnitude in zip(layer.sides, call.largest.tolist()):
         side.check_magnitude(magnitude)
-    layer.advance(new_lengths)
     return out
 
 
@@ -902,7 +902,7 @@ class _Call:
         fields += [0 if t is None else t.data_ptr() for t in stored]
         fields += [layer.key.capacity, layer.sink_length, layer.ring, row_tiles, 0, 0, *given, stores, layer.rotates]
         self.fields, self.lengths = np.array(fields), np.empty((batch, 3), np.int64)
-        self.limits = np.array([side.limit for side in layer.sides], np.float32)
+        self.limits = np.array([side.codec.limit for side in layer.sides], np.float32)
         self.largest = np.zeros(2, np.float32)
 
     def run(self, query: torch.Tensor, scaling: float, layer: PackedLayer, new_lengths: list[int]) -> torch.Tensor:

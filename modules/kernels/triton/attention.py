@@ -26,8 +26,11 @@ import torch
 import triton
 import triton.language as tl
 
-from modules.kernels.triton_quantize import LAUNCH_OPTIONS
-from modules.packed_state import FULL_PRECISION_BITS, PackedLayer, PackedSide
+from modules.kernels.triton.packing import LAUNCH_OPTIONS
+from modules.options import FULL_PRECISION_BITS
+from modules.store.layer import PackedLayer
+from modules.store.side import PackedSide
+from modules.store.step import Step
 
 LOG2_E = 1.4426950408889634
 HEAD_DIMS = (64, 96, 128, 256)
@@ -772,12 +775,12 @@ def attend(
     value: torch.Tensor,
     layer: PackedLayer,
     scaling: float,
-    new_lengths: list[int],
+    step: Step,
     splits: int | None = None,
 ) -> torch.Tensor:
     """Attention of new tokens over a layer on a GPU; its lengths are read on the device.
 
-    Args and result are those of `modules.packed_attention.packed_attention`, and
+    Args and result are those of `modules.kernels.backend.Backend.attend`, and
 
         splits: parts the packed tokens are attended in, side by side; None chooses by device and capacity.
     """
@@ -791,9 +794,9 @@ def attend(
     if splits is None:
         step_tokens = tile["WARPS"] * tile["U"] * tile["T"]
         splits = _number_of_splits(query.device, programs, layer.key.capacity, step_tokens)
-    all_new = all(new == new_tokens for new in new_lengths)
-    counts = layer.device_counts()
-    fresh = counts if all_new else torch.tensor(new_lengths, dtype=torch.int32, device=query.device)
+    all_new = step.all_real
+    counts = layer.ledger.counts(query.device)
+    fresh = counts if all_new else step.lengths_on(query.device)
     # Two numbers a row beside the sums, in one buffer.
     size = programs * (splits + 1) * tile["N"]
     scratch = torch.empty(size * (head_dim + 2), dtype=torch.float32, device=query.device)

@@ -26,7 +26,7 @@ from numba.core.typing.templates import AttributeTemplate
 from numba.extending import NativeValue, infer_getattr, lower_getattr_generic, models, register_model, unbox
 
 if TYPE_CHECKING:
-    from modules.kernels.numba_attention import Plan
+    from modules.kernels.numba.attention import Plan
 
 FLOAT_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -59,7 +59,7 @@ def row_bytes(form: int | str, head_dim: int) -> int:
 def _digest() -> str:
     """Of these sources. Numba's on-disk cache looks only at the file of the function it loads, not at what that calls."""
     digest = hashlib.sha256()
-    for path in sorted(pathlib.Path(__file__).parent.glob("numba_*.py")):
+    for path in sorted(pathlib.Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 

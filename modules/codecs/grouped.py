@@ -11,9 +11,10 @@ A byte holds `P = 8 / bits` codes, one of each of `P` planes along the head: byt
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
 
 import torch
+
+from modules.codecs.codec import Packed
 
 FLOAT16_MAX = 65504.0
 LSQ_ROUNDS = 4
@@ -21,17 +22,6 @@ LSQ_START = 0.8
 CLIPPED = 0.85
 WIDE_BITS = 4
 _SLICE_ELEMENTS = 1 << 21  # quantized at a time: bounds the temporaries of a long prefill
-
-
-class Quantized(NamedTuple):
-    """Packed groups: `codes` uint8 `[..., T, D*bits/8]`; `scale` and `minimum` float16, `[..., T/G, D]` for keys and
-    `[..., T, D/G]` for values; `extra` uint8 `[..., T, W/4]`, the low two bits of the first `W` channels of keys, four
-    neighbours a byte, or None."""
-
-    codes: torch.Tensor
-    scale: torch.Tensor
-    minimum: torch.Tensor
-    extra: torch.Tensor | None = None
 
 
 def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -125,7 +115,7 @@ def _check(x: torch.Tensor, size: int, what: str, bits: int, group_size: int, me
     refuse_unrepresentable(x, what)
 
 
-def quantize_keys(keys: torch.Tensor, bits: int, group_size: int, method: str = "lsq") -> Quantized:
+def quantize_keys(keys: torch.Tensor, bits: int, group_size: int, method: str = "lsq") -> Packed:
     """Quantize keys per channel over groups of `group_size` tokens.
 
     Args:
@@ -135,7 +125,7 @@ def quantize_keys(keys: torch.Tensor, bits: int, group_size: int, method: str = 
         method: "lsq" or "minmax".
 
     Returns:
-        `Quantized`: codes `[..., T, D*bits/8]`, scale and minimum `[..., T/G, D]`.
+        `Packed`: codes `[..., T, D*bits/8]`, scale and minimum `[..., T/G, D]`.
 
     Raises:
         ValueError: for bits, method or shapes that do not fit, and for keys that are NaN, infinite or beyond float16.
@@ -150,7 +140,7 @@ def quantize_keys(keys: torch.Tensor, bits: int, group_size: int, method: str = 
     return _join(parts, head_dim * bits // 8, head_dim, keys)
 
 
-def quantize_values(values: torch.Tensor, bits: int, group_size: int, method: str = "minmax") -> Quantized:
+def quantize_values(values: torch.Tensor, bits: int, group_size: int, method: str = "minmax") -> Packed:
     """Quantize values per token over groups of `group_size` channels.
 
     Args:
@@ -160,7 +150,7 @@ def quantize_values(values: torch.Tensor, bits: int, group_size: int, method: st
         method: "minmax", "lsq" or "clipped".
 
     Returns:
-        `Quantized`: codes `[..., T, D*bits/8]`, scale and minimum `[..., T, D/G]`.
+        `Packed`: codes `[..., T, D*bits/8]`, scale and minimum `[..., T, D/G]`.
 
     Raises:
         ValueError: for bits, method or shapes that do not fit, and for values that are NaN, infinite or beyond float16.
@@ -182,16 +172,16 @@ def _token_slices(x: torch.Tensor, multiple: int) -> list[torch.Tensor]:
     return [x[..., start : start + step, :] for start in range(0, tokens, step)]
 
 
-def _join(parts: list[tuple[torch.Tensor, ...]], code_bytes: int, metadata: int, like: torch.Tensor) -> Quantized:
+def _join(parts: list[tuple[torch.Tensor, ...]], code_bytes: int, metadata: int, like: torch.Tensor) -> Packed:
     if not parts:
         lead = like.shape[:-2]
         meta = torch.empty(*lead, 0, metadata, dtype=torch.float16, device=like.device)
-        return Quantized(torch.empty(*lead, 0, code_bytes, dtype=torch.uint8, device=like.device), meta, meta.clone())
+        return Packed(torch.empty(*lead, 0, code_bytes, dtype=torch.uint8, device=like.device), meta, meta.clone())
     codes, scale, minimum = (torch.cat(column, dim=-2) if len(parts) > 1 else column[0] for column in zip(*parts))
-    return Quantized(codes, scale.to(torch.float16), minimum.to(torch.float16))
+    return Packed(codes, scale.to(torch.float16), minimum.to(torch.float16))
 
 
-def dequantize_keys(packed: Quantized, bits: int, group_size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def dequantize_keys(packed: Packed, bits: int, group_size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Keys `[..., T, D]` in `dtype` from their packed groups."""
     codes = unpack_codes(packed.codes, bits).to(torch.float32).unflatten(-2, (-1, group_size))
     keys = codes.mul_(packed.scale.unsqueeze(-2)).add_(packed.minimum.unsqueeze(-2))
@@ -199,7 +189,7 @@ def dequantize_keys(packed: Quantized, bits: int, group_size: int, dtype: torch.
 
 
 def dequantize_values(
-    packed: Quantized, bits: int, group_size: int, dtype: torch.dtype = torch.float32
+    packed: Packed, bits: int, group_size: int, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
     """Values `[..., T, D]` in `dtype` from their packed groups."""
     codes = unpack_codes(packed.codes, bits).to(torch.float32).unflatten(-1, (-1, group_size))
@@ -219,8 +209,11 @@ def choose_order(keys: torch.Tensor, wide: int, group_size: int, query_energy: t
     Returns:
         Channel numbers, int64 `[b, H, D]`, ascending among the wide ones and among the others.
     """
-    groups = keys.float().unflatten(2, (-1, group_size))
-    cost = (groups.amax(3) - groups.amin(3)).square().mean(2)
+    costs, count = [], keys.shape[2] // group_size
+    for part in _token_slices(keys, group_size):
+        groups = part.float().unflatten(2, (-1, group_size))
+        costs.append((groups.amax(3) - groups.amin(3)).square())
+    cost = costs[0].mean(2) if len(costs) == 1 else sum(part.sum(2) for part in costs) / count
     known = query_energy.amax(-1, keepdim=True) > 0
     cost = cost * torch.where(known, query_energy, torch.ones_like(query_energy))
     others = torch.ones_like(cost, dtype=torch.uint8).scatter_(-1, cost.topk(wide, dim=-1).indices, 0)
@@ -232,7 +225,7 @@ def place_channels(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     return x.gather(3, order.unsqueeze(2).expand_as(x))
 
 
-def widen(packed: Quantized, fine: Quantized) -> Quantized:
+def widen(packed: Packed, fine: Packed) -> Packed:
     """2-bit keys whose first channels are replaced by the 4-bit ones of `fine`.
 
     `scale * code + minimum` at 4 bits is `(4*scale) * high + scale * low + minimum`, so the high bits take the place of the
@@ -248,10 +241,10 @@ def widen(packed: Quantized, fine: Quantized) -> Quantized:
     scale = torch.cat([fine.scale * 4, packed.scale[..., wide:]], dim=-1)
     minimum = torch.cat([fine.minimum, packed.minimum[..., wide:]], dim=-1)
     neighbours = (fine_codes & 3).unflatten(-1, (-1, 4)).transpose(-1, -2).flatten(-2)
-    return Quantized(pack_codes(codes, 2), scale, minimum, pack_codes(neighbours, 2))
+    return Packed(pack_codes(codes, 2), scale, minimum, pack_codes(neighbours, 2))
 
 
-def dequantize_wide_keys(packed: Quantized, order: torch.Tensor, group_size: int) -> torch.Tensor:
+def dequantize_wide_keys(packed: Packed, order: torch.Tensor, group_size: int) -> torch.Tensor:
     """Float32 keys `[b, H, T, D]` from 2-bit ones with wide channels, stored in `order` `[b, H, D]`."""
     stored = dequantize_keys(packed, 2, group_size)
     low = low_codes(packed.extra)
@@ -270,16 +263,3 @@ def low_codes(extra: torch.Tensor) -> torch.Tensor:
 def _codes_of_bytes(device: torch.device) -> torch.Tensor:
     """The four 2-bit codes of each byte, float32 `[256, 4]`: one lookup, where planes would be a few channels wide."""
     return unpack_codes(torch.arange(256, dtype=torch.uint8, device=device).unsqueeze(1), 2).float()
-
-
-@functools.cache
-@torch.inference_mode(False)
-def hadamard(size: int, device: torch.device | None = None) -> torch.Tensor:
-    """Orthonormal and symmetric `[size, size]`, float32: Sylvester's Hadamard blocks of the largest power of two.
-
-    One tensor a size and device, shared: not to be written to.
-    """
-    matrix = torch.ones(1, 1, dtype=torch.float32, device=device)
-    while size % (2 * matrix.shape[0]) == 0:
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)]) / 2**0.5
-    return torch.block_diag(*[matrix] * (size // matrix.shape[0]))

@@ -20,7 +20,7 @@ from numba import njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from modules.kernels.numba_vectors import (
+from modules.kernels.numba.vectors import (
     FLOAT_NAMES,
     I8,
     I32,
@@ -35,17 +35,20 @@ from modules.kernels.numba_vectors import (
     numba_threads,
     void_signature,
 )
-from modules.quantization import (
+from modules.codecs.codec import Packed
+from modules.codecs.grouped import (
     CLIPPED,
     FLOAT16_MAX,
     LSQ_ROUNDS,
     LSQ_START,
-    Quantized,
+    WIDE_BITS,
     check_layout,
+    place_channels,
     refuse_unrepresentable,
 )
-from modules.quantization import quantize_keys as _torch_keys
-from modules.quantization import quantize_values as _torch_values
+from modules.codecs.grouped import quantize_keys as _torch_keys
+from modules.codecs.grouped import quantize_values as _torch_values
+from modules.store.side import PackedSide
 
 _LARGEST_BITS = int(np.float32(FLOAT16_MAX).view(np.int32))
 _SERIAL_ELEMENTS = 1 << 16  # below which starting threads costs more than it saves
@@ -188,7 +191,7 @@ class _Fit:
         return scale, self.as_stored(self.b.fsub(mean, self.b.fmul(scale, mean_code)))
 
     def run(self):
-        """`(scale, minimum, largest)` of the chunk; see `modules.quantization._fit`."""
+        """`(scale, minimum, largest)` of the chunk; see `modules.codecs.grouped._fit`."""
         low, high, total, largest = self.range()
         span = self.b.fsub(high, low)
         levels = self.spec.levels
@@ -318,13 +321,13 @@ def _packing(what: str, bits: int, group_size: int, method: str, dtype: torch.dt
     return Packing(what, bits, group_size, method, FLOAT_NAMES[dtype], head_dim, lanes) if lanes >= 4 else None
 
 
-def quantize_keys(keys: torch.Tensor, bits: int, group_size: int, method: str = "lsq") -> Quantized:
-    """As `modules.quantization.quantize_keys`, for `[B, H, T, D]` on the CPU."""
+def quantize_keys(keys: torch.Tensor, bits: int, group_size: int, method: str = "lsq") -> Packed:
+    """As `modules.codecs.grouped.quantize_keys`, for `[B, H, T, D]` on the CPU."""
     return _quantize("keys", keys, bits, group_size, method, keys.shape[-2], _torch_keys)
 
 
-def quantize_values(values: torch.Tensor, bits: int, group_size: int, method: str = "minmax") -> Quantized:
-    """As `modules.quantization.quantize_values`, for `[B, H, T, D]` on the CPU."""
+def quantize_values(values: torch.Tensor, bits: int, group_size: int, method: str = "minmax") -> Packed:
+    """As `modules.codecs.grouped.quantize_values`, for `[B, H, T, D]` on the CPU."""
     return _quantize("values", values, bits, group_size, method, values.shape[-1], _torch_values)
 
 
@@ -342,17 +345,17 @@ def _place_fine_codes(codes, fine, extra):
             extra[row, number // 4] = low if number % 4 == 0 else extra[row, number // 4] | low
 
 
-def widen(packed: Quantized, fine: Quantized) -> Quantized:
-    """As `modules.quantization.widen`, on the CPU; it may write into `packed`."""
+def widen(packed: Packed, fine: Packed) -> Packed:
+    """As `modules.codecs.grouped.widen`, on the CPU; it may write into `packed`."""
     codes, scale, minimum, _ = packed
     codes, wide = codes.contiguous(), fine.scale.shape[-1]
     extra = codes.new_empty(*codes.shape[:-1], wide // 4)
     _place_fine_codes(*(t.contiguous().flatten(0, -2).numpy() for t in (codes, fine.codes, extra)))
     scale[..., :wide], minimum[..., :wide] = fine.scale * 4, fine.minimum
-    return Quantized(codes, scale, minimum, extra)
+    return Packed(codes, scale, minimum, extra)
 
 
-def _quantize(what: str, x: torch.Tensor, bits: int, group_size: int, method: str, size: int, fallback) -> Quantized:
+def _quantize(what: str, x: torch.Tensor, bits: int, group_size: int, method: str, size: int, fallback) -> Packed:
     check_layout(x, size, what, bits, group_size, method)
     spec = _packing(what, bits, group_size, method, x.dtype, x.shape[-1])
     if spec is None or not x.numel() or x.dim() != 4:
@@ -368,4 +371,16 @@ def _quantize(what: str, x: torch.Tensor, bits: int, group_size: int, method: st
         _compiled(spec)(spec, x.data_ptr(), strides, codes.data_ptr(), scale.data_ptr(), minimum.data_ptr(), largest)
     if largest.max() > _LARGEST_BITS:
         refuse_unrepresentable(x, what)
-    return Quantized(codes, scale, minimum)
+    return Packed(codes, scale, minimum)
+
+
+def encode(side: PackedSide, states: torch.Tensor, order: torch.Tensor | None) -> Packed:
+    """As `side.codec.encode`, compiled."""
+    bits, group_size, method = side.bits, side.group_size, side.method
+    if side.what == "values":
+        return quantize_values(states, bits, group_size, method)
+    if order is None:
+        return quantize_keys(states, bits, group_size, method)
+    states = place_channels(states, order)
+    fine = quantize_keys(states[..., : side.wide], WIDE_BITS, group_size, method)
+    return widen(quantize_keys(states, bits, group_size, method), fine)

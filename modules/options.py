@@ -14,6 +14,7 @@ ALLOWED_BITS = (2, 4, 8, FULL_PRECISION_BITS)
 ALLOWED_K_RANGES = ("lsq", "minmax")
 ALLOWED_V_RANGES = ("minmax", "clipped", "lsq", None)
 ALLOWED_BACKENDS = ("auto", "torch", "numba", "triton")
+MOST_TOKENS = 1 << 24  # no length is larger: beyond any context, and what an allocator would refuse
 
 
 def reject_unknown(names: Iterable[str], allowed: Iterable[str], where: str) -> None:
@@ -31,81 +32,104 @@ def head_dim_of(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def _check_count(name: str, value: Any, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"{name} must be a whole number of tokens, {minimum} or more; got {value!r}.")
+def check_count(name: str, value: Any, minimum: int = 1) -> None:
+    """Raise `ValueError` where `value` is not a number of tokens from `minimum` to `MOST_TOKENS`."""
+    if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= MOST_TOKENS:
+        raise ValueError(
+            f"{name} must be a whole number of tokens, {minimum} or more and at most {MOST_TOKENS}; got {value!r}."
+        )
+
+
+def check_flag(name: str, value: Any, *others: Any) -> None:
+    """Raise `ValueError` where `value` is neither True nor False, nor one of `others`."""
+    if not (isinstance(value, bool) or any(value is other for other in others)):
+        raise ValueError(f"{name} must be {', '.join(map(str, (True, *others)))} or False; got {value!r}.")
 
 
 def _check_choice(name: str, value: Any, allowed: tuple) -> None:
-    if isinstance(value, (bool, float)) or value not in allowed:
+    if not isinstance(value, (int, str, type(None))) or isinstance(value, bool) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}.")
+
+
+def _option(default: Any, help: str, choices: tuple | None = None) -> Any:
+    """A field of `KIVIOptions`: its default, a sentence on it and, where it has them, the values it may take.
+
+    Config fields, command lines and the table of the README are made from these.
+    """
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 
 
 @dataclasses.dataclass(frozen=True)
 class KIVIOptions:
     """What a KIVI cache stores and how (KIVI, arXiv 2402.02750, with sinks and a fitted key range beside it).
 
-    Args:
-        k_bits, v_bits: bits of a key / value code: 2, 4 or 8; 16 keeps that side in full precision. A list gives one
-            entry a layer.
-        group_size: tokens (keys) or channels (values) that share one scale and minimum.
-        residual_length: the newest tokens that are always in full precision, a multiple of `group_size`.
-        use_kivi: False keeps everything in full precision, as `k_bits=v_bits=16` does.
-        sink_length: the first tokens of a sequence, kept in full precision.
-        k_range, v_range: "minmax" (the paper's) or "lsq", the least-squares fit of scale and minimum; values also
-            "clipped", the range shrunk about its centre, and None: "clipped" where they are rotated, else "minmax".
-            `k_range="minmax"` with `sink_length=0` is the paper's algorithm: it also turns off the two options below
-            where they are None.
-        wide_channels: share of each head's key channels, those that matter most, that get 4 bits in a 2-bit cache.
-            None: a quarter with `k_range="lsq"`.
-        v_rotation: rotate values by a Hadamard matrix before they are quantized. None: 2-bit values with
-            `k_range="lsq"`.
-        v_group_size: channels that share a scale and minimum of the values. None: twice `group_size` where values are
-            rotated and that divides the head, else `group_size`. With the quarter of wide keys this gives 3.0 stored bits.
-        backend: "auto" picks Triton on a GPU, Numba on a CPU where it is installed, else torch.
+    `sink_length=0, k_range="minmax"` is the paper's algorithm; options left at None then keep to it.
 
     Raises:
-        ValueError: for a value outside these limits; the message names it and what is allowed.
+        ValueError: for a value that is not allowed; the message names it and what is.
     """
 
-    k_bits: int | list[int] = 2
-    v_bits: int | list[int] = 2
-    group_size: int = 32
-    residual_length: int = 128
-    use_kivi: bool = True
-    sink_length: int = 4
-    k_range: str = "lsq"
-    v_range: str | None = None
-    wide_channels: float | None = None
-    v_rotation: bool | None = None
-    v_group_size: int | None = None
-    backend: str = "auto"
+    k_bits: int | list[int] = _option(
+        2, "bits of a key code; 16 keeps keys in full precision; a list gives one entry a layer", ALLOWED_BITS
+    )
+    v_bits: int | list[int] = _option(2, "bits of a value code, likewise", ALLOWED_BITS)
+    group_size: int = _option(32, "tokens (keys) or channels (values) that share a scale and a minimum")
+    residual_length: int = _option(
+        128, "the newest tokens that stay in full precision, a multiple of group_size (tokens)"
+    )
+    use_kivi: bool = _option(True, "False keeps everything in full precision")
+    sink_length: int = _option(4, "the first tokens of each sequence, kept in full precision (tokens)")
+    k_range: str = _option(
+        "lsq",
+        "how a key group's scale and minimum are found: by a least-squares fit, or the range of the group (the paper's)",
+        ALLOWED_K_RANGES,
+    )
+    v_range: str | None = _option(
+        None,
+        "the same for values; clipped is the range less its edges; None: clipped where values are rotated, else minmax",
+        ALLOWED_V_RANGES,
+    )
+    wide_channels: float | None = _option(
+        None,
+        "share of each head's key channels, those that matter most, with 4 bits in a 2-bit cache; None: a quarter "
+        "with k_range=lsq",
+    )
+    v_rotation: bool | None = _option(
+        None,
+        "rotate values by a Hadamard matrix before they are quantized; None: 2-bit values with k_range=lsq",
+    )
+    v_group_size: int | None = _option(
+        None,
+        "channels of a value group; None: twice group_size for rotated values where that divides the head, else "
+        "group_size",
+    )
+    backend: str = _option(
+        "auto", "what attends over the codes; auto: Triton on a GPU, Numba on a CPU, else torch", ALLOWED_BACKENDS
+    )
 
     def __post_init__(self) -> None:
         for name in ("k_bits", "v_bits"):
             value = getattr(self, name)
             for bits in value if isinstance(value, (list, tuple)) else [value]:
                 _check_choice(name, bits, ALLOWED_BITS)
-        _check_count("group_size", self.group_size, 1)
-        _check_count("residual_length", self.residual_length, 0)
-        _check_count("sink_length", self.sink_length, 0)
+        check_count("group_size", self.group_size, 1)
+        check_count("residual_length", self.residual_length, 0)
+        check_count("sink_length", self.sink_length, 0)
         if self.residual_length % self.group_size:
             raise ValueError(
                 f"group_size must divide residual_length; got group_size={self.group_size} and "
                 f"residual_length={self.residual_length}. Nearest residual_length: "
                 f"{-(-self.residual_length // self.group_size) * self.group_size}."
             )
-        if not isinstance(self.use_kivi, bool):
-            raise ValueError(f"use_kivi must be True or False; got {self.use_kivi!r}.")
+        check_flag("use_kivi", self.use_kivi)
         _check_choice("k_range", self.k_range, ALLOWED_K_RANGES)
         _check_choice("v_range", self.v_range, ALLOWED_V_RANGES)
         wide = self.wide_channels
         if wide is not None and (isinstance(wide, bool) or not isinstance(wide, (int, float)) or not 0 <= wide <= 1):
             raise ValueError(f"wide_channels must be a share between 0 and 1, or None; got {wide!r}.")
-        if self.v_rotation not in (None, True, False):
-            raise ValueError(f"v_rotation must be True, False or None; got {self.v_rotation!r}.")
+        check_flag("v_rotation", self.v_rotation, None)
         if self.v_group_size is not None:
-            _check_count("v_group_size", self.v_group_size, 1)
+            check_count("v_group_size", self.v_group_size, 1)
         _check_choice("backend", self.backend, ALLOWED_BACKENDS)
 
     @classmethod
@@ -185,9 +209,9 @@ class KIVIOptions:
             return
         for name, size in (("group_size", self.group_size), ("v_group_size", self.v_group_size or self.group_size)):
             if head_dim % size:
-                allowed = [fitting for fitting in (16, 32, 64, 128) if head_dim % fitting == 0]
+                fitting = max(divisor for divisor in range(1, size) if head_dim % divisor == 0)
                 raise ValueError(
-                    f"{name} must divide head_dim; got {name}={size} and head_dim={head_dim}. Try one of {allowed}."
+                    f"{name} must divide head_dim; got {name}={size} and head_dim={head_dim}. Try {name}={fitting}."
                 )
         codes_per_byte = 8 // quantized[0]
         if head_dim % codes_per_byte:

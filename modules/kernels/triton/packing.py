@@ -1,6 +1,6 @@
 """Quantizing and packing on a GPU, in Triton: whole groups of a prompt, and the one token of a decode step.
 
-The arithmetic is that of `modules.quantization` (`quantize_keys`, `quantize_values`), written straight into the cache's
+The arithmetic is that of `modules.codecs.grouped` (`quantize_keys`, `quantize_values`), written straight into the cache's
 buffers. `append_token` reads and advances the lengths on the device: it stores the token among the sinks or in the ring,
 packs the oldest group where the window is full, and can be captured in a CUDA graph.
 """
@@ -13,8 +13,11 @@ import torch
 import triton
 import triton.language as tl
 
-from modules.packed_state import FULL_PRECISION_BITS, PackedLayer, PackedSide
-from modules.quantization import CLIPPED, FLOAT16_MAX, LSQ_ROUNDS, LSQ_START
+from modules.codecs.grouped import CLIPPED, FLOAT16_MAX, LSQ_ROUNDS, LSQ_START
+from modules.options import FULL_PRECISION_BITS
+from modules.store.layer import PackedLayer
+from modules.store.side import PackedSide
+from modules.store.step import Step
 
 _LARGEST = tl.constexpr(FLOAT16_MAX)
 _ROUNDS = tl.constexpr(LSQ_ROUNDS)
@@ -394,7 +397,7 @@ def append_token(layer: PackedLayer, key: torch.Tensor, value: torch.Tensor, new
     k_tile, v_tile = (tiles(head_dim, side.bits, layer.group_size) for side in (k, v))
     with torch.cuda.device_of(key):
         append_step[(batch * heads, 2)](
-            key, value, *parts, extra, order, layer.device_counts(), batch, heads, k.capacity,
+            key, value, *parts, extra, order, layer.ledger.counts(key.device), batch, heads, k.capacity,
             *key.stride()[:2], *value.stride()[:2],
             D=head_dim, D_PAD=triton.next_power_of_2(head_dim), G=layer.group_size, VALUE_G=v.group_size,
             K_BITS=k.bits, V_BITS=v.bits, K_METHOD=k.method, V_METHOD=v.method, **wide_sizes,

@@ -1,22 +1,19 @@
-"""Attention of new tokens over one packed layer: sinks, codes, window and the new tokens under one softmax.
+"""Attention of new tokens over one packed layer in plain torch: sinks, codes, window and the new tokens under one softmax.
 
-Backends are functions of the same signature, `attend(query, key, value, layer, scaling, new_lengths)`; the torch one is
-here, runs on any device and is what the others are tested against.
+It runs on any device and is what the other backends are tested against.
 """
 
 from __future__ import annotations
 
-import functools
-import importlib
-import importlib.util
 import math
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 
-from modules.packed_state import PackedLayer, PackedSide
-from modules.quantization import low_codes, place_channels
+from modules.codecs.grouped import low_codes, place_channels
+from modules.store.layer import PackedLayer
+from modules.store.side import PackedSide
+from modules.store.step import Step
 
 _PLANE_ELEMENTS = 1 << 19  # floats of one plane of codes at a time: 2 MiB stay in a core's cache
 _SCORE_ELEMENTS = 1 << 20  # floats of scores held at a time
@@ -25,140 +22,20 @@ _FLOAT_BYTES = 4
 _SMALL_BLOCK = 64  # tokens times planes that are never worth cutting
 
 
-def packed_attention(
+def attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     layer: PackedLayer,
     scaling: float,
-    new_lengths: list[int] | None = None,
+    step: Step,
 ) -> torch.Tensor:
-    """Attend with new tokens over what `layer` stores and, causally, over the new tokens themselves.
-
-    Args:
-        query: `[B, num_attention_heads, q, D]`, rotated.
-        key, value: states of the new tokens, `[B, num_key_value_heads, q, D]`, not yet in `layer`; values as they are
-            stored there, that is `layer.rotate(value)`.
-        layer: the stored past, `layer.lengths[b]` tokens of sequence `b`.
-        scaling: factor on the scores.
-        new_lengths: how many of the `q` tokens of each sequence are real, from the left; None means all.
-
-    Returns:
-        `[B, q, num_attention_heads, D]` in the dtype of `query`, in the basis of the values; zeros where a token is not
-        real. Backends differ in what gradients they give; the cache uses none.
-    """
-    if new_lengths is None:
-        new_lengths = [query.shape[2]] * query.shape[0]
-    return _ATTEND[layer.backend](query, key, value, layer, scaling, new_lengths)
-
-
-def attend_and_store(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    layer: PackedLayer,
-    scaling: float,
-    new_lengths: list[int],
-) -> torch.Tensor:
-    """Attend with new tokens over `layer` and themselves, then store them.
-
-    Args and result are those of `packed_attention`, but values are in the model's basis on both sides.
-
-    Raises:
-        ValueError: for NaN, infinite or too large states, or a full cache; nothing is stored then. A single token on a GPU
-            is not looked at until its group is packed, since that would stop the device at every step.
-    """
-    layer.check_room(key.shape[0], new_lengths)
-    value = layer.rotate(value)
-    layer.check_states(key, value)
-    out = packed_attention(query, key, value, layer, scaling, new_lengths)
-    layer.observe(query, new_lengths)
-    layer.append(key, value, new_lengths)
-    return layer.rotate(out)
-
-
-def decode(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: PackedLayer, scaling: float
-) -> torch.Tensor | None:
-    """`attend_and_store` for one real token of every sequence, in one call of a kernel; None, with nothing done, where
-    there is none for this step. No operation of torch touches the layer, and queries are not observed.
-
-    Raises:
-        ValueError: as `attend_and_store`.
-    """
-    if layer.backend != "numba":
-        return None
-    from modules.kernels import numba_attention
-
-    layer.check_room(key.shape[0], [1] * key.shape[0])
-    return numba_attention.decode(query, key, value, layer, scaling)
-
-
-def pick_backend(wanted: str, layer: PackedLayer) -> str:
-    """The backend that attends over `layer`: `wanted`, or with "auto" the fastest there is for its device.
-
-    Raises:
-        ValueError: where the backend asked for cannot run here.
-    """
-    if wanted == "torch":
-        return "torch"
-    if wanted not in ("auto", "numba", "triton"):
-        raise ValueError(f"backend={wanted!r} is not one of 'auto', 'torch', 'numba', 'triton'.")
-    name = ("numba" if layer.key.window.device.type == "cpu" else "triton") if wanted == "auto" else wanted
-    problem = _numba_problem(layer) if name == "numba" else _triton_problem(layer)
-    if problem is None:
-        return name
-    if wanted == "auto":
-        return _torch_instead(problem)
-    raise ValueError(f"backend={name!r} cannot run here: {problem}; use 'auto' or 'torch'.")
-
-
-@functools.cache
-def _torch_instead(problem: str) -> str:
-    warnings.warn(f"KIVI attends with plain torch, much slower than its kernels, because {problem}.", stacklevel=3)
-    return "torch"
-
-
-def _numba_problem(layer: PackedLayer) -> str | None:
-    """What keeps Numba's kernels from attending over `layer`; None where nothing does."""
-    if layer.key.window.device.type != "cpu":
-        return f"it runs on the CPU, not on {layer.key.window.device.type!r}"
-    try:
-        from modules.kernels import numba_attention
-    except ImportError as error:
-        return f"Numba cannot be imported ({error}); `pip install numba` makes decoding several times faster"
-    return numba_attention.why_not(layer)
-
-
-def _triton_problem(layer: PackedLayer) -> str | None:
-    """What keeps the Triton kernels from attending over `layer`; None where nothing does."""
-    if not layer.key.window.is_cuda:
-        return f"the cache is on {layer.key.window.device.type!r} and the kernels need a GPU"
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
-    from modules.kernels import triton_attention
-
-    return triton_attention.why_not(layer)
-
-
-def _kernel(module: str) -> Callable[..., torch.Tensor]:
-    """`attend` of a kernel module, imported when it is called: a CPU needs no triton, a GPU no Numba."""
-    return lambda *args: importlib.import_module(f"modules.kernels.{module}").attend(*args)
-
-
-def _attend_torch(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    layer: PackedLayer,
-    scaling: float,
-    new_lengths: list[int],
-) -> torch.Tensor:
+    """See `modules.kernels.backend.Backend.attend`."""
     batch, heads, length, head_dim = query.shape
     kv_heads = key.shape[1]
     out = query.new_zeros(batch, length, heads, head_dim)
     grouped = query.unflatten(1, (kv_heads, heads // kv_heads))
-    for rows, count in layer.uniform_rows(new_lengths):
+    for rows, count in layer.ledger.uniform_rows(step.lengths):
         if not count:
             continue
         attended = _attend_rows(
@@ -233,8 +110,8 @@ def _planes(codes: torch.Tensor, bits: int) -> Iterator[torch.Tensor]:
 def _scores(query: torch.Tensor, side: PackedSide, rows: slice, start: int, stop: int) -> torch.Tensor:
     """`query` `[b, H, n, D]` on packed keys: `q·k = q·(scale∘code) + q·minimum`, float32 `[b, H, n, T]`."""
     stored = side.stored(rows, start, stop)
-    if isinstance(stored, torch.Tensor):
-        return query @ stored.float().transpose(-1, -2)
+    if stored.scale is None:
+        return query @ stored.codes.float().transpose(-1, -2)
     if side.order is not None:
         query = place_channels(query, side.order[rows])
     scores = (query @ stored.minimum.float().transpose(-1, -2)).repeat_interleave(side.group_size, dim=-1)
@@ -260,8 +137,8 @@ def _weighted_sum(weights: torch.Tensor, side: PackedSide, rows: slice, start: i
     total, which is often much smaller than the values, and float32 stays exact.
     """
     stored = side.stored(rows, start, stop)
-    if isinstance(stored, torch.Tensor):
-        return weights @ stored.float()
+    if stored.scale is None:
+        return weights @ stored.codes.float()
     width, parts, scaled_by, scaled = stored.codes.shape[-1], [], -1, weights
     segment = math.gcd(width, side.group_size)  # channels of one plane and one group
     half = ((1 << side.bits) - 1) / 2
@@ -310,6 +187,3 @@ class _OnlineSoftmax:
 
     def result(self) -> torch.Tensor:
         return self.sum / self.total
-
-
-_ATTEND = {"torch": _attend_torch, "numba": _kernel("numba_attention"), "triton": _kernel("triton_attention")}

@@ -1,0 +1,1 @@
+"""How states become bytes and back."""

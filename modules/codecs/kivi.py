@@ -1,0 +1,88 @@
+"""KIVI's codec: grouped codes, keys per channel and values per token (arXiv 2402.02750), with wide channels at 2 bits."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from modules.codecs.codec import Codec, Packed, Part
+from modules.codecs.full_precision import FullPrecisionCodec
+from modules.codecs.grouped import (
+    FLOAT16_MAX,
+    WIDE_BITS,
+    dequantize_keys,
+    dequantize_values,
+    dequantize_wide_keys,
+    place_channels,
+    quantize_keys,
+    quantize_values,
+    widen,
+)
+from modules.options import FULL_PRECISION_BITS, KIVIOptions
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyCodec:
+    """Keys: a scale and a minimum a channel and group of tokens; `wide` channels of a 2-bit key have 4 bits."""
+
+    bits: int
+    group_size: int
+    method: str
+    wide: int = 0
+    limit: float = FLOAT16_MAX
+
+    def parts(self, head_dim: int, dtype: torch.dtype) -> dict[str, Part]:
+        """Codes, metadata a group of tokens and, with wide channels, their low bits."""
+        metadata = Part(head_dim, torch.float16, self.group_size)
+        parts = {"codes": Part(head_dim * self.bits // 8, torch.uint8), "scale": metadata, "minimum": metadata}
+        return parts | ({"extra": Part(self.wide // 4, torch.uint8)} if self.wide else {})
+
+    def encode(self, states: torch.Tensor, order: torch.Tensor | None) -> Packed:
+        """Codes of whole groups `[b, H, T, D]`, channels in `order`."""
+        if order is None:
+            return quantize_keys(states, self.bits, self.group_size, self.method)
+        states = place_channels(states, order)
+        fine = quantize_keys(states[..., : self.wide], WIDE_BITS, self.group_size, self.method)
+        return widen(quantize_keys(states, self.bits, self.group_size, self.method), fine)
+
+    def decode(self, packed: Packed, order: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        """The keys `[b, H, T, D]`, channels as the model has them."""
+        if order is None:
+            return dequantize_keys(packed, self.bits, self.group_size, dtype)
+        return dequantize_wide_keys(packed, order, self.group_size).to(dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class ValueCodec:
+    """Values: a scale and a minimum a token and group of channels."""
+
+    bits: int
+    group_size: int
+    method: str
+    wide: int = 0
+    limit: float = FLOAT16_MAX
+
+    def parts(self, head_dim: int, dtype: torch.dtype) -> dict[str, Part]:
+        """Codes and metadata a token."""
+        metadata = Part(head_dim // self.group_size, torch.float16)
+        return {"codes": Part(head_dim * self.bits // 8, torch.uint8), "scale": metadata, "minimum": metadata}
+
+    def encode(self, states: torch.Tensor, order: torch.Tensor | None) -> Packed:
+        """Codes of values `[b, H, T, D]`."""
+        return quantize_values(states, self.bits, self.group_size, self.method)
+
+    def decode(self, packed: Packed, order: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        """The values `[b, H, T, D]`, as they were given: rotated, if they were."""
+        return dequantize_values(packed, self.bits, self.group_size, dtype)
+
+
+def codecs_of(options: KIVIOptions, bits: tuple[int, int], head_dim: int) -> tuple[Codec, Codec]:
+    """The codecs of a layer's keys and values at `bits`."""
+    key: Codec = FullPrecisionCodec(options.group_size)
+    value: Codec = FullPrecisionCodec(options.value_group_size(bits[1], head_dim))
+    if bits[0] != FULL_PRECISION_BITS:
+        key = KeyCodec(bits[0], options.group_size, options.k_range, options.wide_count(bits[0], head_dim))
+    if bits[1] != FULL_PRECISION_BITS:
+        value = ValueCodec(bits[1], value.group_size, options.value_range(bits[1]))
+    return key, value

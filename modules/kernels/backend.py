@@ -1,0 +1,79 @@
+"""What a backend is: attention over a packed layer, and storing new tokens in it.
+
+The defaults are plain torch on any device; a backend overrides what it has kernels for.
+"""
+
+from __future__ import annotations
+
+import abc
+
+import torch
+
+from modules.kernels.append import append_rows
+from modules.store.layer import PackedLayer
+from modules.store.side import PackedSide
+from modules.store.step import Step
+
+
+class Backend(abc.ABC):
+    """Attends over packed layers and stores tokens in them.
+
+    None of its calls moves the ledger on: what they write lies behind its lengths until the step is committed.
+
+    Attributes:
+        name: as the option `backend` has it.
+    """
+
+    name: str
+
+    @abc.abstractmethod
+    def why_not(self, layer: PackedLayer) -> str | None:
+        """What keeps it from attending over `layer`, as the end of a sentence; None where nothing does."""
+
+    @abc.abstractmethod
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        layer: PackedLayer,
+        scaling: float,
+        step: Step,
+    ) -> torch.Tensor:
+        """Attend with new tokens over what `layer` stores and, causally, over the new tokens themselves.
+
+        Args:
+            query: `[B, num_attention_heads, q, D]`, rotated by position.
+            key, value: states of the new tokens, `[B, num_key_value_heads, q, D]`, not yet in `layer`; values as they are
+                stored there, that is `layer.rotate(value)`.
+            layer: the stored past, `layer.lengths[b]` tokens of sequence `b`.
+            scaling: factor on the scores.
+            step: which of the new tokens are real; those come first in every sequence.
+
+        Returns:
+            `[B, q, num_attention_heads, D]` in the dtype of `query`, in the basis of the stored values; zeros where a
+            token is not real.
+        """
+
+    def pack(self, side: PackedSide, rows: slice, start: int, states: torch.Tensor) -> None:
+        """Store whole groups `[b, H, T, D]` as packed tokens `start…` of the sequences `rows`; channels have their order."""
+        side.write(rows, start, side.codec.encode(states, None if side.order is None else side.order[rows]))
+
+    def append(self, layer: PackedLayer, key: torch.Tensor, value: torch.Tensor, step: Step) -> None:
+        """Store new tokens `[B, H, q, D]`, real ones first and values rotated, and pack the groups they fill.
+
+        The caller has checked states and shapes and made room.
+        """
+        for rows, count in list(layer.ledger.uniform_rows(step.lengths)):
+            append_rows(self, layer, rows, key[rows, :, :count], value[rows, :, :count])
+
+    def decode(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: PackedLayer, scaling: float
+    ) -> torch.Tensor | None:
+        """One real token of every sequence, checked, attended and stored by one call; None, with nothing done, where there
+        is no such call for this step. Values come, and results go, unrotated.
+
+        Raises:
+            ValueError: for NaN, infinite or too large states; nothing is stored then.
+        """
+        return None

@@ -1,0 +1,35 @@
+"""The backend "torch"."""
+
+from __future__ import annotations
+
+import torch
+
+from modules.kernels.backend import Backend
+from modules.kernels.reference.attention import attend
+from modules.store.layer import PackedLayer
+from modules.store.step import Step
+
+
+class TorchBackend(Backend):
+    """Plain torch: any device, any layout."""
+
+    name = "torch"
+
+    def why_not(self, layer: PackedLayer) -> str | None:
+        """Nothing does."""
+        return None
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        layer: PackedLayer,
+        scaling: float,
+        step: Step,
+    ) -> torch.Tensor:
+        """See `Backend.attend`."""
+        return attend(query, key, value, layer, scaling, step)
+
+
+BACKEND = TorchBackend()

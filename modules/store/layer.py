@@ -1,0 +1,203 @@
+"""The memory of one layer of a cache."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from modules.codecs.codec import Codec
+from modules.codecs.rotation import rotate
+from modules.store.ledger import Ledger
+from modules.store.side import PackedSide
+from modules.store.step import Step
+
+_SLACK = 64  # capacity grows by a sixty-fourth: at most 1.6 % of the packed part is unused
+_LEAST_SLACK = 256  # tokens, on a GPU: a graph is recorded again each time memory moves
+_CAST_TOKENS = 1024  # codes are dequantized this many tokens at a time
+_SLICE_ELEMENTS = 1 << 21  # queries squared at a time
+
+
+@dataclasses.dataclass(eq=False)
+class PackedLayer:
+    """One layer of the cache: the two sides, and what is known of its queries. How many tokens it holds is the ledger's.
+
+    Attributes:
+        key, value: the two sides.
+        ledger: of the cache, shared by its layers.
+        query_energy: float32 `[B, H, D]`, Σ q² of the queries until the wide key channels are chosen by it; None where
+            there are none to choose. Never written to in place.
+        rotates: values are stored times a Hadamard matrix.
+    """
+
+    key: PackedSide
+    value: PackedSide
+    ledger: Ledger
+    query_energy: torch.Tensor | None = None
+    rotates: bool = False
+
+    @classmethod
+    def empty(cls, key: torch.Tensor, codecs: tuple[Codec, Codec], ledger: Ledger, rotates: bool) -> PackedLayer:
+        """No tokens yet, for states shaped `[B, H, *, D]` as `key`; room for those that the ledger expects."""
+        batch, heads, _, head_dim = key.shape
+        sides = [
+            PackedSide.empty(what, codec, key, ledger.geometry) for what, codec in zip(("keys", "values"), codecs)
+        ]
+        layer = cls(*sides, ledger, rotates=rotates)
+        if layer.key.wide:
+            layer.query_energy = key.new_zeros(batch, heads, head_dim, dtype=torch.float32)
+        expected = ledger.geometry.packed_after(ledger.expected, 0)
+        if expected:
+            for side in layer.sides:
+                side.grow(expected)
+        ledger.moves += 1
+        return layer
+
+    @property
+    def sides(self) -> tuple[PackedSide, PackedSide]:
+        """Keys and values."""
+        return self.key, self.value
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence."""
+        return self.ledger.lengths
+
+    @property
+    def packed(self) -> list[int]:
+        """Packed tokens of each sequence."""
+        return self.ledger.packed
+
+    @property
+    def group_size(self) -> int:
+        """Tokens that are packed together."""
+        return self.ledger.geometry.group_size
+
+    @property
+    def sink_length(self) -> int:
+        """The first tokens, in full precision."""
+        return self.ledger.geometry.sink_length
+
+    @property
+    def ring(self) -> int:
+        """Slots of the window."""
+        return self.ledger.geometry.ring
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences."""
+        return self.key.window.shape[0]
+
+    def window_slots(self, row: int) -> list[slice]:
+        """The slots of the window tokens of a sequence, oldest first, as one or two slices."""
+        return self.ledger.geometry.window_slots(self.lengths[row], self.packed[row])
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every tensor of the layer, by a dotted name."""
+        named = {f"key.{name}": t for name, t in self.key.tensors().items()}
+        named |= {f"value.{name}": t for name, t in self.value.tensors().items()}
+        return named if self.query_energy is None else named | {"query_energy": self.query_energy}
+
+    def rotate(self, states: torch.Tensor) -> torch.Tensor:
+        """Values `[B, H, T, D]` as they are stored; attended values back from there (the rotation is its own inverse)."""
+        return rotate(states) if self.rotates else states
+
+    @property
+    def observes(self) -> bool:
+        """Whether queries still count for the choice of wide channels."""
+        return self.query_energy is not None and self.ledger.fewest_packed == 0
+
+    def observe(self, query: torch.Tensor, step: Step) -> None:
+        """Count the queries `[B, num_attention_heads, q, D]` in, real tokens first, while the wide channels of a sequence
+        are not chosen."""
+        if not self.observes:
+            return
+        real = None
+        if not step.all_real:
+            counted = step.lengths_on(query.device).unsqueeze(1)
+            real = (counted > torch.arange(query.shape[2], device=query.device))[:, None, :, None]
+        tokens = max(1, _SLICE_ELEMENTS * query.shape[2] // max(1, query.numel()))
+        energy = self.query_energy
+        for start in range(0, query.shape[2], tokens):
+            part = query[:, :, start : start + tokens].float()
+            if real is not None:
+                part = part * real[:, :, start : start + tokens]
+            energy = energy + part.square().sum(2).unflatten(1, (energy.shape[1], -1)).sum(2)
+        self.query_energy = energy
+
+    def overwrites(self, step: Step) -> bool:
+        """Whether new tokens take slots of the window in which tokens lie that are stored by now."""
+        if step.length == 1 or not self.ledger.columns:
+            return False
+        ledger, sinks = self.ledger, self.sink_length
+        states = zip(ledger.lengths, ledger.packed, step.lengths)
+        return any(length > sinks + packed and length + new - sinks - packed > self.ring for length, packed, new in states)
+
+    def check_states(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Raise `ValueError` for new states, values rotated, that are NaN, infinite or too large.
+
+        A single token on a GPU is not looked at, since that would stop the device at every step; packing checks it.
+        """
+        if key.device.type != "cpu" and key.shape[2] == 1:
+            return
+        for side, states in ((self.key, key), (self.value, value)):
+            side.check_magnitude(torch.linalg.vector_norm(states, torch.inf).item() if states.numel() else 0.0)
+
+    def make_room(self, step: Step) -> None:
+        """Grow the packed part where new tokens will fill groups that do not fit; its memory moves then."""
+        need = self.ledger.capacity_for(step)
+        if need <= self.key.capacity:
+            return
+        least = _LEAST_SLACK if self.key.window.device.type == "cuda" else 0
+        slack = max(need // _SLACK, self.group_size, least)
+        capacity = max((need + slack) // self.group_size * self.group_size, self._expected())
+        for side in self.sides:
+            side.grow(capacity)
+        self.ledger.moves += 1
+
+    def _expected(self) -> int:
+        return self.ledger.geometry.packed_after(self.ledger.expected, 0)
+
+    def read(self, side: PackedSide, rows: slice, dtype: torch.dtype) -> torch.Tensor:
+        """All tokens of the sequences `rows` (equally long), in order, `[b, H, length, D]`, dequantized."""
+        row = rows.start or 0
+        packed = self.packed[row]
+        parts = [side.sinks[rows, :, : min(self.lengths[row], self.sink_length)].to(dtype)]
+        step = max(self.group_size, _CAST_TOKENS // self.group_size * self.group_size)
+        for start in range(0, packed, step):
+            parts.append(side.read(rows, start, min(start + step, packed), dtype))
+        parts += [side.window[rows, :, slot].to(dtype) for slot in self.window_slots(row)]
+        return torch.cat(parts, dim=2)
+
+    def keep(self, lengths: list[int]) -> None:
+        """Prepare for the ledger to forget all but the first `lengths[b]` tokens of each sequence.
+
+        A group that is cut is dequantized into the window, from where it is packed again when the window is full.
+        """
+        starts = self.ledger.packed_within(lengths)
+        for row, (length, start) in enumerate(zip(lengths, starts)):
+            left = length - self.sink_length - start
+            if start < self.packed[row] and left > 0:
+                rows = slice(row, row + 1)
+                for side in self.sides:
+                    group = side.read(rows, start, start + self.group_size, side.window.dtype)
+                    side.write_window(rows, start, group[:, :, :left])
+            if self.query_energy is not None and not length:
+                self.query_energy = self.query_energy.clone()
+                self.query_energy[row] = 0
+
+    def select(self, index: torch.Tensor) -> None:
+        """Keep the sequences `index` (int64, `[n]`), in that order; one may come several times."""
+        for side in self.sides:
+            for name, t in side.tensors().items():
+                setattr(side, name, t.index_select(0, index.to(t.device)))
+        if self.query_energy is not None:
+            self.query_energy = self.query_energy.index_select(0, index.to(self.query_energy.device))
+
+    def to(self, device: torch.device | str) -> None:
+        """Move every tensor to `device`."""
+        for side in self.sides:
+            for name, t in side.tensors().items():
+                setattr(side, name, t.to(device, non_blocking=True))
+        if self.query_energy is not None:
+            self.query_energy = self.query_energy.to(device, non_blocking=True)

@@ -1,0 +1,257 @@
+"""How many tokens of each sequence a cache holds, and where: said once for all of its layers.
+
+Token `i` of a sequence has index `i` whatever the padding. The first `sink_length` are sinks; of the rest, counted from
+there, the first `packed` are codes and the others lie in a ring of `residual_length + group_size` slots, token `t` in
+slot `t mod ring`. Groups therefore lie in contiguous slots and nothing is ever shifted.
+
+Layers write a step behind these lengths; `commit` moves them on once all have. Until then what was written is dead, and
+`Ledger.restore` is all it takes to forget it (but for ring slots that several new tokens reuse, see
+`LayerStore.overwrites`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+
+from modules.store.step import Step
+
+LENGTH, PACKED, MARK = range(3)  # rows of the counts on a device
+
+
+@dataclasses.dataclass(frozen=True)
+class Geometry:
+    """Where tokens go, the same in every layer: `group_size`, `residual_length` and `sink_length` in tokens."""
+
+    group_size: int
+    residual_length: int
+    sink_length: int
+
+    @property
+    def ring(self) -> int:
+        """Slots of the window."""
+        return self.residual_length + self.group_size
+
+    def packed_after(self, length: int, packed: int) -> int:
+        """Packed tokens of a sequence that held `packed` of them and now has `length` tokens in all."""
+        whole = (length - self.sink_length - self.residual_length) // self.group_size * self.group_size
+        return max(packed, whole)
+
+    def window_slots(self, length: int, packed: int) -> list[slice]:
+        """The slots of the window tokens of a sequence, oldest first, as one or two slices."""
+        first, count = packed % self.ring, max(0, length - self.sink_length - packed)
+        end = first + count
+        if end <= self.ring:
+            return [slice(first, end)] if count else []
+        return [slice(first, self.ring), slice(0, end - self.ring)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Saved:
+    """What `Ledger.restore` goes back to."""
+
+    columns: int
+    lengths: list[int] | None
+    packed: list[int] | None
+    column_is_real: torch.Tensor | None
+    most: int
+    fewest_packed: int
+    counts: dict[torch.device, torch.Tensor]
+
+
+class Ledger:
+    """The lengths of the sequences of one cache.
+
+    On a GPU a step of one token may be known to the device alone (a mask lies there, and looking at it would wait). The
+    lists are then fetched when somebody asks for them; `most` and `fewest_packed` bound them meanwhile.
+
+    Attributes:
+        geometry: where tokens go.
+        columns: columns seen, padding included (tokens).
+        column_is_real: bool `[B, columns]` once some are padding, else None.
+        most: the longest sequence has no more tokens.
+        fewest_packed: every sequence has this many packed tokens or more.
+        moves: how often memory of the cache was moved, made or dropped; what is bound to addresses looks at it.
+        max_length: tokens a sequence may reach, None without a limit.
+        expected: tokens the longest sequence is expected to reach; there is room for them from the start.
+    """
+
+    def __init__(self, geometry: Geometry, max_length: int | None = None) -> None:
+        self.geometry, self.max_length = geometry, max_length
+        self.moves, self.expected = 0, max_length or 0
+        self._counts: dict[torch.device, torch.Tensor] = {}
+        self.clear([])
+
+    def clear(self, lengths: list[int]) -> None:
+        """Hold `len(lengths)` sequences of that many tokens, none of them packed, and no columns."""
+        self.columns, self.column_is_real = 0, None
+        self._set(lengths, [0] * len(lengths))
+
+    def _set(self, lengths: list[int], packed: list[int]) -> None:
+        self._lengths: list[int] | None = lengths
+        self._packed: list[int] | None = packed
+        self.most, self.fewest_packed = max(lengths, default=0), min(packed, default=0)
+        self._forget_counts()
+
+    def _forget_counts(self) -> None:
+        if self._counts:  # what has their address must not use it again
+            self.moves += 1
+        self._counts = {}
+
+    def _fetch_if_stale(self) -> None:
+        if self._lengths is None:
+            self._fetch()
+
+    def _fetch(self) -> None:
+        counts = next(iter(self._counts.values()))
+        self._lengths, self._packed = counts[LENGTH].tolist(), counts[PACKED].tolist()
+        self.most, self.fewest_packed = max(self._lengths), min(self._packed)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence, in all its parts. Waits for the device where the host does not know."""
+        self._fetch_if_stale()
+        return self._lengths
+
+    @property
+    def packed(self) -> list[int]:
+        """Packed tokens of each sequence, likewise."""
+        self._fetch_if_stale()
+        return self._packed
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences held."""
+        return len(self._lengths) if self._lengths is not None else next(iter(self._counts.values())).shape[1]
+
+    def counts(self, device: torch.device) -> torch.Tensor:
+        """Int32 `[3, B]` on `device`, in step with the lists: tokens, packed tokens, and a mark that kernels set where
+        they were to pack states that cannot be stored."""
+        counts = self._counts.get(device)
+        if counts is None:
+            rows = [self.lengths, self.packed, [0] * len(self.lengths)]
+            counts = self._counts[device] = torch.tensor(rows, dtype=torch.int32, device=device)
+        return counts
+
+    def marked(self) -> bool:
+        """Whether a kernel met states that it could not pack. Waits for the device."""
+        return any(bool(counts[MARK].any()) for counts in self._counts.values())
+
+    def packs(self, row: int, new: int) -> bool:
+        """Whether `new` more tokens fill a group of the sequence `row`."""
+        return self.geometry.packed_after(self.lengths[row] + new, self.packed[row]) > self.packed[row]
+
+    def capacity_for(self, step: Step) -> int:
+        """Packed tokens there must be room for once a step is stored."""
+        if self._lengths is None or step.counted is None:
+            return self.geometry.packed_after(self.most + step.length, 0)
+        states = zip(self._lengths, self._packed, step.counted)
+        return max((self.geometry.packed_after(old + new, packed) for old, new, packed in states), default=0)
+
+    def check_batch(self, batch: int) -> None:
+        """Raise `ValueError` where `batch` is not the number of sequences held."""
+        if batch != self.batch_size:
+            raise ValueError(
+                f"the cache holds {self.batch_size} sequences, the new states {batch}; reset() the cache or use "
+                "batch_repeat_interleave() / batch_select_indices()."
+            )
+
+    def check_room(self, step: Step) -> None:
+        """Raise `ValueError` where the new tokens of a step do not fit."""
+        if self.max_length is None or self.most + step.length <= self.max_length:
+            return
+        longest = max((old + new for old, new in zip(self.lengths, step.lengths)), default=0)
+        if longest > self.max_length:
+            raise ValueError(f"the cache was made with max_length={self.max_length} tokens; {longest} are needed.")
+
+    def uniform_rows(self, new_lengths: list[int]) -> Iterator[tuple[slice, int]]:
+        """Slices of the batch whose sequences hold and receive equally many tokens, with that number of new ones."""
+        states = list(zip(self.lengths, self.packed, new_lengths))
+        if all(state == states[0] for state in states):
+            yield slice(None), new_lengths[0]
+            return
+        for row in range(len(states)):
+            yield slice(row, row + 1), new_lengths[row]
+
+    def commit(self, step: Step, on_devices: bool = True) -> None:
+        """Count a step in that every layer has written.
+
+        One token a sequence moves the counts of the devices on in place; `on_devices=False` says that a replayed graph
+        has done so.
+        """
+        if step.length != 1:
+            self._fetch_if_stale()
+            self._forget_counts()
+        elif on_devices:
+            for device, counts in self._counts.items():
+                self._advance(counts, 1 if step.all_real else step.lengths_on(device))
+        known = self._lengths is not None and step.counted is not None
+        if known or not self._counts:  # with no counts on a device this fetches those of the step once
+            lengths = [old + new for old, new in zip(self.lengths, step.lengths)]
+            packed = [self.geometry.packed_after(length, old) for length, old in zip(lengths, self.packed)]
+            self._lengths, self._packed = lengths, packed
+            self.most, self.fewest_packed = max(lengths, default=0), min(packed, default=0)
+        else:
+            self._lengths = self._packed = None
+            self.most += 1
+        self.add_columns(step)
+
+    def _advance(self, counts: torch.Tensor, new: int | torch.Tensor) -> None:
+        """Counts on a device after `new` more tokens of each sequence, in place and without waiting."""
+        g = self.geometry
+        counts[LENGTH].add_(new)
+        whole = (counts[LENGTH] - (g.sink_length + g.residual_length)).div_(g.group_size, rounding_mode="floor")
+        counts[PACKED].copy_(torch.maximum(counts[PACKED], whole.mul_(g.group_size)))
+
+    def add_columns(self, step: Step) -> None:
+        """Count the columns of a step in."""
+        if step.real is not None or self.column_is_real is not None:
+            batch, old, new = self.batch_size, self.column_is_real, step.real
+            device = (new if new is not None else old).device
+            if old is None:
+                old = torch.ones(batch, self.columns, dtype=torch.bool, device=device)
+            if new is None:
+                new = torch.ones(batch, step.length, dtype=torch.bool, device=device)
+            self.column_is_real = torch.cat([old.to(device), new], dim=1)
+        self.columns += step.length
+
+    def keep_columns(self, columns: int) -> None:
+        """Forget all but the first `columns` columns, and the tokens of the others; groups that are cut are not packed."""
+        if self.column_is_real is None:
+            lengths = [columns] * self.batch_size
+        else:
+            self.column_is_real = self.column_is_real[:, :columns]
+            lengths = self.column_is_real.sum(1).tolist()
+        self.columns = columns
+        self._set([min(old, new) for old, new in zip(self.lengths, lengths)], self.packed_within(lengths))
+
+    def packed_within(self, lengths: list[int]) -> list[int]:
+        """Packed tokens that stay where only the first `lengths[b]` tokens of each sequence do."""
+        g = self.geometry
+        return [
+            min(packed, max(0, length - g.sink_length) // g.group_size * g.group_size)
+            for packed, length in zip(self.packed, lengths)
+        ]
+
+    def select(self, index: torch.Tensor) -> None:
+        """Keep the sequences `index` (int64, `[n]`), in that order; one may come several times."""
+        rows = index.tolist()
+        if self.column_is_real is not None:
+            self.column_is_real = self.column_is_real[index.to(self.column_is_real.device)]
+        self._set([self.lengths[row] for row in rows], [self.packed[row] for row in rows])
+
+    def save(self) -> Saved:
+        """What there is, to go back to; counts on a device are copied, as a step moves them on in place."""
+        counts = {device: t.clone() for device, t in self._counts.items()} if self._lengths is None else {}
+        return Saved(
+            self.columns, self._lengths, self._packed, self.column_is_real, self.most, self.fewest_packed, counts
+        )
+
+    def restore(self, saved: Saved) -> None:
+        """Go back to what `save` gave."""
+        self.columns, self.column_is_real = saved.columns, saved.column_is_real
+        self._forget_counts()
+        self._lengths, self._packed, self._counts = saved.lengths, saved.packed, dict(saved.counts)
+        self.most, self.fewest_packed = saved.most, saved.fewest_packed
