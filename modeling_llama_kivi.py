@@ -6,77 +6,22 @@ outputs = model.generate(**inputs, past_key_values=model.create_kivi_cache(), ma
 
 from typing import Any
 
-from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
+from transformers import PreTrainedTokenizerBase
 
 from modules.kivi_cache_general import KIVICache, print_kivi_stats
-from modules.kivi_modeling import (
-    KIVIAttentionMixin,
-    KIVIConfigMixin,
-    KIVIFlashMixin,
-    KIVIForCausalLMMixin,
-    KIVIModelMixin,
-    attention_class,
-    load_kivi,
-)
+from modules.models.families import classes_of, load_family
+
+_LLAMA = classes_of("llama")
+LlamaKIVIConfig = _LLAMA.config
+LlamaKIVISdpaAttention = _LLAMA.sdpa_attention
+LlamaKIVIFlashAttention2 = _LLAMA.flash_attention
+LlamaKIVIDecoderLayer = _LLAMA.decoder_layer
+LlamaKIVIModel = _LLAMA.model
+LlamaForCausalLM_KIVI = _LLAMA.causal_lm
 
 
-class LlamaKIVIConfig(KIVIConfigMixin, LlamaConfig):
-    """`LlamaConfig` with the options of the cache."""
-
-    model_type = "llama_kivi"
-
-
-class LlamaKIVISdpaAttention(KIVIAttentionMixin, LlamaAttention):
-    """Llama's attention over a KIVI cache; prefill through SDPA."""
-
-
-class LlamaKIVIFlashAttention2(KIVIFlashMixin, LlamaKIVISdpaAttention):
-    """Llama's attention over a KIVI cache; prefill through FlashAttention 2."""
-
-
-class LlamaKIVIDecoderLayer(LlamaDecoderLayer):
-    """A decoder layer with KIVI attention."""
-
-    def __init__(self, config: LlamaConfig, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
-        self.self_attn = attention_class(config, LlamaKIVISdpaAttention, LlamaKIVIFlashAttention2)(config, layer_idx)
-
-
-class LlamaKIVIModel(KIVIModelMixin, LlamaModel):
-    """The base model."""
-
-    config: LlamaKIVIConfig
-    _no_split_modules = ["LlamaKIVIDecoderLayer"]
-
-    def __init__(self, config: LlamaConfig) -> None:
-        super().__init__(config)
-        self.layers = nn.ModuleList(LlamaKIVIDecoderLayer(config, index) for index in range(config.num_hidden_layers))
-        self.post_init()
-
-
-class LlamaForCausalLM_KIVI(KIVIForCausalLMMixin, LlamaForCausalLM):
-    """The causal LM: `LlamaForCausalLM_KIVI.from_pretrained(path, k_bits=2, v_bits=2)`."""
-
-    config: LlamaKIVIConfig
-    _no_split_modules = ["LlamaKIVIDecoderLayer"]
-
-    def __init__(self, config: LlamaConfig, **options: Any) -> None:
-        super().__init__(config, **options)
-        self.model = LlamaKIVIModel(config)
-        self.post_init()
-
-
-def load_llama_kivi(model_name_or_path: str, **kwargs: Any) -> tuple[LlamaForCausalLM_KIVI, PreTrainedTokenizerBase]:
-    """A Llama checkpoint as a KIVI model, and its tokenizer.
+def load_llama_kivi(model_name_or_path: str, **kwargs: Any) -> tuple[Any, PreTrainedTokenizerBase]:
+    """A Llama checkpoint as a `LlamaForCausalLM_KIVI`, and its tokenizer.
 
     Args:
         model_name_or_path: a folder or a name on the hub.
@@ -86,11 +31,8 @@ def load_llama_kivi(model_name_or_path: str, **kwargs: Any) -> tuple[LlamaForCau
     Raises:
         ValueError: for a checkpoint of another family, and for an option that is unknown or not allowed.
     """
-    return load_kivi({"llama": LlamaForCausalLM_KIVI}, model_name_or_path, **kwargs)
+    return load_family(("llama",), model_name_or_path, **kwargs)
 
-
-AutoConfig.register("llama_kivi", LlamaKIVIConfig, exist_ok=True)
-AutoModelForCausalLM.register(LlamaKIVIConfig, LlamaForCausalLM_KIVI, exist_ok=True)
 
 __all__ = [
     "KIVICache",

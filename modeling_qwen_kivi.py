@@ -6,138 +6,30 @@ outputs = model.generate(**inputs, past_key_values=model.create_kivi_cache(), ma
 
 from typing import Any
 
-import torch
-from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedTokenizerBase,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2Model,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3Model,
-)
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer
+from transformers import PreTrainedTokenizerBase
 
 from modules.kivi_cache_general import KIVICache, print_kivi_stats
-from modules.kivi_modeling import (
-    KIVIAttentionMixin,
-    KIVIConfigMixin,
-    KIVIFlashMixin,
-    KIVIForCausalLMMixin,
-    KIVIModelMixin,
-    attention_class,
-    load_kivi,
-)
+from modules.models.families import classes_of, load_family
+
+_QWEN2 = classes_of("qwen2")
+Qwen2KIVIConfig = _QWEN2.config
+Qwen2KIVISdpaAttention = _QWEN2.sdpa_attention
+Qwen2KIVIFlashAttention2 = _QWEN2.flash_attention
+Qwen2KIVIDecoderLayer = _QWEN2.decoder_layer
+Qwen2KIVIModel = _QWEN2.model
+Qwen2ForCausalLM_KIVI = _QWEN2.causal_lm
+
+_QWEN3 = classes_of("qwen3")
+Qwen3KIVIConfig = _QWEN3.config
+Qwen3KIVISdpaAttention = _QWEN3.sdpa_attention
+Qwen3KIVIFlashAttention2 = _QWEN3.flash_attention
+Qwen3KIVIDecoderLayer = _QWEN3.decoder_layer
+Qwen3KIVIModel = _QWEN3.model
+Qwen3ForCausalLM_KIVI = _QWEN3.causal_lm
 
 
-class Qwen2KIVIConfig(KIVIConfigMixin, Qwen2Config):
-    """`Qwen2Config` with the options of the cache."""
-
-    model_type = "qwen2_kivi"
-
-
-class Qwen2KIVISdpaAttention(KIVIAttentionMixin, Qwen2Attention):
-    """Qwen2's attention over a KIVI cache; prefill through SDPA."""
-
-
-class Qwen2KIVIFlashAttention2(KIVIFlashMixin, Qwen2KIVISdpaAttention):
-    """Qwen2's attention over a KIVI cache; prefill through FlashAttention 2."""
-
-
-class Qwen2KIVIDecoderLayer(Qwen2DecoderLayer):
-    """A decoder layer with KIVI attention."""
-
-    def __init__(self, config: Qwen2Config, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
-        self.self_attn = attention_class(config, Qwen2KIVISdpaAttention, Qwen2KIVIFlashAttention2)(config, layer_idx)
-
-
-class Qwen2KIVIModel(KIVIModelMixin, Qwen2Model):
-    """The base model."""
-
-    config: Qwen2KIVIConfig
-    _no_split_modules = ["Qwen2KIVIDecoderLayer"]
-
-    def __init__(self, config: Qwen2Config) -> None:
-        super().__init__(config)
-        self.layers = nn.ModuleList(Qwen2KIVIDecoderLayer(config, index) for index in range(config.num_hidden_layers))
-        self.post_init()
-
-
-class Qwen2ForCausalLM_KIVI(KIVIForCausalLMMixin, Qwen2ForCausalLM):
-    """The causal LM: `Qwen2ForCausalLM_KIVI.from_pretrained(path, k_bits=2, v_bits=2)`."""
-
-    config: Qwen2KIVIConfig
-    _no_split_modules = ["Qwen2KIVIDecoderLayer"]
-
-    def __init__(self, config: Qwen2Config, **options: Any) -> None:
-        super().__init__(config, **options)
-        self.model = Qwen2KIVIModel(config)
-        self.post_init()
-
-
-class Qwen3KIVIConfig(KIVIConfigMixin, Qwen3Config):
-    """`Qwen3Config` with the options of the cache."""
-
-    model_type = "qwen3_kivi"
-
-
-class Qwen3KIVISdpaAttention(KIVIAttentionMixin, Qwen3Attention):
-    """Qwen3's attention over a KIVI cache; prefill through SDPA."""
-
-    def project(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """As in the other families, with queries and keys normalized along the head."""
-        query, key, value = super().project(hidden_states)
-        return self.q_norm(query), self.k_norm(key), value
-
-
-class Qwen3KIVIFlashAttention2(KIVIFlashMixin, Qwen3KIVISdpaAttention):
-    """Qwen3's attention over a KIVI cache; prefill through FlashAttention 2."""
-
-
-class Qwen3KIVIDecoderLayer(Qwen3DecoderLayer):
-    """A decoder layer with KIVI attention."""
-
-    def __init__(self, config: Qwen3Config, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
-        self.self_attn = attention_class(config, Qwen3KIVISdpaAttention, Qwen3KIVIFlashAttention2)(config, layer_idx)
-
-
-class Qwen3KIVIModel(KIVIModelMixin, Qwen3Model):
-    """The base model."""
-
-    config: Qwen3KIVIConfig
-    _no_split_modules = ["Qwen3KIVIDecoderLayer"]
-
-    def __init__(self, config: Qwen3Config) -> None:
-        super().__init__(config)
-        self.layers = nn.ModuleList(Qwen3KIVIDecoderLayer(config, index) for index in range(config.num_hidden_layers))
-        self.post_init()
-
-
-class Qwen3ForCausalLM_KIVI(KIVIForCausalLMMixin, Qwen3ForCausalLM):
-    """The causal LM: `Qwen3ForCausalLM_KIVI.from_pretrained(path, k_bits=2, v_bits=2)`."""
-
-    config: Qwen3KIVIConfig
-    _no_split_modules = ["Qwen3KIVIDecoderLayer"]
-
-    def __init__(self, config: Qwen3Config, **options: Any) -> None:
-        super().__init__(config, **options)
-        self.model = Qwen3KIVIModel(config)
-        self.post_init()
-
-
-_FAMILIES = {"qwen2": Qwen2ForCausalLM_KIVI, "qwen3": Qwen3ForCausalLM_KIVI}
-
-
-def load_qwen_kivi(
-    model_name_or_path: str, **kwargs: Any
-) -> tuple[Qwen2ForCausalLM_KIVI | Qwen3ForCausalLM_KIVI, PreTrainedTokenizerBase]:
-    """A Qwen2, Qwen2.5 or Qwen3 checkpoint as a KIVI model of its family, and its tokenizer.
+def load_qwen_kivi(model_name_or_path: str, **kwargs: Any) -> tuple[Any, PreTrainedTokenizerBase]:
+    """A Qwen2, Qwen2.5 or Qwen3 checkpoint as the KIVI model of its family, and its tokenizer.
 
     Args:
         model_name_or_path: a folder or a name on the hub.
@@ -147,12 +39,8 @@ def load_qwen_kivi(
     Raises:
         ValueError: for a checkpoint of another family, and for an option that is unknown or not allowed.
     """
-    return load_kivi(_FAMILIES, model_name_or_path, **kwargs)
+    return load_family(("qwen2", "qwen3"), model_name_or_path, **kwargs)
 
-
-for _config, _model in ((Qwen2KIVIConfig, Qwen2ForCausalLM_KIVI), (Qwen3KIVIConfig, Qwen3ForCausalLM_KIVI)):
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
-    AutoModelForCausalLM.register(_config, _model, exist_ok=True)
 
 __all__ = [
     "KIVICache",

@@ -219,3 +219,31 @@ class KIVIOptions:
                 f"{quantized[0]}-bit codes go {codes_per_byte} to a byte, so head_dim must be a multiple of "
                 f"{codes_per_byte}; got head_dim={head_dim}. Use more bits."
             )
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """How a KIVI model uses its caches; config fields beside those of `KIVIOptions`.
+
+    Raises:
+        ValueError: for a value that is not allowed.
+    """
+
+    use_kivi_cache: bool = _option(False, "generate() and forward() make a KIVI cache by themselves")
+    prefill_chunk: int | None = _option(
+        None, "longest piece that goes through a KIVI cache at once; None for no limit (tokens)"
+    )
+
+    def __post_init__(self) -> None:
+        check_flag("use_kivi_cache", self.use_kivi_cache)
+        if self.prefill_chunk is not None:
+            check_count("prefill_chunk", self.prefill_chunk)
+
+
+def config_fields() -> dict[str, tuple[str, Any]]:
+    """The fields that a KIVI model's config has beside its family's: name, and its type's name and default."""
+    return {
+        field.name: (str(field.type), field.default)
+        for options in (KIVIOptions, RunOptions)
+        for field in dataclasses.fields(options)
+    }

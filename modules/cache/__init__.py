@@ -1,0 +1,1 @@
+"""transformers' Cache contract over packed layers."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from modules.kivi_options import KIVIOptions
+from modules.options import KIVIOptions
 
 
 def nominal_bits(tokens: int, bits: float, residual_length: int) -> float:
@@ -64,13 +64,14 @@ def cache_report(cache: Any) -> dict[str, Any]:
             (the table's `(R*16 + (T-R)*bits)/T`).
         options: those of the cache, by name.
     """
-    layers = [layer.state for layer in cache.kivi_layers if layer.state is not None]
+    layers = [layer.store for layer in cache.kivi_layers if layer.store is not None]
+    backends = [layer.backend.name for layer in cache.kivi_layers if layer.backend is not None]
     info: dict[str, Any] = {
         "type": type(cache).__name__,
         "seq_length": cache.get_seq_length(),
         "batch_size": layers[0].batch_size if layers else 0,
         "num_layers": len(cache.layers),
-        "backend": layers[0].backend if layers else None,
+        "backend": backends[0] if layers else None,
         "options": {name: getattr(cache.options, name) for name in cache.options.names()},
     }
     lengths = list(layers[0].lengths) if layers else []

@@ -26,6 +26,9 @@ class Backend(abc.ABC):
 
     name: str
 
+    def __deepcopy__(self, memo: dict) -> Backend:
+        return self
+
     @abc.abstractmethod
     def why_not(self, layer: PackedLayer) -> str | None:
         """What keeps it from attending over `layer`, as the end of a sentence; None where nothing does."""

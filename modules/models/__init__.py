@@ -1,0 +1,1 @@
+"""What ties a model of transformers to a KIVI cache."""

@@ -11,6 +11,7 @@ Layers write a step behind these lengths; `commit` moves them on once all have. 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterator
 
@@ -48,6 +49,14 @@ class Geometry:
         return [slice(first, self.ring), slice(0, end - self.ring)]
 
 
+@dataclasses.dataclass
+class OpenStep:
+    """A step that is being written: the layers, by number, that have written it."""
+
+    step: Step
+    written: set[int] = dataclasses.field(default_factory=set)
+
+
 @dataclasses.dataclass(frozen=True)
 class Saved:
     """What `Ledger.restore` goes back to."""
@@ -76,11 +85,14 @@ class Ledger:
         moves: how often memory of the cache was moved, made or dropped; what is bound to addresses looks at it.
         max_length: tokens a sequence may reach, None without a limit.
         expected: tokens the longest sequence is expected to reach; there is room for them from the start.
+        open: the step that layers are writing, None between steps.
     """
 
     def __init__(self, geometry: Geometry, max_length: int | None = None) -> None:
         self.geometry, self.max_length = geometry, max_length
         self.moves, self.expected = 0, max_length or 0
+        self.open: OpenStep | None = None
+        self._recording = False
         self._counts: dict[torch.device, torch.Tensor] = {}
         self.clear([])
 
@@ -150,6 +162,11 @@ class Ledger:
         states = zip(self._lengths, self._packed, step.counted)
         return max((self.geometry.packed_after(old + new, packed) for old, new, packed in states), default=0)
 
+    def columns_of(self, layer_idx: int) -> int:
+        """Columns that a layer has seen, with those of the open step where it has written them."""
+        written = self.open is not None and layer_idx in self.open.written
+        return self.columns + (self.open.step.length if written else 0)
+
     def check_batch(self, batch: int) -> None:
         """Raise `ValueError` where `batch` is not the number of sequences held."""
         if batch != self.batch_size:
@@ -176,17 +193,22 @@ class Ledger:
             yield slice(row, row + 1), new_lengths[row]
 
     def commit(self, step: Step, on_devices: bool = True) -> None:
-        """Count a step in that every layer has written.
+        """Count a step in that every layer has written; there is no open one after it.
 
         One token a sequence moves the counts of the devices on in place; `on_devices=False` says that a replayed graph
         has done so.
         """
+        self.open = None
         if step.length != 1:
             self._fetch_if_stale()
             self._forget_counts()
         elif on_devices:
             for device, counts in self._counts.items():
                 self._advance(counts, 1 if step.all_real else step.lengths_on(device))
+        if not self._recording:
+            self._commit_on_host(step)
+
+    def _commit_on_host(self, step: Step) -> None:
         known = self._lengths is not None and step.counted is not None
         if known or not self._counts:  # with no counts on a device this fetches those of the step once
             lengths = [old + new for old, new in zip(self.lengths, step.lengths)]
@@ -197,6 +219,15 @@ class Ledger:
             self._lengths = self._packed = None
             self.most += 1
         self.add_columns(step)
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """Within it, steps move the counts on devices on and not what the host knows: they are recorded, not run."""
+        self._recording = True
+        try:
+            yield
+        finally:
+            self._recording, self.open = False, None
 
     def _advance(self, counts: torch.Tensor, new: int | torch.Tensor) -> None:
         """Counts on a device after `new` more tokens of each sequence, in place and without waiting."""
@@ -217,15 +248,23 @@ class Ledger:
             self.column_is_real = torch.cat([old.to(device), new], dim=1)
         self.columns += step.length
 
+    def lengths_within(self, columns: int) -> list[int]:
+        """Tokens of each sequence in the first `columns` columns."""
+        if self.column_is_real is None:
+            return [columns] * self.batch_size
+        return self.column_is_real[:, :columns].sum(1).tolist()
+
+    def set_columns(self, stored: int, step: Step) -> None:
+        """Say in which columns from `stored` on the real tokens of `step` came, where they were stored real ones first."""
+        self.column_is_real = torch.cat([self.column_is_real[:, :stored], step.real.to(self.column_is_real.device)], dim=1)
+
     def keep_columns(self, columns: int) -> None:
         """Forget all but the first `columns` columns, and the tokens of the others; groups that are cut are not packed."""
-        if self.column_is_real is None:
-            lengths = [columns] * self.batch_size
-        else:
-            self.column_is_real = self.column_is_real[:, :columns]
-            lengths = self.column_is_real.sum(1).tolist()
+        lengths = self.lengths_within(columns)
+        self._set(lengths, self.packed_within(lengths))
         self.columns = columns
-        self._set([min(old, new) for old, new in zip(self.lengths, lengths)], self.packed_within(lengths))
+        if self.column_is_real is not None:
+            self.column_is_real = self.column_is_real[:, :columns]
 
     def packed_within(self, lengths: list[int]) -> list[int]:
         """Packed tokens that stay where only the first `lengths[b]` tokens of each sequence do."""
@@ -244,13 +283,17 @@ class Ledger:
 
     def save(self) -> Saved:
         """What there is, to go back to; counts on a device are copied, as a step moves them on in place."""
-        counts = {device: t.clone() for device, t in self._counts.items()} if self._lengths is None else {}
+        copied = self._lengths is None and not self._recording
+        counts = {device: t.clone() for device, t in self._counts.items()} if copied else {}
         return Saved(
             self.columns, self._lengths, self._packed, self.column_is_real, self.most, self.fewest_packed, counts
         )
 
     def restore(self, saved: Saved) -> None:
         """Go back to what `save` gave."""
+        self.open = None
+        if self._recording:
+            return
         self.columns, self.column_is_real = saved.columns, saved.column_is_real
         self._forget_counts()
         self._lengths, self._packed, self._counts = saved.lengths, saved.packed, dict(saved.counts)

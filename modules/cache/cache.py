@@ -1,0 +1,441 @@
+"""`KIVICache`: transformers' `Cache` over packed layers that share one ledger."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import operator
+import warnings
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+
+from modules.cache.layer import KIVICacheLayer
+from modules.cache.modes import as_data
+from modules.cache.report import cache_report, format_report
+from modules.cache.undo import Savepoint
+from modules.options import KIVIOptions, check_count, check_flag, head_dim_of
+from modules.store.ledger import Geometry, Ledger, OpenStep
+from modules.store.step import Step
+
+OVER_CODES = "kivi"  # attention implementations under which states are handed on, to be attended over the codes
+
+
+class Deferred(NamedTuple):
+    """What `KIVICache.update` leaves on the keys it hands on: where the attention function finds the past."""
+
+    cache: KIVICache
+    layer: KIVICacheLayer
+
+
+class KIVICache(Cache):
+    """A KV cache whose older tokens are packed 2-, 4- or 8-bit codes (KIVI, arXiv 2402.02750).
+
+    Models under the attention implementation "kivi" attend over the codes; any other model gets dequantized states.
+    Sliding-window and linear-attention layers keep transformers' own layer.
+
+    Args:
+        config: of the model; gives the layers. None makes layers as they come, all of them packed.
+        options: what is stored; None takes what the config carries.
+        max_length: tokens a sequence may reach, allocated at once; None grows as needed.
+        offloading: keep the packed layers on the CPU but for the one in use; of no effect for a model on the CPU.
+        overrides: single options by name.
+
+    Raises:
+        ValueError: for an option that is unknown or not allowed, or that does not fit the model's heads.
+
+    Example:
+        >>> cache = KIVICache(model.config, k_bits=2, v_bits=2)
+        >>> model.generate(**inputs, past_key_values=cache)
+    """
+
+    def __init__(
+        self,
+        config: PreTrainedConfig | None = None,
+        options: KIVIOptions | None = None,
+        *,
+        max_length: int | None = None,
+        offloading: bool = False,
+        **overrides: Any,
+    ) -> None:
+        check_flag("offloading", offloading)
+        if max_length is not None:
+            check_count("max_length", max_length)
+        config = config and config.get_text_config(decoder=True)
+        if options is None:
+            options = KIVIOptions.from_config(config, overrides)
+        else:
+            options = dataclasses.replace(options, **overrides)
+        self.config, self.options = config, options
+        geometry = Geometry(options.group_size, options.residual_length, options.sink_length)
+        self.ledger = Ledger(geometry, max_length)
+        self._savepoint: Savepoint | None = None
+        self._driven = self._over_codes = False
+        super().__init__(layers=[] if config is None else self._layers_of(config))
+        if config is None:
+            options.bits_of_layer(0, 1)  # a list of bits needs to know how many layers there are
+        self.offloading = offloading
+
+    def _layers_of(self, config: PreTrainedConfig) -> list[CacheLayerMixin]:
+        self.options.check_head_dim(head_dim_of(config))
+        layers = DynamicCache(config=config).layers  # transformers' own choice of layer for each kind of attention
+        for index, layer in enumerate(layers):
+            if type(layer) is DynamicLayer:
+                bits = self.options.bits_of_layer(index, len(layers))
+                layers[index] = KIVICacheLayer(self.options, bits, index, self.ledger)
+        return layers
+
+    def _layer(self, layer_idx: int) -> CacheLayerMixin:
+        """The layer `layer_idx`; without a config it is made when it is first asked for."""
+        if self.config is None and not self.ledger.columns:
+            while len(self.layers) <= layer_idx:
+                bits = self.options.bits_of_layer(0, 1)
+                self.layers.append(KIVICacheLayer(self.options, bits, len(self.layers), self.ledger))
+        if layer_idx >= len(self.layers):
+            raise ValueError(
+                f"the cache has {len(self.layers)} layers and the model asks for one more, number {layer_idx}; make the "
+                "cache with this model's config: model.create_kivi_cache() or KIVICache(model.config)."
+            )
+        return self.layers[layer_idx]
+
+    @property
+    def kivi_layers(self) -> list[KIVICacheLayer]:
+        """The layers that are packed."""
+        return [layer for layer in self.layers if isinstance(layer, KIVICacheLayer)]
+
+    @property
+    def attends_over_codes(self) -> bool:
+        """Whether the states go on to an attention function that knows codes: as the open step says, else by the config."""
+        if self._driven:
+            return self._over_codes
+        implementation = getattr(self.config, "_attn_implementation", None) or ""
+        return implementation.startswith(OVER_CODES)
+
+    # Steps
+
+    @contextlib.contextmanager
+    def step(self, step: Step, over_codes: bool) -> Iterator[None]:
+        """One forward of a model over the cache: within it layers write `step`, at its end the cache has moved on.
+
+        A failure within leaves the cache as it was before.
+
+        Args:
+            over_codes: the model's attention function knows codes; else it gets dequantized states.
+
+        Raises:
+            ValueError: where some layers got no states.
+        """
+        self._settle()
+        with self.undone_on_failure(step):
+            self.ledger.open, self._driven, self._over_codes = OpenStep(step), True, over_codes
+            try:
+                yield
+                self._check_complete()
+                self.ledger.commit(step)
+            finally:
+                self._driven, self.ledger.open = False, None
+
+    @contextlib.contextmanager
+    def undone_on_failure(self, step: Step) -> Iterator[None]:
+        """Within it, a failure leaves the cache as it was; `step` has all new tokens, in however many steps they come."""
+        saved = Savepoint(self.layers, self.ledger, step)
+        try:
+            yield
+        except BaseException:
+            saved.restore()
+            raise
+
+    def _begin(self, query_length: int) -> None:
+        """A forward begins of a model that opens no step itself: what it writes can be undone."""
+        self._settle()
+        step = Step.of(None, self.ledger.batch_size, query_length)
+        self._savepoint = Savepoint(self.layers, self.ledger, step)
+
+    def _settle(self) -> None:
+        """End the step of a model that does not say when it ends."""
+        if self._driven or self.ledger.open is None:
+            return
+        step, saved = self.ledger.open.step, self._savepoint
+        self._savepoint = None
+        try:
+            self._check_complete()
+        except ValueError:
+            if saved is not None:
+                saved.restore()
+            self.ledger.open = None
+            raise
+        self.ledger.commit(step)
+
+    def _check_complete(self) -> None:
+        written, layers = self.ledger.open.written, [layer.layer_idx for layer in self.kivi_layers]
+        missing = [index for index in layers if index not in written]
+        if missing:
+            raise ValueError(
+                f"the last forward gave no states to the layers {missing} of the cache, so none were stored: it was broken "
+                f"off, or the model has fewer layers than the cache has ({len(self.layers)}). Make the cache with the "
+                "model's own config: model.create_kivi_cache() or KIVICache(model.config)."
+            )
+
+    def _wrote(self, layer: KIVICacheLayer, step: Step) -> None:
+        """A layer has written `step`; the last one ends it where the model does not."""
+        if self.ledger.open is None:
+            self.ledger.open = OpenStep(step)
+        written = self.ledger.open.written
+        written.add(layer.layer_idx)
+        all_known = self.config is not None or self.ledger.columns > 0  # else a layer may yet be made
+        if not self._driven and all_known and len(written) == len(self.kivi_layers):
+            self._settle()
+
+    def open_step(self, layer: KIVICacheLayer, mask: torch.Tensor | None, batch: int, length: int) -> Step:
+        """The step in which a layer gets `length` new columns: the one that is open, else a new one under `mask`."""
+        if self.ledger.open is not None and not self._driven and layer.layer_idx in self.ledger.open.written:
+            self._settle()
+        return self.new_step(mask, batch, length) if self.ledger.open is None else self.ledger.open.step
+
+    def new_step(self, attention_mask: torch.Tensor | None, batch: int, length: int) -> Step:
+        """The step for `length` new columns under a mask `[B, stored + length]`, 1 for real tokens.
+
+        The past of a mask on a GPU is not looked at in steps of one token, which would wait for the device.
+
+        Raises:
+            ValueError: for another batch than is stored, a mask of another shape, or one that changes tokens already
+                stored.
+        """
+        self._settle()
+        stored = self.ledger.columns
+        if stored:
+            self.ledger.check_batch(batch)
+        if attention_mask is None:
+            return Step.of(None, batch, length)
+        if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
+            what = f"{attention_mask.dim()} dimensions" if isinstance(attention_mask, torch.Tensor) else (
+                f"the type {type(attention_mask).__name__}"
+            )
+            raise ValueError(
+                f"a KIVI cache takes a mask that is a tensor [batch, tokens]; got one of {what}. "
+                "Custom masks need a full-precision cache (past_key_values=DynamicCache())."
+            )
+        if tuple(attention_mask.shape) != (batch, stored + length):
+            raise ValueError(
+                f"attention_mask must have the shape {(batch, stored + length)}: {stored} stored tokens and {length} new "
+                f"ones; got {tuple(attention_mask.shape)}."
+            )
+        real = attention_mask.bool()
+        if stored and (length > 1 or real.device.type == "cpu"):
+            self._check_past(real[:, :stored])
+        return Step.of(real[:, stored:], batch, length)
+
+    def _check_past(self, past: torch.Tensor) -> None:
+        known = self.ledger.column_is_real
+        same = bool(past.all()) if known is None else torch.equal(past, known.to(past.device))
+        if not same:
+            raise ValueError(
+                "attention_mask changes tokens that are stored already: its first "
+                f"{past.shape[1]} columns must be as they were. Start with a new cache, or crop() this one."
+            )
+
+    def next_positions(self, step: Step, batch: int, device: torch.device) -> torch.Tensor:
+        """Positions `[B, length]` of the new tokens: each sequence counts its own real tokens."""
+        if not self.ledger.columns:
+            start = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        elif device.type == "cpu":
+            start = torch.tensor(self.ledger.lengths).unsqueeze(1)
+        else:
+            start = self.ledger.counts(device)[0].long().unsqueeze(1)
+        if step.all_real:
+            return start + torch.arange(step.length, device=device)
+        return start + (step.real.to(device).cumsum(1) - 1).clamp_min(0)
+
+    # transformers' contract
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store new tokens of one layer; return all its keys and values, dequantized, `[B, H, columns, D]`.
+
+        For a model under "kivi" it stores nothing yet and returns the new states: its attention function, which knows the
+        queries, attends over the codes and stores.
+        """
+        layer = self._layer(layer_idx)
+        if not isinstance(layer, KIVICacheLayer):
+            return layer.update(key_states, value_states, *args, **kwargs)
+        if self.attends_over_codes:
+            key_states.kivi = Deferred(self, layer)  # type: ignore[attr-defined]
+            return key_states, value_states
+        step = self.open_step(layer, None, key_states.shape[0], key_states.shape[2])
+        return self.store(key_states, value_states, layer, step)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        layer: KIVICacheLayer,
+        scaling: float,
+        step: Step,
+    ) -> torch.Tensor:
+        """`KIVICacheLayer.attend` for one layer."""
+        with self._on_device(layer):
+            out = layer.attend(query, key, value, scaling, step)
+        self._wrote(layer, step)
+        return out
+
+    def store(
+        self, key: torch.Tensor, value: torch.Tensor, layer: KIVICacheLayer, step: Step, query: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`KIVICacheLayer.update` for one layer, with the queries that help to choose what is stored finely."""
+        with self._on_device(layer):
+            states = layer.update(key, value, step=step, query=query)
+        self._wrote(layer, step)
+        return states
+
+    @contextlib.contextmanager
+    def _on_device(self, layer: KIVICacheLayer) -> Iterator[None]:
+        """Within it an offloaded layer is on its device; whatever happens, it is on the CPU afterwards."""
+        if not self.offloading:
+            yield
+            return
+        layer.prefetch()
+        try:
+            yield
+        finally:
+            layer.offload()
+            if layer.store is not None and layer.device.type == "cpu":
+                _warn_of_nothing_to_offload()
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Columns `(stored + query_length, first)` that a mask of `query_length` new columns spans.
+
+        Models ask at the beginning of a forward, so a step begins here where the model opens none.
+        """
+        if not self._driven:
+            self._begin(query_length)
+        return super().get_mask_sizes(query_length, layer_idx)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns seen, padding included (tokens)."""
+        return super().get_seq_length(layer_idx)
+
+    def reserve(self, tokens: int) -> None:
+        """Expect sequences of `tokens` tokens: what is allocated or grows from now on has room for them."""
+        check_count("tokens", tokens)
+        self.ledger.expected = max(self.ledger.expected, tokens)
+
+    @as_data
+    def reset(self) -> None:
+        """Forget everything; with `max_length` the memory is kept."""
+        self._drop_open_step()
+        for layer in self.layers:
+            if not isinstance(layer, KIVICacheLayer):
+                layer.reset()
+            elif layer.store is not None:
+                if self.ledger.max_length is None:
+                    layer.forget()
+                else:
+                    layer.store.keep([0] * layer.batch_size)
+        self.ledger.clear([0] * self.ledger.batch_size if self.ledger.max_length is not None else [])
+
+    def _drop_open_step(self) -> None:
+        self.ledger.open = self._savepoint = None
+
+    @as_data
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the newest `-tokens_to_remove` columns; a positive number is the older convention, columns to keep.
+
+        Raises:
+            ValueError: for what is not a whole number.
+        """
+        given = _whole_number("crop", tokens_to_remove)
+        self._settle()
+        columns = self.ledger.columns
+        keep = min(given, columns) if given > 0 else max(0, columns + given)
+        for layer in self.layers:
+            if not isinstance(layer, KIVICacheLayer):
+                layer.crop(keep - columns)
+        if keep == columns:
+            return
+        lengths = self.ledger.lengths_within(keep)
+        for layer in self.kivi_layers:
+            if layer.store is not None:
+                layer.store.keep(lengths)
+        self.ledger.keep_columns(keep)
+
+    @as_data
+    def _select(self, index: torch.Tensor) -> None:
+        self._settle()
+        index = index.cpu()
+        if torch.equal(index, torch.arange(self.ledger.batch_size)):
+            return
+        for layer in self.kivi_layers:
+            if layer.store is not None:
+                layer.store.select(index)
+        self.ledger.select(index)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Sequence `i` becomes what `beam_idx[i]` was (beam search)."""
+        for layer in self.layers:
+            if not isinstance(layer, KIVICacheLayer):
+                layer.reorder_cache(beam_idx)
+        if self.ledger.batch_size:
+            self._select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each sequence `repeats` times, side by side."""
+        if self.ledger.batch_size:
+            self.reorder_cache(torch.arange(self.ledger.batch_size).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the sequences `indices`: int64 numbers or a bool mask. An IndexError for one that is not there."""
+        if self.ledger.batch_size:
+            self.reorder_cache(torch.arange(self.ledger.batch_size)[torch.as_tensor(indices).cpu()])
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences stored, -1 before the first."""
+        return self.ledger.batch_size or -1
+
+    @as_data
+    def __deepcopy__(self, memo: dict[int, Any]) -> KIVICache:
+        self._settle()
+        twin = memo[id(self)] = type(self).__new__(type(self))
+        memo[id(self.config)] = self.config  # the model's, whose attention implementation may change
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
+
+    def get_cache_info(self) -> dict[str, Any]:
+        """What is stored, counted from the tensors: tokens, bytes by part, bits an element as stored and nominal."""
+        self._settle()
+        return cache_report(self)
+
+    def __repr__(self) -> str:
+        opt = self.options
+        return (
+            f"{type(self).__name__}(layers={len(self.layers)}, tokens={self.get_seq_length()}, k_bits={opt.k_bits}, "
+            f"v_bits={opt.v_bits}, group_size={opt.group_size}, residual_length={opt.residual_length}, "
+            f"sink_length={opt.sink_length})"
+        )
+
+
+def _whole_number(what: str, value: Any) -> int:
+    """A whole number given as an int, or as a tensor of one."""
+    if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_floating_point():
+        value = value.item()
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{what}() takes a whole number of tokens; got {value!r}.") from None
+
+
+@functools.cache
+def _warn_of_nothing_to_offload() -> None:
+    warnings.warn("offloading=True has no effect: the model computes on the CPU, where the cache is.", stacklevel=6)
+
+
+def print_kivi_stats(cache: KIVICache) -> None:
+    """Print `cache.get_cache_info()` as a table."""
+    print(format_report(cache.get_cache_info()))

@@ -1,0 +1,145 @@
+"""The base model of a KIVI model: a forward is a step of its cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from modules.cache.cache import KIVICache
+from modules.models.config import over_codes
+from modules.store.step import Step
+
+
+class KIVIModelMixin:
+    """A base model that runs a step through a `KIVICache`: masks, positions, chunks; stock with any other cache.
+
+    The stock constructor builds it; its layers then become those of the family.
+    """
+
+    kivi_classes: Any
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        self.become_kivi()
+
+    def become_kivi(self) -> None:
+        """Give the layers the classes of the family."""
+        classes = self.kivi_classes
+        flash = self.config._attn_implementation == "flash_attention_2"
+        for layer in self.layers:
+            layer.__class__ = classes.decoder_layer
+            layer.self_attn.__class__ = classes.flash_attention if flash else classes.sdpa_attention
+
+    @property
+    def _slides(self) -> bool:
+        """Whether some layers have a sliding window: those attend as in the stock model, with a mask."""
+        return "sliding_attention" in (getattr(self.config, "layer_types", None) or ())
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        kivi_step: Step | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """As the stock model's. `kivi_step` says which new tokens are real where the caller has found out already."""
+        cache = past_key_values
+        one_input = (input_ids is None) != (inputs_embeds is None)
+        if not isinstance(cache, KIVICache) or not one_input:
+            return super().forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=cache,
+                inputs_embeds=inputs_embeds,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        if tokens.dim() != (2 if inputs_embeds is None else 3):
+            raise ValueError(
+                f"a KIVI cache takes input_ids [batch, tokens] or inputs_embeds [batch, tokens, hidden_size]; got the shape "
+                f"{tuple(tokens.shape)}."
+            )
+        batch, length = tokens.shape[:2]
+        step = kivi_step or cache.new_step(attention_mask, batch, length)
+        if position_ids is None:
+            position_ids = cache.next_positions(step, batch, tokens.device)
+        inputs = {
+            "input_ids": input_ids,
+            "inputs_embeds": inputs_embeds,
+            "position_ids": position_ids.expand(batch, -1) if position_ids.dim() == 2 else position_ids,
+        }
+        chunk = self.config.prefill_chunk
+        if chunk is not None and length > chunk:
+            with cache.undone_on_failure(step):
+                return self._forward_in_chunks(
+                    inputs, attention_mask, cache, step, chunk, use_cache=use_cache, **kwargs
+                )
+        with over_codes(self.config) as routed, cache.step(step, over_codes=routed):
+            return super().forward(
+                **inputs, attention_mask=attention_mask, past_key_values=cache, use_cache=use_cache, **kwargs
+            )
+
+    def _forward_in_chunks(
+        self,
+        inputs: dict[str, torch.Tensor | None],
+        attention_mask: torch.Tensor | None,
+        cache: KIVICache,
+        step: Step,
+        chunk: int,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """A long forward, `chunk` tokens at a time, so that later tokens see a packed past.
+
+        Chunks are of real tokens: each sequence of a padded batch is cut where it would be cut alone.
+        """
+        return_dict = kwargs.pop("return_dict", None)
+        if kwargs.get("output_attentions", self.config.output_attentions):
+            raise ValueError(
+                f"a forward in chunks gives no attention weights; got output_attentions=True with prefill_chunk={chunk}. Set "
+                "prefill_chunk=None for it."
+            )
+        aligned = not self._slides
+        length = inputs["position_ids"].shape[-1]
+        stored = cache.get_seq_length()
+        real = step.real
+        if real is None and attention_mask is not None and not attention_mask[:, :stored].all():
+            real = torch.ones_like(attention_mask[:, stored:], dtype=torch.bool)  # the past has padding
+        if aligned and real is not None:
+            inputs = {name: None if t is None else step.real_first(t, dim=1) for name, t in inputs.items()}
+            real = step.real_first(real, dim=1)
+        outputs = []
+        for start in range(0, length, chunk):
+            piece = slice(start, start + chunk)
+            mask = None
+            if real is not None:
+                past = attention_mask[:, :stored].bool()
+                mask = torch.cat([past.to(real.device), real[:, : piece.stop]], dim=1)
+            part = {name: None if t is None else t[:, piece] for name, t in inputs.items()}
+            outputs.append(self.forward(**part, attention_mask=mask, past_key_values=cache, return_dict=True, **kwargs))
+        if aligned and step.order is not None:
+            cache.ledger.set_columns(stored, step)
+        joined = _join_outputs(outputs, step if aligned else None)
+        return joined.to_tuple() if return_dict is False else joined
+
+
+def _join_outputs(outputs: list[BaseModelOutputWithPast], step: Step | None) -> BaseModelOutputWithPast:
+    def join(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        joined = torch.cat(parts, dim=1)
+        return joined if step is None else step.as_given(joined)
+
+    states = [out.hidden_states for out in outputs]
+    return BaseModelOutputWithPast(
+        last_hidden_state=join(tuple(out.last_hidden_state for out in outputs)),
+        past_key_values=outputs[-1].past_key_values,
+        hidden_states=None if states[0] is None else tuple(join(parts) for parts in zip(*states)),
+    )

@@ -1,0 +1,186 @@
+"""The causal LM of a KIVI model: it makes and uses KIVI caches, and replays decode steps from CUDA graphs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from modules.cache.cache import KIVICache
+from modules.models.config import FIELD_DEFAULTS, as_kivi_config, check_config, check_fields
+from modules.models.graphs import DecodeGraphs
+from modules.options import reject_unknown
+
+
+class KIVIForCausalLMMixin:
+    """A causal LM that can create and use a KIVI cache.
+
+    Attributes:
+        use_kivi_cache: True lets `generate()` and `forward()` create a KIVI cache by themselves.
+        prefill_chunk: longest piece (tokens) that goes through a KIVI cache at once; None for no limit.
+        use_cuda_graphs: False runs every step eagerly, also on a GPU.
+    """
+
+    kivi_classes: Any
+    use_cuda_graphs: bool = True
+
+    def __init__(self, config: PreTrainedConfig, **options: Any) -> None:
+        reject_unknown(options, FIELD_DEFAULTS, type(self).__name__)
+        config = as_kivi_config(config, type(self).config_class)
+        for name, value in options.items():
+            setattr(config, name, value)
+        check_config(config)
+        super().__init__(config)
+        self.model.__class__ = self.kivi_classes.model
+        self.model.become_kivi()
+        self._decode_graphs = DecodeGraphs()
+
+    @property
+    def use_kivi_cache(self) -> bool:
+        return self.config.use_kivi_cache
+
+    @use_kivi_cache.setter
+    def use_kivi_cache(self, value: bool) -> None:
+        self._set_checked("use_kivi_cache", value)
+
+    @property
+    def prefill_chunk(self) -> int | None:
+        return self.config.prefill_chunk
+
+    @prefill_chunk.setter
+    def prefill_chunk(self, value: int | None) -> None:
+        self._set_checked("prefill_chunk", value)
+
+    def _set_checked(self, name: str, value: Any) -> None:
+        """Set a field of the config, or leave it and raise the `ValueError` of a value that is not allowed."""
+        previous = getattr(self.config, name)
+        setattr(self.config, name, value)
+        try:
+            check_fields(self.config)
+        except ValueError:
+            setattr(self.config, name, previous)
+            raise
+
+    def create_kivi_cache(
+        self, *, max_length: int | None = None, offloading: bool = False, **overrides: Any
+    ) -> KIVICache:
+        """An empty `KIVICache` for this model, with the options of its config.
+
+        Args:
+            max_length: tokens a sequence may reach, allocated at once; None grows as needed.
+            offloading: keep layers on the CPU but for the one in use.
+            overrides: options of `KIVIOptions` by name.
+
+        Raises:
+            ValueError: for an option that is unknown or not allowed.
+        """
+        return KIVICache(self.config, max_length=max_length, offloading=offloading, **overrides)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ):
+        """As the stock model's, and with `use_kivi_cache` a new KIVI cache where none is passed.
+
+        On a GPU, steps of one token replay a CUDA graph (see `use_cuda_graphs`).
+        """
+        wants_cache = self.config.use_cache if use_cache is None else use_cache
+        if self.use_kivi_cache and past_key_values is None and wants_cache and not self.training:
+            past_key_values = self.create_kivi_cache()
+        if kwargs.get("kivi_step") is None and isinstance(past_key_values, KIVICache):
+            logits = self._decoded(past_key_values, input_ids, attention_mask, position_ids, wants_cache, {
+                "inputs_embeds": inputs_embeds, "labels": labels, **kwargs
+            })
+            if logits is not None:
+                return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+
+    def _decoded(
+        self,
+        cache: KIVICache,
+        input_ids: torch.LongTensor | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.LongTensor | None,
+        wants_cache: bool,
+        others: dict[str, Any],
+    ) -> torch.Tensor | None:
+        """Logits `[B, 1, vocabulary]` of a step of one token from a CUDA graph; None where the step is for the model."""
+        if input_ids is None or not input_ids.is_cuda or input_ids.shape[1] != 1 or not self.use_cuda_graphs:
+            return None
+        asked = {name for name, value in others.items() if value is not None and value is not False}
+        return_dict = others.get("return_dict")
+        plain = (
+            wants_cache
+            and asked <= {"return_dict"}
+            and (self.config.return_dict if return_dict is None else return_dict)
+            and not (self.config.output_hidden_states or self.config.output_attentions)
+        )
+        if not plain or self.training or torch.is_autocast_enabled("cuda") or not cache.get_seq_length():
+            return None
+        runner = self._decode_graphs.runner(cache)
+        if runner.running or (position_ids is not None and position_ids.dim() != 2):
+            return None
+        step = cache.new_step(attention_mask, input_ids.shape[0], 1)
+        return runner.step(self, cache, input_ids, step, position_ids).clone()
+
+    def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, **kwargs: Any) -> dict[str, Any]:
+        """As the stock model's; the tokens must go on from those that the cache holds.
+
+        Raises:
+            ValueError: where a KIVI cache holds as many tokens as are given, or more, so that nothing is left to feed.
+        """
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, KIVICache) and kwargs.get("inputs_embeds") is None:
+            self._check_tokens_to_feed(cache, input_ids)
+        return super().prepare_inputs_for_generation(input_ids, **kwargs)
+
+    @staticmethod
+    def _check_tokens_to_feed(cache: KIVICache, input_ids: torch.LongTensor) -> None:
+        stored, given = cache.get_seq_length(), input_ids.shape[1]
+        if given and stored >= given:
+            raise ValueError(
+                f"the cache holds {stored} tokens and generate() got {given}, of which none is new. Pass all tokens, those "
+                f"that are stored and at least one more; or take back what is too much: cache.crop({given - 1 - stored})."
+            )
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        cache = model_kwargs.get("past_key_values")
+        wanted = self.use_kivi_cache and generation_config.use_cache is not False
+        if wanted and cache is None and generation_config.cache_implementation is None:
+            cache = model_kwargs["past_key_values"] = self.create_kivi_cache()
+            if generation_config.is_assistant:
+                cache.activate_past_recording()
+        else:
+            super()._prepare_cache_for_generation(
+                generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+            )
+        if isinstance(cache, KIVICache) and self.device.type == "cuda":
+            cache.reserve(max_cache_length)  # once, so that a graph is recorded once

@@ -1,0 +1,114 @@
+"""The config of a KIVI model: that of its family, with the options of the cache."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import logging
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from modules.cache.cache import OVER_CODES
+from modules.models.attention import ROUTES
+from modules.options import KIVIOptions, RunOptions, config_fields, head_dim_of
+
+FIELD_DEFAULTS: dict[str, Any] = {name: default for name, (_, default) in config_fields().items()}
+_FORWARDS = "_forwards_over_codes"  # attribute of a config: forwards that run over a KIVI cache now
+_counting = threading.Lock()
+
+
+@contextlib.contextmanager
+def stock_checkpoints_are_meant() -> Iterator[None]:
+    """Without transformers' warning that a checkpoint is of another model type, which here is the very use."""
+    log = logging.getLogger("transformers.configuration_utils")
+
+    def other(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("You are using a model of type")
+
+    log.addFilter(other)
+    try:
+        yield
+    finally:
+        log.removeFilter(other)
+
+
+class KIVIConfigMixin(PreTrainedConfig):
+    """Config fields of a KIVI model: those of `KIVIOptions` and of `RunOptions`."""
+
+    __annotations__ = {name: type_ for name, (type_, _) in config_fields().items()}
+    locals().update(FIELD_DEFAULTS)
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        check_fields(self)
+
+    @property
+    def _attn_implementation(self) -> str | None:
+        """As the user chose it; while a forward runs over a KIVI cache, what attends over one in its place."""
+        chosen = self._attn_implementation_internal
+        return ROUTES.get(chosen, chosen) if self.__dict__.get(_FORWARDS) else chosen
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, value: str | dict | None) -> None:
+        PreTrainedConfig._attn_implementation.fset(self, value)
+
+    def _remove_keys_not_serialized(self, d: dict[str, Any]) -> None:
+        super()._remove_keys_not_serialized(d)
+        d.pop(_FORWARDS, None)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        with stock_checkpoints_are_meant():
+            config = super().from_pretrained(*args, **kwargs)
+        loaded = config[0] if isinstance(config, tuple) else config
+        if loaded.model_type.removesuffix("_kivi") != cls.model_type.removesuffix("_kivi"):
+            raise ValueError(
+                f"{cls.__name__} takes checkpoints of the model type {cls.model_type.removesuffix('_kivi')!r}; got one of "
+                f"{loaded.model_type!r}."
+            )
+        return config
+
+
+@contextlib.contextmanager
+def over_codes(config: PreTrainedConfig) -> Iterator[bool]:
+    """Within it, a model of `config` attends through the functions that know a KIVI cache; False where there is none for
+    its implementation. Threads may run the model at once."""
+    with _counting:
+        config.__dict__[_FORWARDS] = config.__dict__.get(_FORWARDS, 0) + 1
+    try:
+        yield (config._attn_implementation or "").startswith(OVER_CODES)
+    finally:
+        with _counting:
+            config.__dict__[_FORWARDS] -= 1
+
+
+def as_kivi_config(config: PreTrainedConfig, config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
+    """`config`, or where it is a stock one its twin of `config_class`, so that what is saved is loaded as a KIVI model."""
+    if isinstance(config, config_class):
+        return config
+    twin = object.__new__(config_class)
+    twin.__dict__.update(copy.deepcopy(config.__dict__))
+    return twin
+
+
+def check_config(config: PreTrainedConfig) -> None:
+    """Give a config the KIVI fields it lacks and raise `ValueError` for one that is not allowed or does not fit."""
+    for name, default in FIELD_DEFAULTS.items():
+        if not hasattr(config, name):
+            setattr(config, name, default)
+    options = check_fields(config)
+    options.check_head_dim(head_dim_of(config))
+    options.bits_of_layer(0, config.num_hidden_layers)
+
+
+def check_fields(config: PreTrainedConfig) -> KIVIOptions:
+    """The options of a config; `ValueError` for a value that no model could have.
+
+    Whether they fit the model is for `check_config`: `from_pretrained` sets its arguments one by one, after construction.
+    """
+    RunOptions(**{field.name: getattr(config, field.name) for field in dataclasses.fields(RunOptions)})
+    return KIVIOptions.from_config(config)
