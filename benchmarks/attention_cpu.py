@@ -21,7 +21,7 @@ from timing import percentiles, take_turns
 from transformers import DynamicCache
 
 from modules.kivi_cache_general import KIVICacheLayer, Step
-from modules.kivi_options import KIVIOptions
+from modules.options import KIVIOptions
 
 SHAPES = {"smollm2-135m": (9, 3, 64), "llama-3.1-8b": (32, 8, 128), "qwen2.5-7b": (28, 4, 128)}  # heads, KV heads, size
 DTYPES = ("float32", "bfloat16", "float16")

@@ -24,7 +24,7 @@ from transformers import DynamicCache
 
 from modeling_llama_kivi import load_llama_kivi
 from modules.kivi_cache_general import KIVICache, Step
-from modules.kivi_options import head_dim_of
+from modules.options import head_dim_of
 
 DTYPES = ("float32", "bfloat16")
 

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from machine import environment  # which puts the project's folder on the path
 
-from modules.kivi_options import KIVIOptions
+from modules.options import KIVIOptions
 from modules.packed_state import PackedLayer
 
 SHAPES = {"Llama-2-7B": (32, 32, 128), "Llama-3.1-8B": (32, 8, 128), "Qwen2.5-7B": (28, 4, 128)}

@@ -185,7 +185,7 @@ def _convert(gguf: Path, target: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from modules.kivi_modeling import FIELD_DEFAULTS
+    from modules.models.config import FIELD_DEFAULTS
 
     with progress(f"Reading {gguf.name} (once)"), _quiet():
         config = AutoConfig.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
@@ -426,7 +426,7 @@ def cache_options(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: for one that is not allowed.
     """
-    from modules.kivi_options import KIVIOptions
+    from modules.options import KIVIOptions
 
     options = {name: getattr(args, name) for name in CACHE_OPTIONS}
     KIVIOptions(**options)

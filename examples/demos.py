@@ -55,7 +55,7 @@ def memory(args: argparse.Namespace, family: Family) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from modules.memory import cache_bytes, nominal_bits
+    from modules.cache.report import cache_bytes, nominal_bits
 
     options = cache_options(args)
     name, (layers, heads, head_dim) = _shape(args, family)
@@ -89,7 +89,7 @@ def memory(args: argparse.Namespace, family: Family) -> None:
 
 def _shape(args: argparse.Namespace, family: Family) -> tuple[str, tuple[int, int, int]]:
     """Name and shape of the model given, else of the family's example."""
-    from modules.kivi_options import KIVIOptions, head_dim_of
+    from modules.options import KIVIOptions, head_dim_of
 
     name, shape = family.example, family.shape
     if args.model:

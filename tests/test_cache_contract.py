@@ -8,7 +8,7 @@ from conftest import FAMILIES, SIZES, SMALL, relative_error
 from transformers import DynamicCache
 
 from modules.kivi_cache_general import KIVICache, print_kivi_stats
-from modules.kivi_options import KIVIOptions
+from modules.options import KIVIOptions
 
 CONFIG = FAMILIES["llama"][0](**SIZES, head_dim=32)
 LAYERS = SIZES["num_hidden_layers"]
@@ -65,12 +65,12 @@ def test_lengths_and_masks():
 def test_nothing_is_quantized_twice_and_one_flush_every_group():
     cache = make()
     feed(cache, 1, 60)
-    side = cache.layers[0].state.key
-    frozen = side.codes[:, :, : cache.layers[0].state.packed[0]].clone()
+    side = cache.layers[0].store.key
+    frozen = side.codes[:, :, : cache.ledger.packed[0]].clone()
     flushed = []
     for step in range(64):
         feed(cache, 1, 1, step + 1)
-        flushed.append(cache.layers[0].state.packed[0])
+        flushed.append(cache.ledger.packed[0])
     assert torch.equal(side.codes[:, :, : frozen.shape[2]], frozen)
     assert sorted(set(flushed)) == list(range(flushed[0], flushed[-1] + 1, 16))
     window = 124 - 4 - flushed[-1]
@@ -129,10 +129,10 @@ def test_reset(max_length):
 def test_batch_operations_give_each_sequence_its_own_past():
     cache = make()
     feed(cache, 3, 90)
-    before = cache.layers[1]._dense(cache.layers[1].state.key)
+    before = cache.layers[1].dense(cache.layers[1].store.key)
 
     def now(c):
-        return c.layers[1]._dense(c.layers[1].state.key)
+        return c.layers[1].dense(c.layers[1].store.key)
 
     chosen = copy.deepcopy(cache)
     chosen.batch_select_indices(torch.tensor([2, 0]))
@@ -177,10 +177,10 @@ def test_deepcopy_is_independent():
 def test_offload_and_prefetch_keep_the_contents():
     cache = make()
     feed(cache, 1, 80)
-    before = {name: t.clone() for name, t in cache.layers[0].state.tensors().items()}
+    before = {name: t.clone() for name, t in cache.layers[0].store.tensors().items()}
     cache.offload(0)
     cache.layers[0].prefetch()
-    assert all(torch.equal(t, before[name]) for name, t in cache.layers[0].state.tensors().items())
+    assert all(torch.equal(t, before[name]) for name, t in cache.layers[0].store.tensors().items())
     out, _ = feed(cache, 1, 1, seed=1)
     expected = make()
     feed(expected, 1, 80)
@@ -190,10 +190,10 @@ def test_offload_and_prefetch_keep_the_contents():
 def test_max_length_allocates_once_and_is_kept_to():
     cache = KIVICache(CONFIG, max_length=120, **SMALL)
     feed(cache, 1, 100)
-    pointers = [t.data_ptr() for t in cache.layers[0].state.tensors().values()]
+    pointers = [t.data_ptr() for t in cache.layers[0].store.tensors().values()]
     for step in range(20):
         feed(cache, 1, 1, step)
-    assert pointers == [t.data_ptr() for t in cache.layers[0].state.tensors().values()]
+    assert pointers == [t.data_ptr() for t in cache.layers[0].store.tensors().values()]
     assert cache.get_max_length() == 120
     with pytest.raises(ValueError, match="max_length=120"):
         feed(cache, 1, 1)
@@ -205,7 +205,7 @@ def test_growth_keeps_slack_small():
     feed(cache, 1, 2000)
     for step in range(70):
         feed(cache, 1, 1, step)
-        state = cache.layers[0].state
+        state = cache.layers[0].store
         assert state.key.capacity - state.packed[0] <= max(16, 0.06 * state.packed[0])
 
 
@@ -239,7 +239,7 @@ def test_bits_by_layer():
     cache = make(k_bits=[2, 4, 16], v_bits=[2, 2, 8])
     feed(cache, 1, 100)
     assert [layer.bits for layer in cache.layers] == [(2, 2), (4, 2), (16, 8)]
-    assert cache.layers[2].state.key.codes.dtype == torch.float32
+    assert cache.layers[2].store.key.codes.dtype == torch.float32
     cache = make(use_kivi=False)
     out, new = feed(cache, 1, 100)
     assert cache.layers[0].bits == (16, 16)
@@ -300,7 +300,7 @@ def test_reported_bytes_are_those_of_the_tensors(batch, bits):
     cache = make(k_bits=bits, v_bits=bits)
     feed(cache, batch, 1000, dtype=torch.bfloat16)
     info = cache.get_cache_info()
-    tensors = [t for layer in cache.layers for t in layer.state.tensors().values()]
+    tensors = [t for layer in cache.layers for t in layer.store.tensors().values()]
     assert info["bytes"]["total"] == sum(t.untyped_storage().nbytes() for t in tensors)
     parts = info["bytes"]
     assert parts["codes"] + parts["metadata"] + parts["full_precision"] == parts["total"]

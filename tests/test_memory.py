@@ -7,8 +7,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig
 
 from modules.kivi_cache_general import KIVICache
-from modules.kivi_options import KIVIOptions
-from modules.memory import cache_bytes, nominal_bits
+from modules.options import KIVIOptions
+from modules.cache.report import cache_bytes, nominal_bits
 from modules.packed_attention import packed_attention
 from modules.packed_state import PackedLayer
 

@@ -11,7 +11,7 @@ from conftest import relative_error
 
 from modules import packed_attention as dispatch
 from modules import quantization
-from modules.kivi_options import KIVIOptions
+from modules.options import KIVIOptions
 from modules.packed_attention import _attend_torch, packed_attention, pick_backend
 from modules.packed_state import PackedLayer
 

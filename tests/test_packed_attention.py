@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import relative_error
 
-from modules.kivi_options import KIVIOptions
+from modules.options import KIVIOptions
 from modules.packed_attention import packed_attention
 from modules.packed_state import PackedLayer
 

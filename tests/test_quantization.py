@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from modules.quantization import (
+from modules.codecs.grouped import (
     dequantize_keys,
     dequantize_values,
     pack_codes,

@@ -136,7 +136,7 @@ class KIVICache(Cache):
             try:
                 yield
                 self._check_complete()
-                self.ledger.commit(step)
+                self._commit(step)
             finally:
                 self._driven, self.ledger.open = False, None
 
@@ -169,6 +169,10 @@ class KIVICache(Cache):
                 saved.restore()
             self.ledger.open = None
             raise
+        self._commit(step)
+
+    @as_data
+    def _commit(self, step: Step) -> None:
         self.ledger.commit(step)
 
     def _check_complete(self) -> None:
@@ -213,8 +217,10 @@ class KIVICache(Cache):
         if attention_mask is None:
             return Step.of(None, batch, length)
         if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
-            what = f"{attention_mask.dim()} dimensions" if isinstance(attention_mask, torch.Tensor) else (
-                f"the type {type(attention_mask).__name__}"
+            what = (
+                f"{attention_mask.dim()} dimensions"
+                if isinstance(attention_mask, torch.Tensor)
+                else (f"the type {type(attention_mask).__name__}")
             )
             raise ValueError(
                 f"a KIVI cache takes a mask that is a tensor [batch, tokens]; got one of {what}. "
@@ -286,7 +292,12 @@ class KIVICache(Cache):
         return out
 
     def store(
-        self, key: torch.Tensor, value: torch.Tensor, layer: KIVICacheLayer, step: Step, query: torch.Tensor | None = None
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        layer: KIVICacheLayer,
+        step: Step,
+        query: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`KIVICacheLayer.update` for one layer, with the queries that help to choose what is stored finely."""
         with self._on_device(layer):

@@ -156,9 +156,7 @@ class KIVICacheLayer(CacheLayerMixin):
         return step.as_given(self.store.rotate(out))
 
     @as_data
-    def append(
-        self, key: torch.Tensor, value: torch.Tensor, step: Step, query: torch.Tensor | None = None
-    ) -> None:
+    def append(self, key: torch.Tensor, value: torch.Tensor, step: Step, query: torch.Tensor | None = None) -> None:
         """Store the real ones of the new tokens `[B, H, q, D]`; their queries, if known, help to choose wide channels.
 
         Raises:

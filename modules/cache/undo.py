@@ -24,9 +24,7 @@ class Savepoint:
     def __init__(self, layers: list[Any], ledger: Ledger, step: Step) -> None:
         self._layers, self._ledger = layers, ledger
         self._count, self._lengths = len(layers), ledger.save()
-        self._packed = [
-            _PackedLayer(layer, step) if isinstance(layer, KIVICacheLayer) else None for layer in layers
-        ]
+        self._packed = [_PackedLayer(layer, step) if isinstance(layer, KIVICacheLayer) else None for layer in layers]
         self._others = [
             None if isinstance(layer, KIVICacheLayer) else (dict(layer.__dict__), _written_in_place(layer))
             for layer in layers

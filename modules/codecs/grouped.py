@@ -188,9 +188,7 @@ def dequantize_keys(packed: Packed, bits: int, group_size: int, dtype: torch.dty
     return keys.flatten(-3, -2).to(dtype)
 
 
-def dequantize_values(
-    packed: Packed, bits: int, group_size: int, dtype: torch.dtype = torch.float32
-) -> torch.Tensor:
+def dequantize_values(packed: Packed, bits: int, group_size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Values `[..., T, D]` in `dtype` from their packed groups."""
     codes = unpack_codes(packed.codes, bits).to(torch.float32).unflatten(-1, (-1, group_size))
     values = codes.mul_(packed.scale.unsqueeze(-1)).add_(packed.minimum.unsqueeze(-1))

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, QuantizedCache
 
 from modules.kivi_cache_general import KIVICache
-from modules.kivi_options import FULL_PRECISION_BITS, KIVIOptions
+from modules.options import FULL_PRECISION_BITS, KIVIOptions
 
 FULL = "full precision"
 DEFAULTS = "defaults"

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from modules.evaluation.candidates import kivi
 from modules.evaluation.quality import Progress, measure_quality
 from modules.evaluation.streaming import CHUNK
-from modules.kivi_options import FULL_PRECISION_BITS, KIVIOptions, head_dim_of
+from modules.options import FULL_PRECISION_BITS, KIVIOptions, head_dim_of
 
 TOKENS = 1024
 EXTRA_BITS = 0.125

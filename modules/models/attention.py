@@ -50,7 +50,7 @@ _WITHOUT_EFFECT = frozenset(
         "use_cache",
     )
 )
-_DENSE_ONLY = frozenset(("sliding_window", "is_causal"))  # known to the dense functions, and checked for codes
+_DENSE_ONLY = frozenset(("sliding_window", "is_causal"))  # known to the dense functions
 
 
 def check_arguments(module: nn.Module, extra: dict[str, Any], allowed: frozenset[str]) -> None:
@@ -93,7 +93,8 @@ def _forward_through(dense_name: str) -> Callable[..., tuple[torch.Tensor, torch
         _check_for_codes(module, kwargs)
         cache, layer = deferred
         step = cache.open_step(layer, _padding_of(attention_mask), query.shape[0], query.shape[2])
-        if layer.get_seq_length() and dense_name != "eager":
+        rebuilt = dense_name == "eager" or kwargs.get("sliding_window") is not None  # neither knows codes
+        if layer.get_seq_length() and not rebuilt:
             _refuse_custom_mask(attention_mask)
             _warn_of_gradients(query)
             return cache.attend(query, key, value, layer, scaling, step), None
@@ -104,11 +105,6 @@ def _forward_through(dense_name: str) -> Callable[..., tuple[torch.Tensor, torch
 
 
 def _check_for_codes(module: nn.Module, kwargs: dict[str, Any]) -> None:
-    if kwargs.get("sliding_window") is not None:
-        raise ValueError(
-            f"{type(module).__name__} slides a window of {kwargs['sliding_window']} tokens over a layer that the cache packs; "
-            "make the cache with the model's config: model.create_kivi_cache() or KIVICache(model.config)."
-        )
     if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
         raise ValueError(f"{type(module).__name__} is not causal; a KIVI cache is for decoders.")
 

@@ -99,9 +99,14 @@ class KIVIForCausalLMMixin:
         if self.use_kivi_cache and past_key_values is None and wants_cache and not self.training:
             past_key_values = self.create_kivi_cache()
         if kwargs.get("kivi_step") is None and isinstance(past_key_values, KIVICache):
-            logits = self._decoded(past_key_values, input_ids, attention_mask, position_ids, wants_cache, {
-                "inputs_embeds": inputs_embeds, "labels": labels, **kwargs
-            })
+            logits = self._decoded(
+                past_key_values,
+                input_ids,
+                attention_mask,
+                position_ids,
+                wants_cache,
+                {"inputs_embeds": inputs_embeds, "labels": labels, **kwargs},
+            )
             if logits is not None:
                 return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
         return super().forward(
@@ -144,25 +149,29 @@ class KIVIForCausalLMMixin:
         step = cache.new_step(attention_mask, input_ids.shape[0], 1)
         return runner.step(self, cache, input_ids, step, position_ids).clone()
 
-    def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, **kwargs: Any) -> dict[str, Any]:
-        """As the stock model's; the tokens must go on from those that the cache holds.
+    def _prefill(
+        self,
+        input_ids: torch.LongTensor,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """As the stock model's; the tokens must go on from those that a KIVI cache holds.
 
         Raises:
-            ValueError: where a KIVI cache holds as many tokens as are given, or more, so that nothing is left to feed.
+            ValueError: where it holds as many tokens as are given, or more, so that nothing is left to feed.
         """
-        cache = kwargs.get("past_key_values")
-        if isinstance(cache, KIVICache) and kwargs.get("inputs_embeds") is None:
-            self._check_tokens_to_feed(cache, input_ids)
-        return super().prepare_inputs_for_generation(input_ids, **kwargs)
-
-    @staticmethod
-    def _check_tokens_to_feed(cache: KIVICache, input_ids: torch.LongTensor) -> None:
-        stored, given = cache.get_seq_length(), input_ids.shape[1]
-        if given and stored >= given:
+        cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
+        given = input_ids.shape[1]
+        all_given = mask is None or mask.shape[1] == given  # else only the new tokens are
+        if isinstance(cache, KIVICache) and all_given and 0 < given <= cache.get_seq_length():
+            stored = cache.get_seq_length()
             raise ValueError(
                 f"the cache holds {stored} tokens and generate() got {given}, of which none is new. Pass all tokens, those "
                 f"that are stored and at least one more; or take back what is too much: cache.crop({given - 1 - stored})."
             )
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def _prepare_cache_for_generation(
         self,

@@ -13,6 +13,7 @@ from typing import Any
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import is_flash_attn_2_available
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from modules.models.base_model import KIVIModelMixin
 from modules.models.causal_lm import KIVIForCausalLMMixin
@@ -105,7 +106,9 @@ def classes_of(model_type: str) -> Classes:
         f"`{name}Config` with the options of the cache.",
         model_type=f"{model_type}_kivi",
     )
-    sdpa = derive("KIVISdpaAttention", (attention,), f"{name}'s attention; over a KIVI cache, dense parts run through SDPA.")
+    sdpa = derive(
+        "KIVISdpaAttention", (attention,), f"{name}'s attention; over a KIVI cache, dense parts run through SDPA."
+    )
     flash = derive(
         "KIVIFlashAttention2",
         (KIVIFlashMixin, sdpa),
@@ -113,13 +116,18 @@ def classes_of(model_type: str) -> Classes:
     )
     decoder_layer = derive("KIVIDecoderLayer", (layer,), f"A decoder layer of {name} with KIVI attention.")
     shared = {"config_class": config, "_no_split_modules": [decoder_layer.__name__]}
-    model = derive("KIVIModel", (KIVIModelMixin, getattr(modeling, f"{name}Model")), f"The base model of {name}.", **shared)
+    model = derive(
+        "KIVIModel", (KIVIModelMixin, getattr(modeling, f"{name}Model")), f"The base model of {name}.", **shared
+    )
     causal_lm = derive(
         "ForCausalLM_KIVI",
         (KIVIForCausalLMMixin, getattr(modeling, f"{name}ForCausalLM")),
         f"The causal LM: `{name}ForCausalLM_KIVI.from_pretrained(path, k_bits=2, v_bits=2)`.",
         **shared,
     )
+    # transformers finds what outputs a model can capture by its class's name, which a constructor enters: the base model of
+    # a causal LM is built as a stock one.
+    dict.__setitem__(_CAN_RECORD_REGISTRY, str(model), model._can_record_outputs)
     classes = Classes(config, sdpa, flash, decoder_layer, model, causal_lm)
     model.kivi_classes = causal_lm.kivi_classes = classes
     AutoConfig.register(config.model_type, config, exist_ok=True)

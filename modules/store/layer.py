@@ -40,9 +40,7 @@ class PackedLayer:
     def empty(cls, key: torch.Tensor, codecs: tuple[Codec, Codec], ledger: Ledger, rotates: bool) -> PackedLayer:
         """No tokens yet, for states shaped `[B, H, *, D]` as `key`; room for those that the ledger expects."""
         batch, heads, _, head_dim = key.shape
-        sides = [
-            PackedSide.empty(what, codec, key, ledger.geometry) for what, codec in zip(("keys", "values"), codecs)
-        ]
+        sides = [PackedSide.empty(what, codec, key, ledger.geometry) for what, codec in zip(("keys", "values"), codecs)]
         layer = cls(*sides, ledger, rotates=rotates)
         if layer.key.wide:
             layer.query_energy = key.new_zeros(batch, heads, head_dim, dtype=torch.float32)
@@ -131,7 +129,9 @@ class PackedLayer:
             return False
         ledger, sinks = self.ledger, self.sink_length
         states = zip(ledger.lengths, ledger.packed, step.lengths)
-        return any(length > sinks + packed and length + new - sinks - packed > self.ring for length, packed, new in states)
+        return any(
+            length > sinks + packed and length + new - sinks - packed > self.ring for length, packed, new in states
+        )
 
     def check_states(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Raise `ValueError` for new states, values rotated, that are NaN, infinite or too large.

@@ -160,7 +160,7 @@ class Ledger:
         if self._lengths is None or step.counted is None:
             return self.geometry.packed_after(self.most + step.length, 0)
         states = zip(self._lengths, self._packed, step.counted)
-        return max((self.geometry.packed_after(old + new, packed) for old, new, packed in states), default=0)
+        return max((self.geometry.packed_after(old + new, packed) for old, packed, new in states), default=0)
 
     def columns_of(self, layer_idx: int) -> int:
         """Columns that a layer has seen, with those of the open step where it has written them."""
@@ -256,7 +256,9 @@ class Ledger:
 
     def set_columns(self, stored: int, step: Step) -> None:
         """Say in which columns from `stored` on the real tokens of `step` came, where they were stored real ones first."""
-        self.column_is_real = torch.cat([self.column_is_real[:, :stored], step.real.to(self.column_is_real.device)], dim=1)
+        self.column_is_real = torch.cat(
+            [self.column_is_real[:, :stored], step.real.to(self.column_is_real.device)], dim=1
+        )
 
     def keep_columns(self, columns: int) -> None:
         """Forget all but the first `columns` columns, and the tokens of the others; groups that are cut are not packed."""
