@@ -1,4 +1,4 @@
-"""The shape of the code: imports point down, a decode step climbs nowhere back up, and what the page on it says is done here.
+"""The shape of the code: imports point down, a decode step climbs nowhere back up, and the page on it is true.
 
 The page is docs/architecture.md; a block of Python in it whose first line is a comment with a path is run as that file.
 """
@@ -24,7 +24,8 @@ from decoders import decoder
 from transformers import DynamicCache
 
 from modules import options
-from modules.codecs.codec import Codec
+from modules.codecs.codec import Codec, Packed
+from modules.codecs.grouped import pack_codes, widen
 from modules.codecs.kivi import codecs_of
 from modules.kernels import registry
 from modules.kernels.backend import Backend
@@ -261,6 +262,20 @@ def test_the_numbers_of_the_drawing():
     assert list(slots) == [token % 160 for token in range(64, 196)]
 
 
+def test_the_bytes_of_the_drawings():
+    """A channel lies in the byte and plane that the page gives it; low bits of wide ones lie four neighbours a byte."""
+    for channel in (0, 1, 33, 64, 97, 127):
+        packed = pack_codes(torch.eye(128, dtype=torch.uint8)[channel], 2)
+        assert packed.nonzero().item() == channel % 32
+        assert packed.max() == 1 << 2 * (channel // 32)
+    for place in (0, 1, 6, 31):
+        fine = Packed(pack_codes(torch.eye(32, dtype=torch.uint8)[place], 4), torch.ones(32), torch.zeros(32))
+        coarse = Packed(torch.zeros(32, dtype=torch.uint8), torch.ones(128), torch.zeros(128))
+        extra = widen(coarse, fine).extra
+        assert extra.nonzero().item() == place // 4
+        assert extra.max() == 1 << 2 * (place % 4)
+
+
 def run_block(path: str, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     """A file of the page as a module that can be imported."""
     name = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
@@ -356,7 +371,7 @@ def test_a_new_codec_is_stored_and_attended(monkeypatch, rebuilt):
             read = layer.read(side, slice(row, row + 1), torch.float32)
             difference = (read - given[row : row + 1, :, :length]).abs()
             assert difference[:, :, 4 : 4 + layer.packed[row]].max() <= 0.05 / 2 * 1.001
-            assert 0 < difference.max() and not difference[:, :, 4 + layer.packed[row] :].any()
+            assert difference.max() > 0 and not difference[:, :, 4 + layer.packed[row] :].any()
 
     out, (query, *new) = attend(rebuilt, layer, 1)
     for row, length in enumerate(layer.lengths):
