@@ -26,9 +26,9 @@ from pathlib import Path
 
 import torch
 from machine import environment  # which puts the project's folder on the path
+from modules.packed_state import PackedLayer
 
 from modules.options import KIVIOptions
-from modules.packed_state import PackedLayer
 
 SHAPES = {"Llama-2-7B": (32, 32, 128), "Llama-3.1-8B": (32, 8, 128), "Qwen2.5-7B": (28, 4, 128)}
 TOKENS = (32768, 8192, 131072, 2048)  # what time does not allow for comes last

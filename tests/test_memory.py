@@ -2,15 +2,15 @@
 
 import pytest
 import torch
+from modules.packed_attention import packed_attention
+from modules.packed_state import PackedLayer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig
 
+from modules.cache.report import cache_bytes, nominal_bits
 from modules.kivi_cache_general import KIVICache
 from modules.options import KIVIOptions
-from modules.cache.report import cache_bytes, nominal_bits
-from modules.packed_attention import packed_attention
-from modules.packed_state import PackedLayer
 
 SHAPE = {"num_hidden_layers": 2, "num_key_value_heads": 3, "head_dim": 64}
 

@@ -8,12 +8,12 @@ import warnings
 import pytest
 import torch
 from conftest import relative_error
+from modules.packed_attention import _attend_torch, packed_attention, pick_backend
+from modules.packed_state import PackedLayer
 
 from modules import packed_attention as dispatch
 from modules import quantization
 from modules.options import KIVIOptions
-from modules.packed_attention import _attend_torch, packed_attention, pick_backend
-from modules.packed_state import PackedLayer
 
 pytest.importorskip("numba", reason="Numba is not installed: `pip install numba` to test its kernels")
 

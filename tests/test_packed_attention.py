@@ -5,10 +5,10 @@ import itertools
 import pytest
 import torch
 from conftest import relative_error
-
-from modules.options import KIVIOptions
 from modules.packed_attention import packed_attention
 from modules.packed_state import PackedLayer
+
+from modules.options import KIVIOptions
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 

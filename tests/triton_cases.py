@@ -18,13 +18,13 @@ import torch
 pytest.importorskip("triton")
 
 from conftest import FAMILIES, SIZES, SMALL, relative_error, tokens
+from modules.packed_attention import _attend_torch
+from modules.packed_state import PackedLayer
+from modules.quantization import Quantized, dequantize_keys, dequantize_values, quantize_keys, quantize_values
 
 from modules import packed_attention as dispatch
 from modules.models.graphs import DecodeRunner, _Capture, _memory, _states, _warn_of_hooks
 from modules.options import KIVIOptions
-from modules.packed_attention import _attend_torch
-from modules.packed_state import PackedLayer
-from modules.quantization import Quantized, dequantize_keys, dequantize_values, quantize_keys, quantize_values
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"

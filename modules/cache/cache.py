@@ -23,6 +23,7 @@ from modules.options import KIVIOptions, check_count, check_flag, head_dim_of
 from modules.store.ledger import Geometry, Ledger, OpenStep
 from modules.store.step import Step
 
+DRAFT_ROOM = 64  # tokens that can be taken back exactly while a cache records its past
 OVER_CODES = "kivi"  # attention implementations under which states are handed on, to be attended over the codes
 
 
@@ -336,6 +337,22 @@ class KIVICache(Cache):
         """Expect sequences of `tokens` tokens: what is allocated or grows from now on has room for them."""
         check_count("tokens", tokens)
         self.ledger.expected = max(self.ledger.expected, tokens)
+
+    @as_data
+    def activate_past_recording(self) -> None:
+        """Let the newest tokens be taken back as if they had never come, as drafts are (assisted decoding)."""
+        super().activate_past_recording()
+        self._settle()
+        ledger = self.ledger
+        if ledger.geometry.draft_room:
+            return
+        geometry = ledger.make_draft_room(DRAFT_ROOM)
+        for layer in self.kivi_layers:
+            if layer.store is not None:
+                layer.store.enlarge_window(geometry)
+        ledger.geometry = geometry
+        ledger.moves += 1
+        ledger.only_window()
 
     @as_data
     def reset(self) -> None:

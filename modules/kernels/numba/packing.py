@@ -20,6 +20,19 @@ from numba import njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from modules.codecs.codec import Packed
+from modules.codecs.grouped import (
+    CLIPPED,
+    FLOAT16_MAX,
+    LSQ_ROUNDS,
+    LSQ_START,
+    WIDE_BITS,
+    check_layout,
+    place_channels,
+    refuse_unrepresentable,
+)
+from modules.codecs.grouped import quantize_keys as _torch_keys
+from modules.codecs.grouped import quantize_values as _torch_values
 from modules.kernels.numba.vectors import (
     FLOAT_NAMES,
     I8,
@@ -35,19 +48,6 @@ from modules.kernels.numba.vectors import (
     numba_threads,
     void_signature,
 )
-from modules.codecs.codec import Packed
-from modules.codecs.grouped import (
-    CLIPPED,
-    FLOAT16_MAX,
-    LSQ_ROUNDS,
-    LSQ_START,
-    WIDE_BITS,
-    check_layout,
-    place_channels,
-    refuse_unrepresentable,
-)
-from modules.codecs.grouped import quantize_keys as _torch_keys
-from modules.codecs.grouped import quantize_values as _torch_values
 from modules.store.side import PackedSide
 
 _LARGEST_BITS = int(np.float32(FLOAT16_MAX).view(np.int32))

@@ -17,7 +17,6 @@ from modules.codecs.grouped import CLIPPED, FLOAT16_MAX, LSQ_ROUNDS, LSQ_START
 from modules.options import FULL_PRECISION_BITS
 from modules.store.layer import PackedLayer
 from modules.store.side import PackedSide
-from modules.store.step import Step
 
 _LARGEST = tl.constexpr(FLOAT16_MAX)
 _ROUNDS = tl.constexpr(LSQ_ROUNDS)
