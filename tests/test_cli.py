@@ -48,7 +48,11 @@ def flags(options: dict) -> list[str]:
 
 
 def required(which: type) -> list[str]:
-    return ["--model", "m"] if any(f.name == "model" and f.default is dataclasses.MISSING for f in dataclasses.fields(which)) else []
+    return (
+        ["--model", "m"]
+        if any(f.name == "model" and f.default is dataclasses.MISSING for f in dataclasses.fields(which))
+        else []
+    )
 
 
 @pytest.mark.parametrize("which", COMMANDS)
