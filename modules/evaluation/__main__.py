@@ -305,14 +305,14 @@ class Layers(ModelFlags):
     def __post_init__(self) -> None:
         check_least(self.tokens, 3, "--tokens")
         check_least(self.extra, 0, "--extra")
-        bits = {"k_bits", "v_bits"} & set(changes(self.cache))
-        if bits:
-            raise ValueError(f"this command chooses the bits; leave {' and '.join(sorted(bits))} out.")
 
     def run(self, console: Console) -> None:
         """Measure and show."""
-        load_text(self.text)
         options = changes(self.cache)
+        bits = sorted({"k_bits", "v_bits"} & set(options))
+        if bits:
+            raise ValueError(f"this command chooses the bits; leave {' and '.join(bits)} out.")
+        load_text(self.text)
         model, tokenizer = load_model(self.model, self.dtype, self.device)
         costs = run_layers(model, tokenizer, console=console, text=self.text, tokens=self.tokens, options=options)
         chosen = choose_bits(costs, self.extra, options)
