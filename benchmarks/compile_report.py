@@ -29,19 +29,20 @@ import sys
 import tempfile
 from pathlib import Path
 
-import paths  # noqa: F401, which puts the project's folder on the path
-import triton
-from report import compile_table
-from rich.console import Console
-from rich.progress import track
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from modules.cli.command import argument, check_least, parse
-from modules.evaluation.environment import Environment
-from modules.evaluation.results import BenchmarkResult, save_result
-from modules.evaluation.tables import markdown
-from modules.kernels import triton_attention, triton_quantize
+import triton  # noqa: E402
+from report import compile_table  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.progress import track  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from modules.cli.command import argument, check_least, parse  # noqa: E402
+from modules.evaluation.environment import Environment  # noqa: E402
+from modules.evaluation.results import BenchmarkResult, save_result  # noqa: E402
+from modules.evaluation.tables import markdown  # noqa: E402
+from modules.kernels import triton_attention, triton_quantize  # noqa: E402
 
 ARCHITECTURES = (80, 90, 100)
 SHARED = {80: 167936, 86: 102400, 89: 102400, 90: 233472, 100: 233472, 120: 102400}  # bytes a multiprocessor
