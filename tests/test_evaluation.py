@@ -112,6 +112,18 @@ def test_factories_and_missing_packages(kivi_model):
     assert tables.quality_table(result).iloc[-1]["perplexity"] == gone.note
 
 
+@pytest.mark.parametrize(("package", "backend"), [("optimum.quanto", "quanto"), ("hqq", "hqq")])
+def test_peers_are_measured(package, backend):
+    """transformers' own quantized caches run beside ours; 4 bits lose less than 2."""
+    pytest.importorskip(package)
+    model = make_pair("qwen3")[1]
+    two, four = (peer for peer in named.peers() if peer.options["backend"] == backend)
+    result = evaluation.measure_quality(model, tokens(1, 300), [two, four], chunk=32, skip=150)
+    rows = [result.row(peer.name) for peer in (two, four)]
+    assert [row.note for row in rows] == ["", ""] and [row.stored_bits for row in rows] == [2.5, 4.5]
+    assert rows[0].kl > 2 * rows[1].kl > 0
+
+
 def test_progress_counts_every_chunk(kivi_model):
     seen = []
     evaluation.measure_quality(
