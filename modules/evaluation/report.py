@@ -59,6 +59,7 @@ def write_report(folder: str | Path, output: str | Path) -> list[Path]:
 def page(quality: Sequence[QualityResult], passkeys: Sequence[PasskeyResult], plot: str) -> str:
     """The report as Markdown."""
     models = dict.fromkeys(result.model for result in passkeys)
+    measured: list[QualityResult | PasskeyResult] = [*quality, *passkeys]
     return render(
         TEMPLATE,
         summary=_summary(quality),
@@ -66,7 +67,7 @@ def page(quality: Sequence[QualityResult], passkeys: Sequence[PasskeyResult], pl
         plot=plot,
         quality=quality,
         passkeys={model: [result for result in passkeys if result.model == model] for model in models},
-        environment=_environments([result.environment for result in (*quality, *passkeys)]),
+        environment=_environments([result.environment for result in measured]),
         defaults=DEFAULTS,
         days_of=_days_of,
         quality_table=quality_table,
