@@ -287,8 +287,9 @@ def load(model: str | Path, *, stock: bool = False, **options: Any) -> tuple[Pre
         UserError: where there is no such file or folder.
         ValueError, OSError: from the loading, for a model of another family or a name that the hub does not have.
     """
-    from modules.models.families import load_any
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from modules.models.families import load_any
 
     name, source = source_of(model)
     with _quiet():
