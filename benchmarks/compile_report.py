@@ -17,14 +17,11 @@ more than 4 instructions per code in the reference variant (2 bits, head 128, 4 
 
 from __future__ import annotations
 
-import argparse
 import collections
 import concurrent.futures
 import dataclasses
-import datetime
 import functools
 import itertools
-import json
 import os
 import re
 import subprocess
@@ -35,11 +32,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import triton  # noqa: E402
+from report import compile_table  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import track  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from modules.cli.command import argument, check_least, parse  # noqa: E402
+from modules.evaluation.environment import Environment  # noqa: E402
+from modules.evaluation.results import BenchmarkResult, save_result  # noqa: E402
 from modules.evaluation.tables import markdown  # noqa: E402
 from modules.kernels import triton_attention, triton_quantize  # noqa: E402
 
@@ -66,33 +67,6 @@ class Compiled:
     loop: int | None = None
     per_code: float | None = None
     opcodes: dict[str, int] | None = None
-
-    def row(self) -> list[str]:
-        per_code = "" if self.per_code is None else f"{self.per_code:.2f}"
-        loop = "" if self.loop is None else str(self.loop)
-        copies = "" if self.wide_copies is None else f"{self.wide_copies:.2f}"
-        return [
-            self.kernel,
-            self.variant,
-            f"sm_{self.arch}",
-            *map(str, (self.registers, self.spilled, self.shared)),
-            copies,
-            loop,
-            per_code,
-        ]
-
-
-HEADER = [
-    "kernel",
-    "variant",
-    "target",
-    "registers",
-    "spilled bytes",
-    "shared bytes",
-    "16-byte copies",
-    "loop instructions",
-    "per code",
-]
 
 
 def compile_kernel(
@@ -307,25 +281,33 @@ def problems(results: list[Compiled]) -> list[str]:
     return found
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flags:
+    """The command line."""
+
+    arch: tuple[int, ...] = argument(ARCHITECTURES, "compute capabilities", tuple(SHARED))
+    quick: bool = argument(False, "only the variants people run most")
+    jobs: int | None = argument(None, "kernels that are compiled at a time; None: as many as there are cores")
+    json: Path | None = argument(None, "write everything here, opcode counts of the loops included")
+    check: bool = argument(False, "exit with 1 where a limit is exceeded")
+
+    def __post_init__(self) -> None:
+        check_least(1 if self.jobs is None else self.jobs, 1, "--jobs")
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, help="compute capabilities, as 90")
-    parser.add_argument("--quick", action="store_true", help="only the variants people run most")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="kernels that are compiled at a time")
-    parser.add_argument("--json", type=Path, help="write everything here, opcode counts of the loops included")
-    parser.add_argument("--check", action="store_true", help="exit with 1 where a limit is exceeded")
-    arguments = parser.parse_args()
+    flags = parse(Flags, description=__doc__)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    results = report(work(tuple(arguments.arch), arguments.quick), arguments.jobs)
-    print(markdown([HEADER, *(r.row() for r in results)]))
-    if arguments.json:
-        about = {"date": datetime.date.today().isoformat(), "triton": triton.__version__, "quick": arguments.quick}
-        kernels = [dataclasses.asdict(result) for result in results]
-        contents = {"environment": about, "beyond_limits": problems(results), "kernels": kernels}
-        arguments.json.write_text(json.dumps(contents, indent=1) + "\n")
-    found = problems(results) if arguments.check else []
-    print("\n".join(found), file=sys.stderr)
-    return 1 if found else 0
+    results = report(work(flags.arch, flags.quick), flags.jobs or os.cpu_count() or 1)
+    rows, beyond = [dataclasses.asdict(result) for result in results], problems(results)
+    print(markdown(compile_table(rows)))
+    if flags.json:
+        settings = {"quick": flags.quick, "beyond_limits": beyond}
+        save_result(BenchmarkResult("compile", rows, Environment.here(), settings), flags.json)
+    if not flags.check:
+        return 0
+    print("\n".join(beyond), file=sys.stderr)
+    return 1 if beyond else 0
 
 
 if __name__ == "__main__":
