@@ -148,7 +148,7 @@ class Ledger:
         if self._lengths is None or step.counted is None:
             return self.geometry.packed_after(self.most + step.length, 0)
         states = zip(self._lengths, self._packed, step.counted)
-        return max((self.geometry.packed_after(old + new, packed) for old, new, packed in states), default=0)
+        return max((self.geometry.packed_after(old + new, packed) for old, packed, new in states), default=0)
 
     def check_batch(self, batch: int) -> None:
         """Raise `ValueError` where `batch` is not the number of sequences held."""

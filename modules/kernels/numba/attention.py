@@ -6,11 +6,11 @@ decoding and one more for several new tokens.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import math
 import weakref
 
-import numpy as np
 import torch
 
 from modules.codecs.grouped import choose_order
@@ -18,7 +18,7 @@ from modules.kernels.checks import check_layer, check_new_states
 from modules.kernels.numba import packing
 from modules.kernels.numba.compiling import Kernel, compiled
 from modules.kernels.numba.control import DENSE_TILES, attention
-from modules.kernels.numba.fields import ATTENTION
+from modules.kernels.numba.fields import AttentionFields
 from modules.kernels.numba.host import FLOAT_NAMES, host_is_supported
 from modules.kernels.numba.plan import MAX_ROWS, Plan, plan_of
 from modules.kernels.numba.threads import allowed_threads, buffer, check_pool, run
@@ -96,24 +96,31 @@ def decode(
             return None
         call = _Call(plan, query, key, value, layer, stores=True)
         _decoding[layer] = memory, call
-    out = call.run(query, key, value, layer, scaling, [1] * len(layer.lengths))
-    for side, magnitude in zip(layer.sides, call.largest):
-        side.check_magnitude(magnitude)
+    out = call.run(query, key, value, layer, scaling, call.one_each)
+    layer.key.check_magnitude(call.fields.k_largest)
+    layer.value.check_magnitude(call.fields.v_largest)
     if layer.observes:
-        layer.observe(query, Step(1, counted=[1] * layer.batch_size))
-    full = call.full_windows()
+        layer.observe(query, call.step)
+    full = _full_windows(layer)
     if full:
-        _pack_windows(layer, full)
+        _pack_windows(layer, full, call.step)
     return out
 
 
 _decoding: weakref.WeakKeyDictionary[PackedLayer, tuple[tuple, _Call]] = weakref.WeakKeyDictionary()
 
 
-def _pack_windows(layer: PackedLayer, rows: list[int]) -> None:
+def _full_windows(layer: PackedLayer) -> list[int]:
+    """Sequences that have a whole group to pack after one more token; see `Geometry.packed_after`."""
+    geometry = layer.ledger.geometry
+    most = geometry.sink_length + geometry.ring - 1
+    return [row for row, (length, packed) in enumerate(zip(layer.lengths, layer.packed)) if length - packed >= most]
+
+
+def _pack_windows(layer: PackedLayer, rows: list[int], step: Step) -> None:
     """Pack the oldest group of the window of the sequences `rows`, the token stored last included."""
+    layer.make_room(step)
     starts = [layer.packed[row] for row in rows]
-    layer.make_room(Step(1, counted=[1] * layer.batch_size))
     slots = [start % layer.ring for start in starts]
     first = [row for row, start in zip(rows, starts) if not start]
     if first and layer.key.wide:
@@ -126,11 +133,12 @@ def _pack_windows(layer: PackedLayer, rows: list[int]) -> None:
 def _memory(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: PackedLayer) -> tuple:
     """What the call of a decode step depends on and rarely changes: layouts, and where the layer lies."""
     layouts = query.shape, query.stride(), key.shape, key.stride(), value.shape, value.stride()
-    kinds = query.dtype, key.dtype, value.dtype, query.device, key.device, value.device, len(layer.lengths)
+    kinds = query.dtype, key.dtype, value.dtype, query.is_cpu and key.is_cpu and value.is_cpu, len(layer.lengths)
     return *layouts, *kinds, layer.key.capacity, layer.value.capacity, *_addresses(layer)
 
 
 def _addresses(layer: PackedLayer) -> list[int]:
+    """Where the tensors of a layer lie, in the order of `_ADDRESSES`."""
     key, value = layer.sides
     of_key = key.codes, key.scale, key.minimum, key.extra, key.order, key.sinks, key.window
     of_value = value.codes, value.scale, value.minimum, value.sinks, value.window
@@ -149,8 +157,8 @@ class _Call:
     Decoding keeps them from token to token: over a short context the kernel takes less time than putting them together.
 
     Attributes:
-        fields: one record `ATTENTION`.
-        lengths: int64 `[B, 3]`, see `modules.kernels.numba.fields`.
+        fields: what the kernel is called with.
+        step: one token of every sequence, `one_each` of them.
     """
 
     def __init__(
@@ -164,21 +172,13 @@ class _Call:
     ) -> None:
         batch, heads, queries, head_dim = query.shape
         kv_heads = key.shape[1]
-        self.plan, self.kernel = plan, _compiled(plan)
         row_tiles = -(-queries * (heads // kv_heads) // plan.rows)
+        self.plan, self.kernel = plan, _compiled(plan)
         self.tiles, self.work = batch * kv_heads * row_tiles, batch * heads * queries * head_dim
-        self.oldest = layer.group_size + layer.sink_length + layer.ledger.geometry.residual_length
-        self.lengths = np.empty((batch, 3), np.int64)
-        self.record = np.zeros(1, ATTENTION)
-        self.fields = self.record[0]
-        strides = _strides("query", query, 3) | _strides("new_key", key, 2) | _strides("given_value", value, 2)
-        attended = _strides("new_value", value, 2)
-        if stores:
-            token = head_dim * value.element_size()
-            self.rotated = np.empty(batch * kv_heads * token, np.uint8)
-            attended = {"new_value_batch": kv_heads * token, "new_value_head": token}
-            attended["new_value"] = self.rotated.ctypes.data
-        self._set(
+        self.one_each = [1] * batch
+        self.step = Step(1, counted=self.one_each)
+        self.lengths = (ctypes.c_int64 * (3 * batch))()
+        self.fields = AttentionFields(
             batch=batch,
             kv_heads=kv_heads,
             group=heads // kv_heads,
@@ -187,30 +187,20 @@ class _Call:
             sinks=layer.sink_length,
             ring=layer.ring,
             row_tiles=row_tiles,
-            lengths=self.lengths.ctypes.data,
+            lengths=ctypes.addressof(self.lengths),
             stores=stores,
             rotates=layer.rotates,
             k_limit=layer.key.codec.limit,
             v_limit=layer.value.codec.limit,
-            **strides,
-            **attended,
+            **_strides("query", query, 3),
+            **_strides("new_key", key, 2),
+            **_strides("given_value", value, 2),
             **dict(zip(_ADDRESSES, _addresses(layer))),
         )
-        self.address = self.record.ctypes.data
-
-    def _set(self, **values: float) -> None:
-        for name, value in values.items():
-            self.fields[name] = value
-
-    @property
-    def largest(self) -> tuple[float, float]:
-        """Magnitudes of keys and values, found where the call stores them."""
-        return float(self.fields["k_largest"]), float(self.fields["v_largest"])
-
-    def full_windows(self) -> list[int]:
-        """Sequences that have a whole group to pack after one more token; see `Geometry.packed_after`."""
-        grown = self.lengths[:, 0] + 1 - self.lengths[:, 1]
-        return np.flatnonzero(grown >= self.oldest).tolist() if grown.max() >= self.oldest else []
+        self.address = ctypes.addressof(self.fields)
+        self.rotated = torch.empty(batch, kv_heads, 1, head_dim, dtype=value.dtype) if stores else None
+        for name, stride in _strides("new_value", value if self.rotated is None else self.rotated, 2).items():
+            setattr(self.fields, name, stride)
 
     def run(
         self,
@@ -222,26 +212,24 @@ class _Call:
         new_lengths: list[int],
     ) -> torch.Tensor:
         """What the new tokens attended, `[B, q, num_attention_heads, D]`, in the dtype of `query`."""
-        longest, most_packed = max(layer.lengths), max(layer.packed)
-        if most_packed > layer.key.capacity:
-            raise ValueError(f"the ledger counts {most_packed} packed tokens in a capacity of {layer.key.capacity}.")
-        work = self.work * (longest + query.shape[2])
-        threads = allowed_threads() if work > _SERIAL_WORK else 1
+        lengths, packed, plan, fields = layer.lengths, layer.packed, self.plan, self.fields
+        most_packed = max(packed)
+        if most_packed > fields.capacity:
+            raise ValueError(f"the ledger counts {most_packed} packed tokens in a capacity of {fields.capacity}.")
+        threads = allowed_threads() if self.work * (max(lengths) + query.shape[2]) > _SERIAL_WORK else 1
         check_pool(threads)
-        splits = _splits(self.tiles, -(-most_packed // self.plan.tile_tokens) + DENSE_TILES, threads)
-        self.lengths[:, 0], self.lengths[:, 1], self.lengths[:, 2] = layer.lengths, layer.packed, new_lengths
-        scratch = buffer("scratch", threads, self.plan.scratch_floats)
-        partial = buffer("partial", self.tiles * splits, self.plan.partial_floats)
-        batch, heads, queries, head_dim = query.shape
-        out = torch.empty(batch, queries, heads, head_dim, dtype=torch.float32)
-        fields = self.fields
-        fields["query"], fields["new_key"], fields["given_value"] = query.data_ptr(), key.data_ptr(), value.data_ptr()
-        if not fields["stores"]:
-            fields["new_value"] = fields["given_value"]
-        fields["units"], fields["splits"], fields["scaling"] = self.tiles * splits, splits, scaling * _LOG2_E
-        fields["scratch"], fields["partial"], fields["out"] = scratch.ctypes.data, partial.ctypes.data, out.data_ptr()
-        fields["k_largest"] = fields["v_largest"] = 0.0
-        run(self.kernel, self.address, self.tiles * splits, threads)
+        splits = _splits(self.tiles, -(-most_packed // plan.tile_tokens) + DENSE_TILES, threads)
+        units = self.tiles * splits
+        self.lengths[:] = [*lengths, *packed, *new_lengths]
+        scratch = buffer("scratch", threads * plan.scratch_floats)
+        partial = buffer("partial", units * plan.partial_floats)
+        out = torch.empty(query.shape[0], query.shape[2], query.shape[1], query.shape[3], dtype=torch.float32)
+        fields.query, fields.new_key, fields.given_value = query.data_ptr(), key.data_ptr(), value.data_ptr()
+        fields.new_value = fields.given_value if self.rotated is None else self.rotated.data_ptr()
+        fields.units, fields.splits, fields.scaling = units, splits, scaling * _LOG2_E
+        fields.scratch, fields.partial, fields.out = scratch.address, partial.address, out.data_ptr()
+        fields.k_largest = fields.v_largest = 0.0
+        run(self.kernel, self.address, units, threads)
         return out if query.dtype == torch.float32 else out.to(query.dtype)
 
 

@@ -24,7 +24,7 @@ def _dense_segment(call, lengths, b, h, bytes_, visible, segment):
     """Addresses of keys and values and number of the full-precision tokens of a kind: new ones first, as every query
     sees one of those."""
     head = b * call.kv_heads + h
-    length, packed, ring = lengths[b, LENGTH], lengths[b, PACKED], call.ring
+    length, packed, ring = lengths[LENGTH, b], lengths[PACKED, b], call.ring
     if segment == 0:
         key = call.new_key + b * call.new_key_batch + h * call.new_key_head
         value = call.new_value + b * call.new_value_batch + h * call.new_value_head
@@ -45,7 +45,7 @@ def _dense_segment(call, lengths, b, h, bytes_, visible, segment):
 @njit(inline="always")
 def _hide_later(plan, call, lengths, b, row_tile, first, count, scratch):
     """-inf where a row of the tile would see a later one of the new tokens `first…first + count`."""
-    rows = lengths[b, NEW] * call.group
+    rows = lengths[NEW, b] * call.group
     for row in range(plan.rows):
         own = min(row_tile * plan.rows + row, rows - 1) // call.group
         for token in range(max(own + 1, first), first + count):
@@ -56,7 +56,7 @@ def _hide_later(plan, call, lengths, b, row_tile, first, count, scratch):
 @njit(inline="always")
 def _attend_dense(plan, call, lengths, b, h, row_tile, sums, scratch, base):
     query, scores, decay = base + plan.at_query * 4, base + plan.at_scores * 4, base + plan.at_decay * 4
-    last_row = min((row_tile + 1) * plan.rows, lengths[b, NEW] * call.group) - 1
+    last_row = min((row_tile + 1) * plan.rows, lengths[NEW, b] * call.group) - 1
     for segment in range(4):
         key, value, total = _dense_segment(call, lengths, b, h, plan.dense_bytes, last_row // call.group + 1, segment)
         for first in range(0, total, plan.tile_tokens):
@@ -123,14 +123,14 @@ def _attend_unit(plan, call, lengths, scratch, base, part, sums, unit):
     rest, b = divmod(rest, call.batch)
     split, row_tile = divmod(rest, call.row_tiles)
     part[:] = 0.0
-    rows = lengths[b, NEW] * call.group
+    rows = lengths[NEW, b] * call.group
     if row_tile * plan.rows < rows:
         _load_queries(plan, call, b, h, row_tile, rows, base)
         scratch[plan.at_query + plan.rows * plan.head_dim : plan.at_placed] = 0.0
         scratch[plan.at_maximum : plan.at_maximum + plan.block] = -np.inf
         scratch[plan.at_total : plan.at_total + plan.block] = 0.0
 
-        packed = lengths[b, PACKED]
+        packed = lengths[PACKED, b]
         shares = -(-packed // plan.tile_tokens) + DENSE_TILES
         first, stop = split * shares // call.splits, (split + 1) * shares // call.splits
         if first == 0 and stop > 0:
@@ -152,8 +152,8 @@ def _combine(plan, call, lengths, partial, out):
     dim, splits = plan.head_dim, call.splits
     step = call.row_tiles * call.batch * call.kv_heads  # units from one share to the next
     for b in range(call.batch):
-        out[b, lengths[b, NEW] :] = 0.0
-        for number in range(lengths[b, NEW] * call.group):
+        out[b, lengths[NEW, b] :] = 0.0
+        for number in range(lengths[NEW, b] * call.group):
             token, head = divmod(number, call.group)
             row_tile, row = divmod(number, plan.rows)
             for h in range(call.kv_heads):
@@ -211,7 +211,7 @@ def _check_and_rotate(plan, call, row, place):
 def _store_tokens(plan, call, lengths, place):
     """One new token of each sequence into its sinks, or the slot of the ring that is free for it."""
     for b in range(call.batch):
-        length = lengths[b, LENGTH]
+        length = lengths[LENGTH, b]
         to_sinks = length < call.sinks
         slots = call.sinks if to_sinks else call.ring
         slot = length if to_sinks else (length - call.sinks) % call.ring
@@ -230,7 +230,7 @@ def attention(plan, address, stages, first, stop, thread):
     Nothing is stored or attended where the largest magnitudes of new states that are to be stored pass their limits.
     """
     call = carray(as_pointer(address), 1, ATTENTION)[0]
-    lengths = carray(as_pointer(call.lengths), (call.batch, 3), np.int64)
+    lengths = carray(as_pointer(call.lengths), (3, call.batch), np.int64)
     base = call.scratch + thread * plan.scratch_floats * 4
     scratch = carray(as_pointer(base), plan.scratch_floats, np.float32)
     partial = carray(as_pointer(call.partial), (call.units, plan.partial_floats), np.float32)

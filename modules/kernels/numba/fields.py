@@ -1,13 +1,18 @@
-"""The arguments of the kernels: records that lie at the address a kernel is called with."""
+"""The arguments of the kernels: structures that lie at the address a kernel is called with."""
 
 from __future__ import annotations
 
+import ctypes
+
 import numpy as np
 
-_ADDRESS = _STRIDE = _COUNT = np.int64  # strides in bytes
+_ADDRESS = _STRIDE = _COUNT = ctypes.c_int64  # strides in bytes
 
-ATTENTION = np.dtype(
-    [
+
+class AttentionFields(ctypes.Structure):
+    """What the attention kernel is called with."""
+
+    _fields_ = (
         # sizes
         ("batch", _COUNT),
         ("kv_heads", _COUNT),
@@ -44,7 +49,7 @@ ATTENTION = np.dtype(
         ("v_sinks", _ADDRESS),
         ("v_window", _ADDRESS),
         # what is worked in and given back
-        ("lengths", _ADDRESS),  # int64 [batch, 3]: stored, packed and new tokens
+        ("lengths", _ADDRESS),  # int64 [3, batch]: stored, packed and new tokens
         ("scratch", _ADDRESS),  # float32 [threads, scratch_floats]
         ("partial", _ADDRESS),  # float32 [units, partial_floats]
         ("out", _ADDRESS),  # float32 [batch, queries, heads, head_dim]
@@ -54,18 +59,18 @@ ATTENTION = np.dtype(
         ("given_value", _ADDRESS),
         ("given_value_batch", _STRIDE),
         ("given_value_head", _STRIDE),
-        ("scaling", np.float32),  # of scores in base 2
-        ("k_limit", np.float32),
-        ("v_limit", np.float32),
-        ("k_largest", np.float32),  # found: the largest magnitudes
-        ("v_largest", np.float32),
-    ],
-    align=True,
-)
-LENGTH, PACKED, NEW = range(3)  # columns of `lengths`
+        ("scaling", ctypes.c_float),  # of scores in base 2
+        ("k_limit", ctypes.c_float),
+        ("v_limit", ctypes.c_float),
+        ("k_largest", ctypes.c_float),  # found: the largest magnitudes
+        ("v_largest", ctypes.c_float),
+    )
 
-PACKING = np.dtype(
-    [
+
+class PackingFields(ctypes.Structure):
+    """What the packing kernel is called with."""
+
+    _fields_ = (
         ("heads", _COUNT),
         ("groups", _COUNT),  # units of a head in one job
         ("source", _ADDRESS),
@@ -82,7 +87,9 @@ PACKING = np.dtype(
         ("job_count", _COUNT),
         ("scratch", _ADDRESS),  # float32 [threads, scratch_floats]
         ("largest", _ADDRESS),  # int32 [units]: bits of the largest magnitude of each
-    ],
-    align=True,
-)
+    )
+
+
+ATTENTION, PACKING = np.dtype(AttentionFields), np.dtype(PackingFields)  # as compiled code has them
+LENGTH, PACKED, NEW = range(3)  # rows of `lengths`
 ROW, SOURCE, TARGET = range(3)  # columns of `jobs`

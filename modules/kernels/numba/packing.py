@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 
 import numpy as np
@@ -11,7 +12,7 @@ from modules.codecs.codec import Packed
 from modules.codecs.grouped import FLOAT16_MAX, refuse_unrepresentable
 from modules.kernels.checks import check_groups
 from modules.kernels.numba.compiling import Kernel, compiled
-from modules.kernels.numba.fields import PACKING
+from modules.kernels.numba.fields import PackingFields
 from modules.kernels.numba.packing_control import packing
 from modules.kernels.numba.packing_spec import Packing, packing_of
 from modules.kernels.numba.threads import allowed_threads, buffer, check_pool, run
@@ -68,31 +69,28 @@ def _run(
         return
     threads = allowed_threads() if units * spec.tokens * head_dim > _SERIAL_ELEMENTS else 1
     check_pool(threads)
-    scratch = buffer("packing", threads, spec.scratch_floats)
-    largest, table = np.empty(units, np.int32), np.array(jobs, np.int64)
+    scratch, largest = buffer("packing", threads * spec.scratch_floats), np.empty(units, np.int32)
+    table = np.array(jobs, np.int64)
     row, head, token = (stride * states.element_size() for stride in states.stride()[:3])
-    record = np.zeros(1, PACKING)
-    fields = record[0]
-    for name, value in (
-        ("heads", heads),
-        ("groups", groups),
-        ("source", states.data_ptr()),
-        ("source_row", row),
-        ("source_head", head),
-        ("source_token", token),
-        ("capacity", targets.codes.shape[2]),
-        ("codes", targets.codes.data_ptr()),
-        ("scale", targets.scale.data_ptr()),
-        ("minimum", targets.minimum.data_ptr()),
-        ("extra", 0 if targets.extra is None else targets.extra.data_ptr()),
-        ("order", 0 if order is None else order.data_ptr()),
-        ("jobs", table.ctypes.data),
-        ("job_count", len(jobs)),
-        ("scratch", scratch.ctypes.data),
-        ("largest", largest.ctypes.data),
-    ):
-        fields[name] = value
-    run(_compiled(spec), record.ctypes.data, units, threads)
+    fields = PackingFields(
+        heads=heads,
+        groups=groups,
+        source=states.data_ptr(),
+        source_row=row,
+        source_head=head,
+        source_token=token,
+        capacity=targets.codes.shape[2],
+        codes=targets.codes.data_ptr(),
+        scale=targets.scale.data_ptr(),
+        minimum=targets.minimum.data_ptr(),
+        extra=0 if targets.extra is None else targets.extra.data_ptr(),
+        order=0 if order is None else order.data_ptr(),
+        jobs=table.ctypes.data,
+        job_count=len(jobs),
+        scratch=scratch.address,
+        largest=largest.ctypes.data,
+    )
+    run(_compiled(spec), ctypes.addressof(fields), units, threads)
     if largest.max() > _LARGEST_BITS:
         for job_row, first, _ in jobs:
             refuse_unrepresentable(states[job_row, :, first : first + tokens], what)

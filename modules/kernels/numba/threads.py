@@ -43,7 +43,12 @@ os.register_at_fork(after_in_child=_pool.after_fork)
 def allowed_threads() -> int:
     """Threads a kernel may use: no more than torch was told to, nor Numba. One of them never starts Numba's pool."""
     threads = torch.get_num_threads()
-    return 1 if threads == 1 else min(threads, get_num_threads())
+    if threads == 1:
+        return 1
+    most = get_num_threads()
+    if torch.get_num_threads() != threads:  # starting the pool told OpenMP, which torch shares, to use all threads
+        torch.set_num_threads(threads)
+    return min(threads, most)
 
 
 def run(kernel: Kernel, address: int, units: int, threads: int) -> None:
@@ -101,13 +106,24 @@ def _shared_out():
     return with_cache(compile, "the loop over threads")
 
 
-def buffer(name: str, rows: int, floats: int) -> np.ndarray:
-    """A float32 array `[rows, floats]` of this thread that starts on a cache line; a small one is kept for the next call."""
-    size = rows * floats
+class Buffer:
+    """Float32 memory that starts on a cache line.
+
+    Attributes:
+        floats: how many there is room for.
+        address: where it starts.
+    """
+
+    def __init__(self, floats: int) -> None:
+        self.floats, self._memory = floats, np.empty(floats + 16, np.float32)
+        self.address = -(-self._memory.ctypes.data // 64) * 64
+
+
+def buffer(name: str, floats: int) -> Buffer:
+    """A buffer of this thread; a small one is kept for the next call."""
     kept = getattr(_local, name, None)
-    if kept is None or kept.size < size:
-        raw = np.empty(size + 16, np.float32)
-        kept = raw[-raw.ctypes.data % 64 // 4 :][:size]
-        if size <= _KEPT_FLOATS:
+    if kept is None or kept.floats < floats:
+        kept = Buffer(floats)
+        if floats <= _KEPT_FLOATS:
             setattr(_local, name, kept)
-    return kept[:size].reshape(rows, floats)
+    return kept
