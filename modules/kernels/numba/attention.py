@@ -77,8 +77,8 @@ def decode(
 ) -> torch.Tensor | None:
     """One new token of every sequence, see `modules.kernels.backend.Backend.decode`.
 
-    Attention and what is kept in full precision are one call; sequences whose window is full then have a group packed,
-    straight from the ring.
+    Attention and what is kept in full precision are one call, which no operation of torch follows in most steps. Sequences
+    whose window is full then have a group packed, straight from the ring.
 
     Returns:
         `[B, 1, num_attention_heads, D]`; None for a layout the kernel does not know, and then nothing has been done.
@@ -99,11 +99,9 @@ def decode(
     out = call.run(query, key, value, layer, scaling, call.one_each)
     layer.key.check_magnitude(call.fields.k_largest)
     layer.value.check_magnitude(call.fields.v_largest)
-    if layer.observes:
-        layer.observe(query, call.step)
     full = _full_windows(layer)
-    if full:
-        _pack_windows(layer, full, call.step)
+    if full or layer.observes:
+        _observe_and_pack(layer, query, full, call.step)
     return out
 
 
@@ -117,8 +115,13 @@ def _full_windows(layer: PackedLayer) -> list[int]:
     return [row for row, (length, packed) in enumerate(zip(layer.lengths, layer.packed)) if length - packed >= most]
 
 
-def _pack_windows(layer: PackedLayer, rows: list[int], step: Step) -> None:
-    """Pack the oldest group of the window of the sequences `rows`, the token stored last included."""
+@torch.inference_mode(False)  # what it stores serves steps in every mode
+@torch.no_grad()
+def _observe_and_pack(layer: PackedLayer, query: torch.Tensor, rows: list[int], step: Step) -> None:
+    """Count the queries in, then pack the oldest group of the window of the sequences `rows`, the new token included."""
+    layer.observe(query, step)
+    if not rows:
+        return
     layer.make_room(step)
     starts = [layer.packed[row] for row in rows]
     slots = [start % layer.ring for start in starts]
