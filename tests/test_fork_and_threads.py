@@ -56,9 +56,8 @@ def run(code, root=ROOT, **variables):
     """The process that runs `code` after `PRELUDE`, with NUMBA_NUM_THREADS=2 unless `variables` say else."""
     path = os.pathsep.join([str(root), str(ROOT / "tests")])
     environment = {**os.environ, "PYTHONPATH": path, "NUMBA_NUM_THREADS": "2", **variables}
-    done = subprocess.run(
-        [sys.executable, "-c", PRELUDE + code], env=environment, capture_output=True, text=True, timeout=120
-    )
+    command = [sys.executable, "-c", PRELUDE + code]  # which looks for modules in its folder first
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
