@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -195,13 +196,12 @@ class Ledger:
             raise ValueError(f"the cache was made with max_length={self.max_length} tokens; {longest} are needed.")
 
     def uniform_rows(self, new_lengths: list[int]) -> Iterator[tuple[slice, int]]:
-        """Slices of the batch whose sequences hold and receive equally many tokens, with that number of new ones."""
-        states = list(zip(self.lengths, self.packed, new_lengths))
-        if all(state == states[0] for state in states):
-            yield slice(None), new_lengths[0]
-            return
-        for row in range(len(states)):
-            yield slice(row, row + 1), new_lengths[row]
+        """Slices of neighbours in the batch that hold and receive equally many tokens, with that number of new ones."""
+        first = 0
+        for (_, _, new), alike in itertools.groupby(zip(self.lengths, self.packed, new_lengths)):
+            stop = first + sum(1 for _ in alike)
+            yield slice(first, stop), new
+            first = stop
 
     def commit(self, step: Step, on_devices: bool = True) -> None:
         """Count a step in that every layer has written; there is no open one after it.
