@@ -16,6 +16,7 @@ from collections.abc import Iterator
 
 import torch
 
+from modules.codecs.grouped import FLOAT16_MAX
 from modules.store.step import Step
 
 LENGTH, PACKED, MARK = range(3)  # rows of the counts on a device
@@ -139,6 +140,15 @@ class Ledger:
         """Whether a kernel met states that it could not pack. Waits for the device."""
         return any(bool(counts[MARK].any()) for counts in self._counts.values())
 
+    def raise_if_marked(self) -> None:
+        """Raise `ValueError` where a step of one token packed states that cannot be stored. Waits for the device."""
+        if self.marked():
+            raise ValueError(
+                f"states to quantize must be finite and at most {FLOAT16_MAX:.0f} in magnitude (their scale and minimum "
+                "are float16); a decode step packed larger ones. Keep this side in full precision with bits 16, or look "
+                "for the overflow upstream."
+            )
+
     def packs(self, row: int, new: int) -> bool:
         """Whether `new` more tokens fill a group of the sequence `row`."""
         return self.geometry.packed_after(self.lengths[row] + new, self.packed[row]) > self.packed[row]
@@ -148,7 +158,7 @@ class Ledger:
         if self._lengths is None or step.counted is None:
             return self.geometry.packed_after(self.most + step.length, 0)
         states = zip(self._lengths, self._packed, step.counted)
-        return max((self.geometry.packed_after(old + new, packed) for old, new, packed in states), default=0)
+        return max((self.geometry.packed_after(old + new, packed) for old, packed, new in states), default=0)
 
     def check_batch(self, batch: int) -> None:
         """Raise `ValueError` where `batch` is not the number of sequences held."""
