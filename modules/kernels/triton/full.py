@@ -50,7 +50,7 @@ def attend_full(
     c = tl.arange(0, SEG)
     queries = ()
     for seg in tl.static_range(SEGS):
-        rows = load_channels(query, seg * SEG + c, c < SEG)
+        rows = load_channels(query, seg * SEG + c)
         queries += (tl.broadcast_to(rows, [WARPS, SEG, N]),)
     maximum = tl.full([WARPS, N], EMPTY, tl.float32)
     total = tl.zeros([WARPS, T, N], tl.float32)

@@ -261,12 +261,12 @@ def _store_sums(partial, out_at, sums, offsets, weights, TILE: tl.constexpr):
     N: tl.constexpr = TILE.N
     row = tl.arange(0, N)
     column = tl.arange(0, TILE.V_COLS)
-    inside = column * TILE.V_PARTS < TILE.V_SEG * TILE.V_FOLD
-    at = partial.sums + out_at.to(tl.int64) * (N * D) + row[None, :] * D
+    start = partial.sums + out_at.to(tl.int64) * (N * D)
     merged_offsets = merge_warps(offsets, weights)  # [16, N]
     for i in tl.static_range(TILE.V_SEGS * TILE.V_PLANES * TILE.V_PARTS):
         channel, result = _finish_product(merge_warps(sums[i], weights), merged_offsets, column, i, TILE)
-        tl.store(at + channel[:, None], result, mask=inside[:, None])
+        inside = (column * TILE.V_PARTS < TILE.V_SEG * TILE.V_FOLD)[:, None]
+        tl.store(start + row[None, :] * D + channel[:, None], result, mask=inside)
 
 
 @triton.jit

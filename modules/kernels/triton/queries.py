@@ -55,13 +55,12 @@ def query_rows(query, sequence, kv_head, row_block, new_tokens, TILE: tl.constex
 
 
 @triton.jit
-def load_channels(query, channel, inside):
-    """Channels `[M]` of the rows, `[1, M, N]`; zeros where not `inside`."""
-    return tl.load(
-        query.states + query.offsets[None, None, :] + channel[None, :, None],
-        mask=query.real[None, None, :] & inside[None, :, None],
-        other=0.0,
-    )
+def load_channels(query, channel, inside=None):
+    """Channels `[M]` of the rows, `[1, M, N]`; zeros where not `inside`, if that is given."""
+    mask = query.real[None, None, :]
+    if inside is not None:
+        mask = mask & inside[None, :, None]
+    return tl.load(query.states + query.offsets[None, None, :] + channel[None, :, None], mask=mask, other=0.0)
 
 
 @triton.jit

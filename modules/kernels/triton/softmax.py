@@ -34,8 +34,8 @@ def store_softmax(partial, out_at, maximum, total, N: tl.constexpr):
     """Merge the warps' `maximum` `[WARPS, N]` and `total` `[WARPS, *, N]`; the weights `[WARPS, N]` they merge with."""
     top = tl.max(maximum, 0)  # [N]
     weights = tl.exp2(maximum - top[None, :])
-    row = tl.arange(0, N)
-    at = partial.softmax + out_at.to(tl.int64) * (2 * N) + 2 * row
+    merged = tl.sum(tl.sum(total, 1) * weights, 0)  # [N]
+    at = partial.softmax + out_at.to(tl.int64) * (2 * N) + 2 * tl.arange(0, N)
     tl.store(at, top)
-    tl.store(at + 1, tl.sum(tl.sum(total, 1) * weights, 0))
+    tl.store(at + 1, merged)
     return weights
