@@ -38,8 +38,8 @@ _PACKED = tl.constexpr(PACKED)
 @triton.jit
 def _new_of_head(new, sequence, kv_head):
     """The new keys or values of one head."""
-    states = new.states + sequence.to(tl.int64) * new.stride_b + kv_head * new.stride_h
-    return Rows(states, new.stride_b, new.stride_h, new.stride_t)
+    first = sequence.to(tl.int64) * new.stride_b + kv_head * new.stride_h
+    return Rows(new.states + first, new.stride_b, new.stride_h, new.stride_t)
 
 
 @triton.jit

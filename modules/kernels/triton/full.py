@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -10,17 +12,40 @@ from modules.kernels.triton.queries import load_channels
 from modules.kernels.triton.softmax import EMPTY, merge_warps, store_softmax
 
 
+class Listed(NamedTuple):
+    """Full-precision tokens of a list, each `[WARPS, T]`: their number in it, their slot of the ring, which of the new ones
+    they are, and which of the three they are at all."""
+
+    index: Any
+    slot: Any
+    fresh: Any
+    is_sink: Any
+    in_ring: Any
+    is_new: Any
+
+
 @triton.jit
-def _load_states(
-    side, new, index, channel, is_sink, in_ring, is_new, D: tl.constexpr, SINK: tl.constexpr, RING: tl.constexpr
-):
-    """The states of the listed tokens, from where each lies; all of one shape or broadcast to it."""
-    slot = index - SINK
-    x = tl.load(side.window + slot * D + channel, mask=in_ring, other=0.0)
-    x = tl.load(new.states + (slot - RING) * new.stride_t + channel, mask=is_new, other=x)
-    if SINK > 0:
-        x = tl.load(side.sinks + index * D + channel, mask=is_sink, other=x)
+def _load_states(side, new, token, channel, TILE: tl.constexpr):
+    """The states of the listed tokens, from where each lies; places and channels broadcast to each other."""
+    D: tl.constexpr = TILE.D
+    x = tl.load(side.window + token.slot * D + channel, mask=token.in_ring, other=0.0)
+    x = tl.load(new.states + token.fresh * new.stride_t + channel, mask=token.is_new, other=x)
+    if TILE.SINK > 0:
+        x = tl.load(side.sinks + token.index * D + channel, mask=token.is_sink, other=x)
     return x
+
+
+@triton.jit
+def _along(listed, AXIS: tl.constexpr):
+    """The list with another dimension of 1 at `AXIS`."""
+    return Listed(
+        tl.expand_dims(listed.index, AXIS),
+        tl.expand_dims(listed.slot, AXIS),
+        tl.expand_dims(listed.fresh, AXIS),
+        tl.expand_dims(listed.is_sink, AXIS),
+        tl.expand_dims(listed.in_ring, AXIS),
+        tl.expand_dims(listed.is_new, AXIS),
+    )
 
 
 @triton.jit
@@ -70,21 +95,12 @@ def attend_full(
         behind = tl.where(behind < 0, behind + RING, behind)  # tokens after the oldest one of the ring
         in_ring = (slot >= 0) & (slot < RING) & (packed + behind < after_sinks)
         is_new = (fresh >= 0) & (fresh < visible)
+        listed = Listed(index, slot, fresh, is_sink, in_ring, is_new)
 
         scores = tl.zeros([WARPS, T, N], tl.float32)
         for seg in tl.static_range(SEGS):
-            x = _load_states(
-                keys,
-                new_keys,
-                index[:, :, None],
-                seg * SEG + c[None, None, :],
-                is_sink[:, :, None],
-                in_ring[:, :, None],
-                is_new[:, :, None],
-                D,
-                SINK,
-                RING,
-            )  # [WARPS, T, SEG]
+            channel = seg * SEG + c[None, None, :]
+            x = _load_states(keys, new_keys, _along(listed, 2), channel, TILE)  # [WARPS, T, SEG]
             scores = dot(x, queries[seg], scores, TILE.ASM)
         seen = (is_sink | in_ring)[:, :, None] | (
             is_new[:, :, None] & (fresh[:, :, None] <= query.token[None, None, :])
@@ -100,18 +116,8 @@ def attend_full(
 
         new_sums = ()
         for seg in tl.static_range(SEGS):
-            y = _load_states(
-                values,
-                new_values,
-                index[:, None, :],
-                seg * SEG + c[None, :, None],
-                is_sink[:, None, :],
-                in_ring[:, None, :],
-                is_new[:, None, :],
-                D,
-                SINK,
-                RING,
-            )  # [WARPS, SEG, T]
+            channel = seg * SEG + c[None, :, None]
+            y = _load_states(values, new_values, _along(listed, 1), channel, TILE)  # [WARPS, SEG, T]
             new_sums += (dot(y, p, sums[seg] * decay[:, None, :], TILE.ASM),)
         sums = new_sums
 

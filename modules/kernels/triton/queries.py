@@ -50,8 +50,8 @@ def query_rows(query, sequence, kv_head, row_block, new_tokens, TILE: tl.constex
     row = row_block * N + tl.arange(0, N)
     token = row // GROUP
     offsets = (row % GROUP) * query.stride_h + token * query.stride_t
-    states = query.states + sequence.to(tl.int64) * query.stride_b + kv_head * GROUP * query.stride_h
-    return Query(states, offsets, token, token < new_tokens)
+    first = sequence.to(tl.int64) * query.stride_b + kv_head * GROUP * query.stride_h
+    return Query(query.states + first, offsets, token, token < new_tokens)
 
 
 @triton.jit
