@@ -18,6 +18,7 @@ from collections.abc import Iterator
 
 import torch
 
+from modules.codecs.grouped import FLOAT16_MAX
 from modules.store.step import Step
 
 LENGTH, PACKED, MARK = range(3)  # rows of the counts on a device
@@ -162,6 +163,15 @@ class Ledger:
     def marked(self) -> bool:
         """Whether a kernel met states that it could not pack. Waits for the device."""
         return any(bool(counts[MARK].any()) for counts in self._counts.values())
+
+    def raise_if_marked(self) -> None:
+        """Raise `ValueError` where a step of one token packed states that cannot be stored. Waits for the device."""
+        if self.marked():
+            raise ValueError(
+                f"states to quantize must be finite and at most {FLOAT16_MAX:.0f} in magnitude (their scale and minimum "
+                "are float16); a decode step packed larger ones. Keep this side in full precision with bits 16, or look "
+                "for the overflow upstream."
+            )
 
     def packs(self, row: int, new: int) -> bool:
         """Whether `new` more tokens fill a group of the sequence `row`."""
