@@ -17,10 +17,9 @@ import torch
 pytest.importorskip("triton")
 
 from conftest import FAMILIES, SIZES, SMALL, relative_error, tokens
+from modules.decode_runner import DecodeRunner, _Capture, _memory, _states, _warn_of_hooks
 
 from modules import packed_attention as dispatch
-from modules.decode_runner import DecodeRunner, _Capture, _memory, _states, _warn_of_hooks
-from modules.kivi_options import KIVIOptions
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"

@@ -112,7 +112,7 @@ def test_generation_modes_run_at_two_bits(pair, mode):
 # right where it is quantized
 
 
-def test_packed_attention_equals_attention_over_dequantized_states(pair):
+def test_reference_equals_attention_over_dequantized_states(pair):
     """ "eager" runs the stock attention on what the cache dequantizes: the definition of right."""
     _, kivi = pair
     ids = tokens(2, 170, seed=2)  # no state of these lies halfway between two codes, where rounding decides
