@@ -19,6 +19,7 @@ pytest.importorskip("triton")
 
 from layers import empty_layer
 
+from modeling_llama_kivi import LlamaForCausalLM_KIVI, LlamaKIVIConfig
 from modules.kernels.registry import backend
 from modules.kernels.triton import append, attention, launch, pack
 from modules.store.step import Step
@@ -217,3 +218,55 @@ def test_grids_stay_within_their_limits(tokens, heads, batch):
         programs = {grid: [(size, most) for size, most in zip(grid, MOST_PROGRAMS)] for grid in launches.grids}
         assert all(0 < size <= most for grid in programs.values() for size, most in grid)
         assert max(max(grid) for grid in launches.grids) > 65535
+
+
+def model_on_the_gpu():
+    """A small model whose weights are to be fake: `place` puts them on the GPU."""
+    config = LlamaKIVIConfig(
+        vocab_size=131, hidden_size=256, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, bos_token_id=1, eos_token_id=None,
+    )  # fmt: skip
+    with torch.device("meta"):
+        return LlamaForCausalLM_KIVI(config).eval().to(torch.float16)
+
+
+def place(model) -> None:
+    """Put fake weights where a model has meta ones."""
+    for module in model.modules():
+        for group in (module._parameters, module._buffers):
+            for name, tensor in group.items():
+                if tensor is not None:
+                    group[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device=CUDA)
+
+
+def prompted_cache(model, batch: int, length: int):
+    """A cache as a prompt leaves it, which only the host's waiting could make here: its lengths are known."""
+    cache = model.create_kivi_cache(backend="triton")
+    key = torch.empty(batch, 2, length, 64, dtype=torch.float16, device=CUDA)
+    step = Step.of_lengths([length] * batch, length)
+    for layer in cache.kivi_layers:
+        layer.lazy_initialization(key, key)
+        layer.store.make_room(step)
+    cache.ledger.commit(step)
+    return cache
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["no mask", "a mask"])
+@pytest.mark.parametrize("length", [150, 400])
+def test_decode_steps_of_a_model_wait_for_nothing(masked, length):
+    """From `model(...)` to the kernels, through the step that chooses the wide channels, with an attention mask and without."""
+    model = model_on_the_gpu()
+    with fake_gpu() as (copies, launches), torch.no_grad():
+        place(model)
+        cache = prompted_cache(model, 2, length)
+        token = torch.zeros(2, 1, dtype=torch.long, device=CUDA)
+        for step in range(40):
+            mask = torch.ones(2, length + step + 1, dtype=torch.long, device=CUDA) if masked else None
+            if step == 1:  # the first makes what is kept: counts on the device, the rotation
+                copies.found.clear()
+                launches.grids.clear()
+            logits = model(token, attention_mask=mask, past_key_values=cache).logits
+            assert logits.shape == (2, 1, 131)
+        assert not copies.found
+        assert len(launches.grids) == 39 * 3 * 3
+        assert cache.get_seq_length() == length + 40
