@@ -45,10 +45,13 @@ class Savepoint:
 
 
 class _PackedLayer:
-    """A packed layer before a step: its store, what its queries were, and the window where it will be overwritten."""
+    """A packed layer before a step: its store, what its queries were, and the window where it will be overwritten.
+
+    A store without tokens, as reset() may leave one, is not kept: a step of another batch takes its place.
+    """
 
     def __init__(self, layer: KIVICacheLayer, step: Step) -> None:
-        self.store: PackedLayer | None = layer.store
+        self.store: PackedLayer | None = layer.store if layer.ledger.columns else None
         self.energy: torch.Tensor | None = None
         self.windows: list[torch.Tensor] = []
         if self.store is not None:
