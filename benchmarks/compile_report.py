@@ -17,14 +17,11 @@ more than 4 instructions per code in the reference variant (2 bits, head 128, 4 
 
 from __future__ import annotations
 
-import argparse
 import collections
 import concurrent.futures
 import dataclasses
-import datetime
 import functools
 import itertools
-import json
 import os
 import re
 import subprocess
@@ -35,13 +32,19 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import triton  # noqa: E402
+from report import compile_table  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import track  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from modules.cli.command import argument, check_least, parse  # noqa: E402
+from modules.evaluation.environment import Environment  # noqa: E402
+from modules.evaluation.results import BenchmarkResult, save_result  # noqa: E402
 from modules.evaluation.tables import markdown  # noqa: E402
-from modules.kernels import triton_attention, triton_quantize  # noqa: E402
+from modules.kernels.triton import append, attention, checks, combine, launch, pack  # noqa: E402
+from modules.kernels.triton.arguments import Rows, Side  # noqa: E402
+from modules.kernels.triton.softmax import Partial  # noqa: E402
 
 ARCHITECTURES = (80, 90, 100)
 SHARED = {80: 167936, 86: 102400, 89: 102400, 90: 233472, 100: 233472, 120: 102400}  # bytes a multiprocessor
@@ -67,49 +70,32 @@ class Compiled:
     per_code: float | None = None
     opcodes: dict[str, int] | None = None
 
-    def row(self) -> list[str]:
-        per_code = "" if self.per_code is None else f"{self.per_code:.2f}"
-        loop = "" if self.loop is None else str(self.loop)
-        copies = "" if self.wide_copies is None else f"{self.wide_copies:.2f}"
-        return [
-            self.kernel,
-            self.variant,
-            f"sm_{self.arch}",
-            *map(str, (self.registers, self.spilled, self.shared)),
-            copies,
-            loop,
-            per_code,
-        ]
 
-
-HEADER = [
-    "kernel",
-    "variant",
-    "target",
-    "registers",
-    "spilled bytes",
-    "shared bytes",
-    "16-byte copies",
-    "loop instructions",
-    "per code",
-]
+def _aligned(types, name: str, unaligned: tuple[str, ...], path: tuple[int, ...]) -> dict[tuple[int, ...], list]:
+    """Attributes of pointers and sizes that are multiples of 16, those in tuples included."""
+    if isinstance(types, tuple):
+        parts = (_aligned(part, name, unaligned, (*path, index)) for index, part in enumerate(types))
+        return {where: attribute for part in parts for where, attribute in part.items()}
+    aligned = name not in unaligned and (types.startswith("*") or types == "i32")
+    return {path: [["tt.divisibility", 16]]} if aligned else {}
 
 
 def compile_kernel(
-    kernel, types: dict[str, str], constants: dict[str, object], arch: int, unaligned=(), **options: int | bool | None
+    kernel,
+    types: dict[str, str | tuple],
+    constants: dict[str, object],
+    arch: int,
+    unaligned: tuple[str, ...] = (),
+    **options: int | bool | None,
 ):
     """Compile a jitted kernel as a launch would with pointers and sizes that are multiples of 16."""
     signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
-    aligned = [
-        index
-        for index, name in enumerate(kernel.arg_names)
-        if name not in constants
-        and name not in unaligned
-        and (signature[name].startswith("*") or signature[name] == "i32")
-    ]
-    attributes = {(index,): [["tt.divisibility", 16]] for index in aligned}
+    attributes = {}
+    for index, name in enumerate(kernel.arg_names):
+        if name not in constants:
+            attributes |= _aligned(signature[name], name, unaligned, (index,))
     source = ASTSource(kernel, signature, constants, attributes)
-    options = triton_quantize.LAUNCH_OPTIONS | options
+    options = launch.OPTIONS | options
     return triton.compile(source, target=GPUTarget("cuda", arch, _WARP), options=options)
 
 
@@ -159,27 +145,36 @@ def describe(kernel: str, variant: str, arch: int, compiled) -> tuple[Compiled, 
     return Compiled(kernel, variant, arch, resources["REG"], spilled, shared), instructions
 
 
-def attention(shape: triton_attention.Shape, rows: int, dtype: str, arch: int) -> Compiled:
+def _rows(states: str) -> Rows:
+    return Rows(states, "i32", "i32", "i32")
+
+
+def _side(bits: int, states: str, codes: str = "*u8", scale: str = "*fp16") -> Side:
+    """The types of a side's tensors; codes stand for what there is not."""
+    if bits == 16:
+        return Side(states, states, states, states, states, states, states)
+    return Side(codes, scale, "*fp16", "*u8", "*i64", states, states)
+
+
+def attending(shape: launch.Shape, rows: int, dtype: str, arch: int) -> Compiled:
     """Compile `attend_splits`; the main loop is the one with most tensor-core instructions on packed codes."""
-    tile = triton_attention.tile_constants(shape, rows, 4 if dtype == "float32" else 2, SHARED[arch])
+    item = 4 if dtype == "float32" else 2
+    tile = launch.attention_tile(shape, rows > launch.FEW_ROWS, item, SHARED[arch])
     states = TYPES[dtype]
-    words = {1: "*i16", 2: "*i32", 4: "*i64"}[tile["META_PER_WORD"]]
-    types = dict.fromkeys(triton_attention.attend_splits.arg_names, "i32")
-    types |= dict.fromkeys(("q", "k_new", "v_new", "k_sinks", "k_window", "v_sinks", "v_window"), states)
-    types |= {"k_codes": "*u8" if shape.k_bits < 16 else states, "v_codes": "*i16" if shape.v_bits < 16 else states}
-    types |= dict.fromkeys(("k_scale", "k_minimum"), "*fp16" if shape.k_bits < 16 else states)
-    types |= {"v_scale": words if shape.v_bits < 16 else states, "v_minimum": "*fp16" if shape.v_bits < 16 else states}
-    types |= {"k_extra": "*u8", "k_order": "*i64"}
-    types |= {"counts": "*i32", "new_lengths": "*i32", "part": "*fp32", "ml": "*fp32", "factor": "fp32"}
-    constants = tile | {"ALL_NEW": True, "ASM": True}
+    words = {1: "*i16", 2: "*i32", 4: "*i64"}[tile.META_PER_WORD]
+    types = dict.fromkeys(attention.attend_splits.arg_names, "i32")
+    types |= dict.fromkeys(("query", "new_keys", "new_values"), _rows(states))
+    types |= {"keys": _side(shape.k_bits, states), "values": _side(shape.v_bits, states, "*i16", words)}
+    types |= {"counts": "*i32", "new_lengths": "*i32", "partial": Partial("*fp32", "*fp32"), "factor": "fp32"}
+    constants = {"ALL_NEW": True, "TILE": tile}
     numbers = ("sequences", "new_tokens", "splits", "row_blocks")
-    options = triton_attention.launch_options(tile)
-    compiled = compile_kernel(triton_attention.attend_splits, types, constants, arch, numbers, **options)
+    options = launch.attention_options(tile)
+    compiled = compile_kernel(attention.attend_splits, types, constants, arch, numbers, **options)
     name = f"K{shape.k_bits} V{shape.v_bits} D{shape.head_dim} G{shape.group_size}/{shape.value_group_size} W{shape.wide} {dtype}, {rows} rows"
     result, instructions = describe("attend_splits", name, arch, compiled)
     # The loop over codes masks them; the loop over full-precision tokens does not.
     body = max(loops(instructions), key=lambda b: sum(opcode(t).startswith(("LOP3", "LDGSTS")) for t in b))
-    elements = tile["U"] * tile["T"] * shape.head_dim
+    elements = tile.U * tile.T * shape.head_dim
     code_bytes = elements * sum(bits for bits in (shape.k_bits, shape.v_bits) if bits < 16) // 8
     result.loop = len(body)
     result.per_code = len(body) / (2 * elements / _WARP)
@@ -190,51 +185,43 @@ def attention(shape: triton_attention.Shape, rows: int, dtype: str, arch: int) -
 
 def combination(head_dim: int, dtype: str, arch: int) -> Compiled:
     """Compile `combine_splits`."""
-    names = triton_attention.combine_splits.arg_names
-    types = dict.fromkeys(names, "i32") | {"part": "*fp32", "ml": "*fp32", "new_lengths": "*i32", "out": TYPES[dtype]}
-    constants = dict(
-        KV_HEADS=8, GROUP=4, D=head_dim, D_PAD=triton.next_power_of_2(head_dim), N=8, BLOCK=16, ALL_NEW=True
-    )
-    numbers = ("parts", "row_blocks", "new_tokens")
-    compiled = compile_kernel(triton_attention.combine_splits, types, constants, arch, numbers)
+    kernel = combine.combine_splits
+    types = dict.fromkeys(kernel.arg_names, "i32")
+    types |= {"partial": Partial("*fp32", "*fp32"), "new_lengths": "*i32", "out": TYPES[dtype]}
+    constants = {"D": head_dim, "D_PAD": triton.next_power_of_2(head_dim), "N": 8, "KV_HEADS": 8, "GROUP": 4}
+    constants |= {"ALL_NEW": True, "PARTS": launch.COMBINED}
+    compiled = compile_kernel(kernel, types, constants, arch, ("parts", "row_blocks", "new_tokens"))
     return describe("combine_splits", f"D{head_dim} {dtype}", arch, compiled)[0]
 
 
 def packing(what: str, bits: int, method: str, head_dim: int, group_size: int, arch: int, wide: int = 0) -> Compiled:
     """Compile `pack_states` for the keys or the values."""
-    types = dict.fromkeys(triton_quantize.pack_states.arg_names, "i32")
-    types |= {"states": "*bf16", "codes": "*u8", "scale": "*fp16", "minimum": "*fp16", "mark": "*i32"}
-    types |= {"extra": "*u8", "order": "*i64"}
-    constants = {"KEYS": what == "keys", "D": head_dim, "G": group_size, "BITS": bits, "METHOD": method}
-    constants |= {"WIDE": wide, "WIDE_PAD": max(4, wide)} | triton_quantize.tiles(head_dim, bits, 32)
-    numbers = ("heads", "first_token")
-    compiled = compile_kernel(triton_quantize.pack_states, types, constants, arch, numbers)
+    types = dict.fromkeys(pack.pack_states.arg_names, "i32")
+    types |= {"new": _rows("*bf16"), "side": _side(bits, "*bf16"), "mark": "*i32"}
+    constants = {"TILE": launch.pack_tile_of(what == "keys", head_dim, group_size, bits, method, wide)}
+    numbers = ("heads", "first_token", "blocks")
+    compiled = compile_kernel(pack.pack_states, types, constants, arch, numbers)
     return describe("pack_states", f"{what} {bits} bits {method} D{head_dim} G{group_size}", arch, compiled)[0]
 
 
 def appending(k_bits: int, v_bits: int, head_dim: int, arch: int, wide: int = 0) -> Compiled:
     """Compile `append_step` with groups of 32, 4 sinks and a window of 128."""
-    types = dict.fromkeys(triton_quantize.append_step.arg_names, "i32")
-    types |= {"counts": "*i32", "extra": "*u8", "order": "*i64"}
-    types |= dict.fromkeys(("key", "value", "k_sinks", "k_window", "v_sinks", "v_window"), "*bf16")
-    for side, bits in (("k", k_bits), ("v", v_bits)):
-        types |= {f"{side}_codes": "*u8" if bits < 16 else "*bf16"}
-        types |= dict.fromkeys((f"{side}_scale", f"{side}_minimum"), "*fp16" if bits < 16 else "*bf16")
-    constants = {"D": head_dim, "D_PAD": triton.next_power_of_2(head_dim), "G": 32, "K_BITS": k_bits, "V_BITS": v_bits}
-    constants |= {"K_METHOD": "lsq", "V_METHOD": "clipped", "SINK": 4, "RING": 160}
-    constants |= {"VALUE_G": 64 if wide else 32, "WIDE": wide, "WIDE_PAD": max(4, wide)}
-    k_tile, v_tile = (triton_quantize.tiles(head_dim, bits, 32) for bits in (k_bits, v_bits))
-    constants |= {"COLUMNS": k_tile["COLUMNS"], "TOKENS": v_tile["TOKENS"], "V_WIDTH_PAD": v_tile["WIDTH_PAD"]}
-    numbers = ("sequences", "heads")
-    compiled = compile_kernel(triton_quantize.append_step, types, constants, arch, numbers)
+    types = dict.fromkeys(append.append_step.arg_names, "i32")
+    types |= dict.fromkeys(("new_keys", "new_values"), _rows("*bf16"))
+    types |= {"keys": _side(k_bits, "*bf16"), "values": _side(v_bits, "*bf16")}
+    types |= {"energy": "*fp32", "counts": "*i32", "new_lengths": "*i32"}
+    constants = {"SINK": 4, "RING": 160, "TOKENS": 32, "ALL_NEW": True}
+    constants |= {"K_TILE": launch.pack_tile_of(True, head_dim, 32, k_bits, "lsq", wide)}
+    constants |= {"V_TILE": launch.pack_tile_of(False, head_dim, 64 if wide else 32, v_bits, "clipped")}
+    compiled = compile_kernel(append.append_step, types, constants, arch, ("sequences", "heads"))
     return describe("append_step", f"K{k_bits} V{v_bits} D{head_dim}", arch, compiled)[0]
 
 
 def shape_of(
     head_dim: int, group_size: int, k_bits: int, v_bits: int, value_group_size: int | None = None, wide: int = 0
-) -> triton_attention.Shape:
+) -> launch.Shape:
     """A shape with 8 KV heads of 4 query heads, 4 sinks and a window of 128."""
-    return triton_attention.Shape(
+    return launch.Shape(
         head_dim, group_size, k_bits, v_bits, 8, 4, 4, 128 + group_size, value_group_size or group_size, wide
     )
 
@@ -242,7 +229,7 @@ def shape_of(
 REFERENCE = (shape_of(128, 32, 2, 2), 4, "float16")
 
 
-def variants(quick: bool) -> list[tuple[triton_attention.Shape, int, str]]:
+def variants(quick: bool) -> list[tuple[launch.Shape, int, str]]:
     """What is compiled: everything people run with `quick`, else every bit pair, head, group size and type too."""
     chosen = [
         REFERENCE,
@@ -259,7 +246,7 @@ def variants(quick: bool) -> list[tuple[triton_attention.Shape, int, str]]:
     chosen += [(shape_of(128, g, b, b), 4, "bfloat16") for g in (16, 64, 128) for b in (2, 4, 8)]
     chosen += [(shape_of(d, 32, 2, 2, 64 if d % 64 == 0 else 32, d // 4), 4, "bfloat16") for d in (64, 96, 256)]
     chosen += [(shape_of(64, 32, 2, 2, 64, 16), 64, "bfloat16"), (shape_of(128, 32, 2, 2, 64, 32), 4, "float32")]
-    chosen += [(shape_of(d, 32, 2, 2), 4, "float32") for d in triton_attention.HEAD_DIMS]
+    chosen += [(shape_of(d, 32, 2, 2), 4, "float32") for d in checks.HEAD_DIMS]
     return list(dict.fromkeys(chosen))
 
 
@@ -267,8 +254,8 @@ def work(archs: tuple[int, ...], quick: bool) -> list[functools.partial[Compiled
     """Everything to compile, as calls."""
     calls = []
     for arch in archs:
-        calls += [functools.partial(attention, shape, rows, dtype, arch) for shape, rows, dtype in variants(quick)]
-        head_dims = (128,) if quick else triton_attention.HEAD_DIMS
+        calls += [functools.partial(attending, shape, rows, dtype, arch) for shape, rows, dtype in variants(quick)]
+        head_dims = (128,) if quick else checks.HEAD_DIMS
         calls += [functools.partial(combination, d, "bfloat16", arch) for d in head_dims]
         calls += [
             functools.partial(packing, "keys", 2, "lsq", 128, 32, arch, wide=32),
@@ -307,25 +294,33 @@ def problems(results: list[Compiled]) -> list[str]:
     return found
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flags:
+    """The command line."""
+
+    arch: tuple[int, ...] = argument(ARCHITECTURES, "compute capabilities", tuple(SHARED))
+    quick: bool = argument(False, "only the variants people run most")
+    jobs: int | None = argument(None, "kernels that are compiled at a time; None: as many as there are cores")
+    json: Path | None = argument(None, "write everything here, opcode counts of the loops included")
+    check: bool = argument(False, "exit with 1 where a limit is exceeded")
+
+    def __post_init__(self) -> None:
+        check_least(1 if self.jobs is None else self.jobs, 1, "--jobs")
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES, help="compute capabilities, as 90")
-    parser.add_argument("--quick", action="store_true", help="only the variants people run most")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="kernels that are compiled at a time")
-    parser.add_argument("--json", type=Path, help="write everything here, opcode counts of the loops included")
-    parser.add_argument("--check", action="store_true", help="exit with 1 where a limit is exceeded")
-    arguments = parser.parse_args()
+    flags = parse(Flags, description=__doc__)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    results = report(work(tuple(arguments.arch), arguments.quick), arguments.jobs)
-    print(markdown([HEADER, *(r.row() for r in results)]))
-    if arguments.json:
-        about = {"date": datetime.date.today().isoformat(), "triton": triton.__version__, "quick": arguments.quick}
-        kernels = [dataclasses.asdict(result) for result in results]
-        contents = {"environment": about, "beyond_limits": problems(results), "kernels": kernels}
-        arguments.json.write_text(json.dumps(contents, indent=1) + "\n")
-    found = problems(results) if arguments.check else []
-    print("\n".join(found), file=sys.stderr)
-    return 1 if found else 0
+    results = report(work(flags.arch, flags.quick), flags.jobs or os.cpu_count() or 1)
+    rows, beyond = [dataclasses.asdict(result) for result in results], problems(results)
+    print(markdown(compile_table(rows)))
+    if flags.json:
+        settings = {"quick": flags.quick, "beyond_limits": beyond}
+        save_result(BenchmarkResult("compile", rows, Environment.here(), settings), flags.json)
+    if not flags.check:
+        return 0
+    print("\n".join(beyond), file=sys.stderr)
+    return 1 if beyond else 0
 
 
 if __name__ == "__main__":

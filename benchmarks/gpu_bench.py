@@ -11,28 +11,34 @@ copy bandwidth measured on the spot (bytes read plus bytes written of a large de
 
 from __future__ import annotations
 
-import argparse
-import csv
 import dataclasses
 import functools
 import gc
 import itertools
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import paths  # noqa: F401, which puts the project's folder on the path
 import torch
-from machine import environment  # which puts the project's folder on the path
 
+from modules.cli.command import argument, check_least, parse
+from modules.codecs.kivi import codecs_of
+from modules.evaluation.environment import Environment
+from modules.evaluation.results import BenchmarkResult, save_result
+from modules.evaluation.tables import plain, write_csv
+from modules.kernels.registry import backend
 from modules.options import KIVIOptions
-from modules.packed_state import PackedLayer
+from modules.store.layer import PackedLayer
+from modules.store.ledger import Geometry, Ledger
+from modules.store.step import Step
 
 SHAPES = {"Llama-2-7B": (32, 32, 128), "Llama-3.1-8B": (32, 8, 128), "Qwen2.5-7B": (28, 4, 128)}
 TOKENS = (32768, 8192, 131072, 2048)  # what time does not allow for comes last
 BATCHES = (1, 8, 16, 64)
+PARTS = ("packing", "decoding", "attention")
 DTYPE = torch.bfloat16
 DEVICE = "cuda"
 REPLAYS = 20
@@ -106,16 +112,25 @@ def rotation(bytes_of_one: float) -> int:
     return max(2, int(-(-4 * l2 // bytes_of_one)))
 
 
-def filled_layer(
-    batch: int, kv_heads: int, head_dim: int, tokens: int, bits: tuple[int, int], room: int = 64
-) -> PackedLayer:
-    """A layer of random codes and plausible metadata, `tokens` long with place for `room` more; nothing is quantized."""
+def new_ledger(tokens: int, room: int) -> Ledger:
+    """A ledger of no sequences yet, with place for `tokens` and `room` more."""
+    options = KIVIOptions()
+    geometry = Geometry(options.group_size, options.residual_length, options.sink_length)
+    return Ledger(geometry, max_length=tokens + room)
+
+
+def count_tokens(ledger: Ledger, batch: int, tokens: int) -> None:
+    """Say that every layer holds `tokens` tokens of `batch` sequences, on the host and on the device."""
+    ledger.clear([0] * batch)
+    ledger.commit(Step.of(None, batch, tokens))
+    ledger.counts(torch.device(DEVICE))
+
+
+def filled_layer(batch: int, kv_heads: int, head_dim: int, bits: tuple[int, int], ledger: Ledger) -> PackedLayer:
+    """A layer of random codes and plausible metadata; nothing is quantized."""
     options = KIVIOptions(k_bits=bits[0], v_bits=bits[1])
     like = torch.empty(batch, kv_heads, 1, head_dim, dtype=DTYPE, device=DEVICE)
-    layer = PackedLayer.empty(like, bits, options, max_length=tokens + room)
-    layer.backend = "triton"
-    layer.lengths = [tokens] * batch
-    layer.packed = layer.packed_after_append()
+    layer = PackedLayer.empty(like, codecs_of(options, bits, head_dim), ledger, options.rotates_values(bits[1]))
     for side in layer.sides:
         side.codes.random_()
         if side.extra is not None:
@@ -124,7 +139,14 @@ def filled_layer(
         side.minimum.uniform_(-1.0, -0.5)
         side.sinks.normal_()
         side.window.normal_()
-    layer.device_counts()
+    return layer
+
+
+def single_layer(batch: int, kv_heads: int, head_dim: int, tokens: int, bits: tuple[int, int]) -> PackedLayer:
+    """A filled layer with a ledger of its own, `tokens` long with place for 64 more."""
+    ledger = new_ledger(tokens, 64)
+    layer = filled_layer(batch, kv_heads, head_dim, bits, ledger)
+    count_tokens(ledger, batch, tokens)
     return layer
 
 
@@ -147,16 +169,16 @@ def bytes_read(layer: PackedLayer) -> int:
 
 def packed_steps(shape, batch: int, tokens: int, bits: tuple[int, int]):
     """Attention steps over packed layers, and the bytes of one."""
-    from modules.kernels import triton_attention
-
     heads, kv_heads, head_dim = shape
     estimate = 2 * batch * kv_heads * tokens * head_dim * (sum(bits) / 16 + 0.125)
-    layers = [filled_layer(batch, kv_heads, head_dim, tokens, bits) for _ in range(rotation(estimate))]
+    layers = [single_layer(batch, kv_heads, head_dim, tokens, bits) for _ in range(rotation(estimate))]
     query = torch.randn(batch, heads, 1, head_dim, dtype=DTYPE, device=DEVICE)
     key, value = (torch.randn(batch, kv_heads, 1, head_dim, dtype=DTYPE, device=DEVICE) for _ in range(2))
 
+    one = Step.of(None, batch, 1)
+
     def step(layer):
-        return lambda: triton_attention.attend(query, key, value, layer, head_dim**-0.5, [1] * batch)
+        return lambda: backend("triton").attend(query, key, value, layer, head_dim**-0.5, one)
 
     return [step(layer) for layer in layers], bytes_read(layers[0])
 
@@ -237,26 +259,22 @@ def attention(copy: float, until: float) -> Iterator[Row]:
 
 def packing_steps(what: str, bits: int, method: str, tokens: int = 32768):
     """Steps that quantize a prompt into a layer of Llama-3.1-8B's heads, and the bytes of one, read and written."""
-    from modules.kernels import triton_quantize
-
     size = 8 * tokens * 128 * (2 + bits / 8 + 0.125)
     steps = []
     for _ in range(rotation(size)):
-        layer = filled_layer(1, 8, 128, tokens, (bits, bits))
+        layer = single_layer(1, 8, 128, tokens, (bits, bits))
         side = layer.key if what == "keys" else layer.value
-        side.method = method
+        side.codec = dataclasses.replace(side.codec, method=method)
         states = torch.randn(1, 8, layer.packed[0], 128, dtype=DTYPE, device=DEVICE)
-        steps.append(functools.partial(triton_quantize.pack_groups, side, slice(0, 1), 0, states))
+        steps.append(functools.partial(backend("triton").pack, side, slice(0, 1), 0, states))
     return steps, size
 
 
 def append_steps(tokens: int = 32768):
     """Steps that append a token and pack nothing, and the bytes of one."""
-    from modules.kernels import triton_quantize
-
-    layer = filled_layer(1, 8, 128, tokens, (2, 2))
+    layer = single_layer(1, 8, 128, tokens, (2, 2))
     token = torch.randn(1, 8, 1, 128, dtype=DTYPE, device=DEVICE)
-    return [functools.partial(triton_quantize.append_token, layer, token, token, [1])], 4 * token.numel()
+    return [functools.partial(backend("triton").append, layer, token, token, Step.of(None, 1, 1))], 4 * token.numel()
 
 
 def packing(copy: float) -> Iterator[Row]:
@@ -298,9 +316,12 @@ def filled_cache(model, method: str, batch: int, tokens: int, room: int):
     if method.startswith("KIVI"):
         cache = model.create_kivi_cache(max_length=tokens + room)
         for layer in cache.layers:
-            layer.state = filled_layer(batch, kv_heads, head_dim, tokens, layer.bits, room)
-            layer.columns, layer.is_initialized = tokens, True
-            layer.dtype, layer.device = DTYPE, torch.device(DEVICE)
+            layer.store, layer.backend = (
+                filled_layer(batch, kv_heads, head_dim, layer.bits, cache.ledger),
+                backend("triton"),
+            )
+            layer.dtype, layer.device, layer.is_initialized = DTYPE, torch.device(DEVICE), True
+        count_tokens(cache.ledger, batch, tokens)
         return cache
     if "StaticCache" in method:
         cache = StaticCache(config, max_cache_len=tokens + room)
@@ -394,36 +415,36 @@ def decoding(until: float, steps: int = 32) -> Iterator[Row]:
             break
 
 
-def table(rows: list[Row]) -> str:
-    """Aligned text."""
+def line(row: Row) -> str:
+    """A row as aligned text."""
     widths = (10, 22, 40, 6, 8, 10, 8, 8, 8, 8, 0)
-    return "\n".join("  ".join(_cell(v).ljust(w) for v, w in zip(dataclasses.astuple(row), widths)) for row in rows)
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.3g}" if value < 100 else f"{value:.0f}"
-    return "" if value is None else str(value)
+    return "  ".join(plain(value).ljust(width) for value, width in zip(dataclasses.astuple(row), widths))
 
 
 def write(rows: list[Row], copy: float, folder: Path) -> None:
     """`gpu_bench.json` and `gpu_bench.csv`; after every row, so that a run that is cut short leaves what it has."""
-    folder.mkdir(parents=True, exist_ok=True)
-    about = environment() | {"device": torch.cuda.get_device_name(), "copy_gigabytes_per_second": copy}
-    results = about | {"rows": [dataclasses.asdict(row) for row in rows]}
-    (folder / "gpu_bench.json").write_text(json.dumps(results, indent=1))
-    with open(folder / "gpu_bench.csv", "w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow([field.name for field in dataclasses.fields(Row)])
-        writer.writerows(dataclasses.astuple(row) for row in rows)
+    settings = {"copy_gigabytes_per_second": copy}
+    result = BenchmarkResult(
+        "gpu", [dataclasses.asdict(row) for row in rows], Environment.here(device=DEVICE), settings
+    )
+    save_result(result, folder / "gpu_bench.json")
+    write_csv(result, folder / "gpu_bench.csv")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flags:
+    """The command line."""
+
+    out: Path = argument(Path("results"), "folder for gpu_bench.json and gpu_bench.csv")
+    only: tuple[str, ...] = argument(PARTS, "parts to run", PARTS)
+    minutes: float = argument(7.0, "measurements that would start later are left out")
+
+    def __post_init__(self) -> None:
+        check_least(self.minutes, 0, "--minutes")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("results"), help="folder for gpu_bench.json and gpu_bench.csv")
-    parser.add_argument("--only", choices=("attention", "packing", "decoding"), nargs="+", help="parts to run")
-    parser.add_argument("--minutes", type=float, default=7.0, help="measurements that would start later are left out")
-    arguments = parser.parse_args()
+    flags = parse(Flags, description=__doc__)
     if not torch.cuda.is_available():
         print(
             "gpu_bench.py measures a CUDA GPU and there is none here. Without one: benchmarks/compile_report.py.",
@@ -432,20 +453,19 @@ def main() -> int:
         return 2
     torch.manual_seed(0)
     begin = time.monotonic()
-    until = begin + 60 * arguments.minutes
-    wanted = arguments.only or ("packing", "decoding", "attention")
+    until = begin + 60 * flags.minutes
     copy = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}: copy bandwidth {copy:.0f} GB/s")
     rows: list[Row] = []
     parts = {
         "packing": lambda: packing(copy),
-        "decoding": lambda: decoding(begin + 60 * arguments.minutes * 0.5),
+        "decoding": lambda: decoding(begin + 60 * flags.minutes * 0.5),
         "attention": lambda: attention(copy, until),
     }
-    for row in itertools.chain.from_iterable(parts[name]() for name in wanted):
+    for row in itertools.chain.from_iterable(parts[name]() for name in flags.only):
         rows.append(row)
-        print(table([row]), flush=True)
-        write(rows, copy, arguments.out)
+        print(line(row), flush=True)
+        write(rows, copy, flags.out)
     return 0
 
 

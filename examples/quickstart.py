@@ -9,16 +9,16 @@ the answer; the table is printed all the same.
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
 
 from common import (
     Answer,
+    ModelFlags,
     TextStream,
     UserError,
-    add_options,
     answer,
     chat_ids,
     load_as_asked,
@@ -28,18 +28,19 @@ from common import (
     stop_tokens,
 )
 
+from modules.cli.command import argument, parse
+
 TOPICS = ("with", "context-managers", "for", "while", "break", "del")
 QUESTION = "What is the with statement used for? Answer in one paragraph."
 WARM_UP_TOKENS = 8
 
 
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quickstart(ModelFlags):
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompt", metavar="FILE", help="a text file to ask about or continue (Python's own manual)")
-    parser.add_argument("--no-compare", action="store_true", help="do not run the stock model")
-    add_options(parser)
-    return parser.parse_args(arguments)
+
+    prompt: str | None = argument(None, "a text file to ask about or continue; None: Python's own manual")
+    compare: bool = argument(True, "run the stock model too")
 
 
 def read_prompt(file: str | None) -> str:
@@ -136,7 +137,7 @@ def speed(result: Answer) -> str:
     return f"{result.tokens_per_second:.2f} (of {len(result.tokens)})"
 
 
-def compare(args: argparse.Namespace, input_ids: Any, length: int) -> tuple[Answer, int] | None:
+def compare(args: Quickstart, input_ids: Any, length: int) -> tuple[Answer, int] | None:
     """The stock model on the same prompt: its answer and its cache's bytes; None where Ctrl-C came first."""
     from transformers import DynamicCache
 
@@ -158,7 +159,7 @@ def compare(args: argparse.Namespace, input_ids: Any, length: int) -> tuple[Answ
 
 def main() -> None:
     """Load, answer, compare, print."""
-    args = parse()
+    args = parse(Quickstart, description=__doc__)
     from rich.console import Console
 
     console = Console()
@@ -186,7 +187,7 @@ def main() -> None:
     if ours.interrupted:
         console.print("Stopped; what there is so far:", style="bold")
     stock = None
-    if not args.no_compare and not ours.interrupted:
+    if args.compare and not ours.interrupted:
         try:
             stock = compare(args, input_ids, args.max_new_tokens)
         except KeyboardInterrupt:
@@ -196,7 +197,7 @@ def main() -> None:
     if ours.tokens:
         console.print(table(cache, ours, model.dtype, stock))
     if ours.tokens and not cache.get_cache_info()["tokens"]["packed"]:
-        least = args.sink_length + args.residual_length + args.group_size
+        least = args.cache.sink_length + args.cache.residual_length + args.cache.group_size
         console.print(f"Nothing is packed yet: that starts at {least} tokens. Give a longer --prompt.")
 
 

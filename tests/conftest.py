@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import collections
 import pathlib
 
 import pytest
@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 from modeling_llama_kivi import LlamaForCausalLM_KIVI, LlamaKIVIConfig
 from modeling_qwen_kivi import Qwen2ForCausalLM_KIVI, Qwen2KIVIConfig, Qwen3ForCausalLM_KIVI, Qwen3KIVIConfig
-from modules.evaluation.plan import MODELS_FOLDER, MODELS_VARIABLE, QWEN, SMOLLM2
+from modules.cli.folder import QWEN, SMOLLM2, VARIABLE, models_folder
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -22,6 +22,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if shard := config.getoption("--shard"):
         number, count = map(int, shard.split("/"))
         items[:] = items[number - 1 :: count]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What was not tested and why, counted; nothing is skipped in silence."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    reasons = collections.Counter(report.longrepr[2].removeprefix("Skipped: ") for report in skipped)
+    terminalreporter.section(f"not tested: {len(skipped)}")
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"{count:4}  {reason}")
 
 
 torch.set_num_threads(1)  # small tensors, and a busy machine makes threads wait for each other
@@ -79,10 +88,9 @@ def llama_pair():
 
 def real_model_path(family: str) -> pathlib.Path:
     """Folder of a real model, or a skip that says how to get it."""
-    root = pathlib.Path(os.environ.get(MODELS_VARIABLE) or MODELS_FOLDER).expanduser()
-    path = root / REAL_MODELS[family]
+    path = models_folder() / REAL_MODELS[family]
     if not path.exists():
-        pytest.skip(f"no {REAL_MODELS[family]} under {root}; `python3 start.py test` fetches it, or set KIVI_MODELS")
+        pytest.skip(f"no {path}; `python3 start.py test` fetches it, or set {VARIABLE}")
     return path
 
 

@@ -66,5 +66,5 @@ def decoder(model_type: str, **changes: Any) -> PreTrainedModel:
             if name.endswith("bias"):
                 torch.nn.init.normal_(parameter, std=0.5)
             elif parameter.dim() > 1:
-                parameter.mul_(4)  # so that attention is not uniform
+                parameter.mul_(2)  # so that attention is not uniform
     return model

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
+from layers import attend_and_store, empty_layer, put
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig
 
+from modules.cache.report import cache_bytes, nominal_bits
+from modules.kernels.registry import pick_backend
 from modules.kivi_cache_general import KIVICache
 from modules.options import KIVIOptions
-from modules.cache.report import cache_bytes, nominal_bits
-from modules.packed_attention import packed_attention
-from modules.packed_state import PackedLayer
 
 SHAPE = {"num_hidden_layers": 2, "num_key_value_heads": 3, "head_dim": 64}
 
@@ -80,11 +80,11 @@ def test_a_decode_step_makes_no_large_temporaries(dtype, bits, shape):
     batch, heads, gqa, head_dim = shape
     tokens = 4096
     key, value = (torch.randn(batch, heads, tokens, head_dim).to(dtype) for _ in "kv")
-    layer = PackedLayer.empty(key, bits, KIVIOptions())
-    layer.append(key, value, [tokens] * batch)
+    layer = empty_layer(batch, bits=bits, kv_heads=heads, head_dim=head_dim, dtype=dtype)
+    backend = pick_backend("torch", layer)
+    put(layer, backend, key, value, [tokens] * batch)
     query = torch.randn(batch, heads * gqa, 1, head_dim).to(dtype)
     dense = key.nbytes + value.nbytes
     with LargestOutput() as seen:
-        packed_attention(query, key[:, :, :1], value[:, :, :1], layer, 0.1)
-        layer.append(key[:, :, :1], value[:, :, :1], [1] * batch)
+        attend_and_store(backend, query, key[:, :, :1], value[:, :, :1], layer, 0.1)
     assert 0 < seen.largest <= dense / 8

@@ -3,8 +3,8 @@
 import copy
 import dataclasses
 import threading
-import weakref
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -12,11 +12,11 @@ from conftest import FAMILIES, SIZES, SMALL, make_pair, relative_error, tokens
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, pipeline
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from modules.models.graphs import DecodeRunner
+from modules.codecs.rotation import hadamard
 from modules.kivi_cache_general import KIVICache, KIVICacheLayer
 from modules.models.config import FIELD_DEFAULTS
+from modules.models.graphs import DecodeRunner
 from modules.options import KIVIOptions
-from modules.codecs.rotation import hadamard
 
 GREEDY = {"max_new_tokens": 40, "do_sample": False, "use_cache": True}
 
@@ -112,7 +112,7 @@ def test_generation_modes_run_at_two_bits(pair, mode):
 # right where it is quantized
 
 
-def test_packed_attention_equals_attention_over_dequantized_states(pair):
+def test_reference_equals_attention_over_dequantized_states(pair):
     """ "eager" runs the stock attention on what the cache dequantizes: the definition of right."""
     _, kivi = pair
     ids = tokens(2, 170, seed=2)  # no state of these lies halfway between two codes, where rounding decides
@@ -710,3 +710,31 @@ def test_graphs_keep_no_cache_alive(llama_pair):
     gone = weakref.ref(cache)
     del cache
     assert gone() is None
+
+
+@pytest.mark.parametrize(
+    "mode", [{"prompt_lookup_num_tokens": 5}, {"prompt_lookup_num_tokens": 20}, {"assistant_model": True}]
+)
+@pytest.mark.parametrize("length", [20, 110])
+def test_drafts_change_no_token(pair, mode, length):
+    """Assisted decoding gives what greedy decoding over the same codes gives: a rejected draft leaves no trace."""
+    stock, kivi = pair
+    ids = tokens(1, length, seed=length)
+    mode = {"assistant_model": stock} if mode.get("assistant_model") else mode
+    plain, drafted = kivi.create_kivi_cache(), kivi.create_kivi_cache()
+    for turn in range(2):
+        expected = kivi.generate(ids, past_key_values=plain, **GREEDY)
+        assert torch.equal(kivi.generate(ids, past_key_values=drafted, **GREEDY, **mode), expected)
+        assert plain.ledger.packed == drafted.ledger.packed
+        ids = torch.cat([expected, tokens(1, 30, seed=turn)], dim=1)
+
+
+def test_room_for_drafts_can_be_made_later(llama_pair):
+    _, kivi = llama_pair
+    later = tokens(1, 100, seed=1).split([*[1] * 20, 50, 30], dim=1)
+    plain, drafted = kivi.create_kivi_cache(), kivi.create_kivi_cache()
+    for cache in (plain, drafted):
+        run(kivi, cache, [tokens(1, 90)])
+    drafted.activate_past_recording()
+    outputs = [run(kivi, cache, later) for cache in (plain, drafted)]
+    assert relative_error(*outputs) < 1e-5

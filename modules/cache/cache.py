@@ -23,6 +23,7 @@ from modules.options import KIVIOptions, check_count, check_flag, head_dim_of
 from modules.store.ledger import Geometry, Ledger, OpenStep
 from modules.store.step import Step
 
+DRAFT_ROOM = 64  # tokens that can be taken back exactly while a cache records its past
 OVER_CODES = "kivi"  # attention implementations under which states are handed on, to be attended over the codes
 
 
@@ -158,18 +159,22 @@ class KIVICache(Cache):
 
     def _settle(self) -> None:
         """End the step of a model that does not say when it ends."""
-        if self._driven or self.ledger.open is None:
+        if self._driven:
             return
-        step, saved = self.ledger.open.step, self._savepoint
-        self._savepoint = None
         try:
-            self._check_complete()
+            if self.ledger.open is not None:
+                self._check_complete()
+                self._commit(self.ledger.open.step)
         except ValueError:
-            if saved is not None:
-                saved.restore()
-            self.ledger.open = None
+            self._undo()
             raise
-        self._commit(step)
+        self._savepoint = None
+
+    def _undo(self) -> None:
+        """Forget the step of a model that opens none itself."""
+        if self._savepoint is not None:
+            self._savepoint.restore()
+        self._drop_open_step()
 
     @as_data
     def _commit(self, step: Step) -> None:
@@ -199,7 +204,12 @@ class KIVICache(Cache):
         """The step in which a layer gets `length` new columns: the one that is open, else a new one under `mask`."""
         if self.ledger.open is not None and not self._driven and layer.layer_idx in self.ledger.open.written:
             self._settle()
-        return self.new_step(mask, batch, length) if self.ledger.open is None else self.ledger.open.step
+        if self.ledger.open is not None:
+            return self.ledger.open.step
+        step = self._step_of(mask, batch, length)
+        if self._savepoint is None:
+            self._savepoint = Savepoint(self.layers, self.ledger, step)
+        return step
 
     def new_step(self, attention_mask: torch.Tensor | None, batch: int, length: int) -> Step:
         """The step for `length` new columns under a mask `[B, stored + length]`, 1 for real tokens.
@@ -211,6 +221,9 @@ class KIVICache(Cache):
                 stored.
         """
         self._settle()
+        return self._step_of(attention_mask, batch, length)
+
+    def _step_of(self, attention_mask: torch.Tensor | None, batch: int, length: int) -> Step:
         stored = self.ledger.columns
         if stored:
             self.ledger.check_batch(batch)
@@ -286,7 +299,7 @@ class KIVICache(Cache):
         step: Step,
     ) -> torch.Tensor:
         """`KIVICacheLayer.attend` for one layer."""
-        with self._on_device(layer):
+        with self._writing(layer):
             out = layer.attend(query, key, value, scaling, step)
         self._wrote(layer, step)
         return out
@@ -300,24 +313,30 @@ class KIVICache(Cache):
         query: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`KIVICacheLayer.update` for one layer, with the queries that help to choose what is stored finely."""
-        with self._on_device(layer):
+        with self._writing(layer):
             states = layer.update(key, value, step=step, query=query)
         self._wrote(layer, step)
         return states
 
     @contextlib.contextmanager
-    def _on_device(self, layer: KIVICacheLayer) -> Iterator[None]:
-        """Within it an offloaded layer is on its device; whatever happens, it is on the CPU afterwards."""
-        if not self.offloading:
-            yield
-            return
-        layer.prefetch()
+    def _writing(self, layer: KIVICacheLayer) -> Iterator[None]:
+        """Within it an offloaded layer is on its device; whatever happens, it is on the CPU afterwards.
+
+        A failure undoes the step of a model that opens none itself.
+        """
         try:
+            if self.offloading:
+                layer.prefetch()
             yield
+        except BaseException:
+            if not self._driven:
+                self._undo()
+            raise
         finally:
-            layer.offload()
-            if layer.store is not None and layer.device.type == "cpu":
-                _warn_of_nothing_to_offload()
+            if self.offloading:
+                layer.offload()
+                if layer.store is not None and layer.device.type == "cpu":
+                    _warn_of_nothing_to_offload()
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Columns `(stored + query_length, first)` that a mask of `query_length` new columns spans.
@@ -336,6 +355,22 @@ class KIVICache(Cache):
         """Expect sequences of `tokens` tokens: what is allocated or grows from now on has room for them."""
         check_count("tokens", tokens)
         self.ledger.expected = max(self.ledger.expected, tokens)
+
+    @as_data
+    def activate_past_recording(self) -> None:
+        """Let the newest tokens be taken back as if they had never come, as drafts are (assisted decoding)."""
+        super().activate_past_recording()
+        self._settle()
+        ledger = self.ledger
+        if ledger.geometry.draft_room:
+            return
+        geometry = ledger.make_draft_room(DRAFT_ROOM)
+        for layer in self.kivi_layers:
+            if layer.store is not None:
+                layer.store.enlarge_window(geometry)
+        ledger.geometry = geometry
+        ledger.moves += 1
+        ledger.only_window()
 
     @as_data
     def reset(self) -> None:

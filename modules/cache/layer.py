@@ -127,22 +127,10 @@ class KIVICacheLayer(CacheLayerMixin):
         with self._located():
             out = None
             if step.all_real and step.length == 1:
-                out = self._decode(query, key, value, scaling, step)
+                out = self.backend.decode(query, key, value, self.store, scaling)
             if out is None:
                 out = self._attend_and_store(query, key, value, scaling, step)
         return out
-
-    def _decode(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, step: Step
-    ) -> torch.Tensor | None:
-        out = self.backend.decode(query, key, value, self.store, scaling)
-        if out is not None and self.store.observes:
-            self._observe(query, step)
-        return out
-
-    @as_data
-    def _observe(self, query: torch.Tensor, step: Step) -> None:
-        self.store.observe(query.detach(), step)
 
     @as_data
     def _attend_and_store(

@@ -22,7 +22,7 @@ class Savepoint:
     """
 
     def __init__(self, layers: list[Any], ledger: Ledger, step: Step) -> None:
-        self._layers, self._ledger = layers, ledger
+        self._layers, self._ledger, self._attempted = layers, ledger, step.length
         self._count, self._lengths = len(layers), ledger.save()
         self._packed = [_PackedLayer(layer, step) if isinstance(layer, KIVICacheLayer) else None for layer in layers]
         self._others = [
@@ -33,7 +33,7 @@ class Savepoint:
     def restore(self) -> None:
         """Put the cache back as it was."""
         del self._layers[self._count :]
-        self._ledger.restore(self._lengths)
+        self._ledger.restore(self._lengths, self._attempted)
         for layer, packed, other in zip(self._layers, self._packed, self._others):
             if packed is not None:
                 packed.restore(layer)
@@ -45,10 +45,13 @@ class Savepoint:
 
 
 class _PackedLayer:
-    """A packed layer before a step: its store, what its queries were, and the window where it will be overwritten."""
+    """A packed layer before a step: its store, what its queries were, and the window where it will be overwritten.
+
+    A store without tokens, as reset() may leave one, is not kept: a step of another batch takes its place.
+    """
 
     def __init__(self, layer: KIVICacheLayer, step: Step) -> None:
-        self.store: PackedLayer | None = layer.store
+        self.store: PackedLayer | None = layer.store if layer.ledger.columns else None
         self.energy: torch.Tensor | None = None
         self.windows: list[torch.Tensor] = []
         if self.store is not None:

@@ -7,11 +7,12 @@ or from a shell: `python -m modules.evaluation quality --model PATH --text prose
 """
 
 from modules.evaluation.candidates import Candidate, grid_candidates, main_candidates, parse_options, peers
+from modules.evaluation.environment import Environment
 from modules.evaluation.layers import LayerCosts, choose_bits, measure_layers
 from modules.evaluation.passkey import measure_passkey, passkey_prompt
 from modules.evaluation.quality import measure_quality
 from modules.evaluation.results import (
-    Environment,
+    BenchmarkResult,
     PasskeyResult,
     PasskeyRow,
     QualityResult,
@@ -23,6 +24,7 @@ from modules.evaluation.streaming import greedy, prefill
 from modules.evaluation.texts import encode, load_text
 
 __all__ = [
+    "BenchmarkResult",
     "Candidate",
     "Environment",
     "LayerCosts",

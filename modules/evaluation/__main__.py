@@ -2,48 +2,58 @@
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modules.evaluation.candidates import CANDIDATE_SETS, Candidate, kivi, parse_options, peers, short_candidates
+from modules.cli.command import argument, check_least, group, parse_one_of
+from modules.evaluation.candidates import (
+    CANDIDATE_SETS,
+    Candidate,
+    changes,
+    kivi,
+    parse_options,
+    peers,
+    short_candidates,
+    written,
+)
 from modules.evaluation.layers import EXTRA_BITS, TOKENS, LayerCosts, choose_bits, measure_layers
 from modules.evaluation.passkey import depths_of, measure_passkey
-from modules.evaluation.plan import Step, models_folder, steps
+from modules.evaluation.plan import PLAN, Step, existing_models, steps
 from modules.evaluation.quality import SKIP, keep_peers, measure_quality
 from modules.evaluation.report import write_report
 from modules.evaluation.results import PasskeyResult, QualityResult, load_result, save_result
 from modules.evaluation.streaming import CHUNK
-from modules.evaluation.tables import layer_rows, passkey_rows, print_table, quality_rows
+from modules.evaluation.tables import layer_table, passkey_table, print_table, quality_table
 from modules.evaluation.texts import encode, load_text
+from modules.models.families import load_any
+from modules.options import KIVIOptions
 
 RESULTS = "benchmarks/results"
 REPORT = "docs/quality.md"
 DTYPES = ("float32", "bfloat16", "float16")
+MODEL_HELP = "a folder or a name on the hub"
+TEXT_HELP = "prose, code, a file, or hub:dataset:config:split:column"
 
 
-def load_model(path: str, dtype: str, device: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A checkpoint of the Llama or Qwen family as a KIVI model, and its tokenizer.
+def load_model(path: str, dtype: str, device: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A checkpoint as a KIVI model, on the GPU where there is one and no device is given, and its tokenizer.
 
     Raises:
-        ValueError: for a checkpoint of another family, or a path that holds none.
+        ValueError: for a checkpoint of a family that there is no KIVI model of, or a path that holds none.
     """
-    from modeling_llama_kivi import load_llama_kivi
-    from modeling_qwen_kivi import load_qwen_kivi
-
     try:
-        family = AutoConfig.from_pretrained(path).model_type
+        model, tokenizer = load_any(path, dtype=getattr(torch, dtype))
     except OSError as error:
         raise ValueError(f"no model could be loaded from {path!r}: {error}") from error
-    load = load_llama_kivi if family.startswith("llama") else load_qwen_kivi
-    model, tokenizer = load(path, dtype=getattr(torch, dtype))
-    return model.to(device).eval(), tokenizer
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
 
 
 def _progress(console: Console) -> Progress:
@@ -110,72 +120,30 @@ def run_passkey(
 
 
 def run_layers(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, console: Console, text: str, tokens: int = TOKENS
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    console: Console,
+    text: str,
+    tokens: int = TOKENS,
+    options: dict[str, Any] | None = None,
 ) -> LayerCosts:
     """Measure every layer alone, with a progress bar."""
     ids = encode(tokenizer, load_text(text), tokens, text)
     total = -(-tokens // CHUNK) * (2 * model.config.num_hidden_layers + 1)
     with _progress(console) as bar:
         task = bar.add_task("", total=total)
-        return measure_layers(model, ids, progress=lambda name: bar.update(task, advance=1, description=name))
-
-
-def _candidates(args: argparse.Namespace) -> list[Candidate]:
-    chosen = [parse_options(text) for text in args.options] if args.options else CANDIDATE_SETS[args.set]()
-    return chosen + (peers() if args.peers else [])
-
-
-def _quality(args: argparse.Namespace, console: Console) -> None:
-    candidates = _candidates(args)
-    load_text(args.text)  # a mistake here should not wait for the model
-    model, tokenizer = load_model(args.model, args.dtype, args.device)
-    name = Path(args.model).name
-    result = run_quality(
-        model,
-        tokenizer,
-        candidates,
-        console=console,
-        model_name=name,
-        text=args.text,
-        tokens=args.tokens,
-        chunk=args.chunk,
-        skip=args.skip,
-    )
-    _show(result, args.output)
-
-
-def _passkey(args: argparse.Namespace, console: Console) -> None:
-    candidates = _candidates(args)
-    model, tokenizer = load_model(args.model, args.dtype, args.device)
-    result = run_passkey(
-        model,
-        tokenizer,
-        candidates,
-        console=console,
-        model_name=Path(args.model).name,
-        filler=args.filler,
-        lengths=args.lengths,
-        depths=args.depths,
-        chunk=args.chunk,
-    )
-    _show(result, args.output)
-
-
-def _layers(args: argparse.Namespace, console: Console) -> None:
-    load_text(args.text)
-    model, tokenizer = load_model(args.model, args.dtype, args.device)
-    costs = run_layers(model, tokenizer, console=console, text=args.text, tokens=args.tokens)
-    chosen = choose_bits(costs, args.extra)
-    print_table(layer_rows(costs, chosen), f"{Path(args.model).name}: KL with 2 bits in one layer alone", Console())
-    print(",".join(f"{side}={'/'.join(map(str, bits))}" for side, bits in chosen.items()))
+        return measure_layers(
+            model, ids, options=options, progress=lambda name: bar.update(task, advance=1, description=name)
+        )
 
 
 def _show(result: QualityResult | PasskeyResult, output: str | None) -> None:
     console = Console()
     if isinstance(result, QualityResult):
-        print_table(quality_rows(result), f"{result.model}, {result.text}, {result.tokens} tokens", console)
+        print_table(quality_table(result), f"{result.model}, {result.text}, {result.tokens} tokens", console)
     else:
-        print_table(passkey_rows([result]), f"{result.model}: keys found", console)
+        print_table(passkey_table([result]), f"{result.model}: keys found", console)
         for name, note in result.notes.items():
             console.print(f"{name}: {note}")
     if output:
@@ -183,21 +151,14 @@ def _show(result: QualityResult | PasskeyResult, output: str | None) -> None:
         console.print(f"written: {output}")
 
 
-def _report(args: argparse.Namespace, console: Console) -> None:
-    if args.measure:
-        measure_steps(steps(args.measure), models_folder(args.models), Path(args.results), args, console)
-    for path in write_report(args.results, args.output):
-        Console().print(f"written: {path}")
-
-
-def measure_steps(wanted: list[Step], models: Path, results: Path, args: argparse.Namespace, console: Console) -> None:
+def measure_steps(wanted: list[Step], models: Path, flags: Report, console: Console) -> None:
     """Measure steps of the plan and save each; peers' rows of an earlier run are kept where nothing has changed."""
     loaded: dict[str, Any] = {}
     for step in wanted:
         console.rule(step.name)
         if step.model not in loaded:
-            loaded = {step.model: load_model(str(models / step.model), args.dtype, args.device)}  # one at a time
-        path = results / step.file
+            loaded = {step.model: load_model(str(models / step.model), flags.dtype, flags.device)}  # one at a time
+        path = Path(flags.results) / step.file
         if step.lengths:
             model, tokenizer = loaded[step.model]
             result: Any = run_passkey(
@@ -231,76 +192,161 @@ def _measure_step(step: Step, loaded: Any, earlier: Any, console: Console) -> Qu
     return keep_peers(result, measure(missing)) if missing else result
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m modules.evaluation", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    model = argparse.ArgumentParser(add_help=False)
-    model.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights")
-    model.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    caches = argparse.ArgumentParser(add_help=False)
-    caches.add_argument("--model", required=True, help="a folder or a name on the hub (Llama, Qwen2, Qwen3)")
-    caches.add_argument(
-        "--options", action="append", metavar="NAME=VALUE,…", help="a KIVI cache; may be repeated, 'name: …' names it"
-    )
-    caches.add_argument("--chunk", type=int, default=CHUNK, help="tokens that go through the cache at once")
-    caches.add_argument("--output", metavar="FILE", help="write the result as JSON")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelFlags:
+    """The flags of whatever runs a model."""
 
-    quality = commands.add_parser(
-        "quality", parents=[model, caches], help="perplexity, KL and top-1 of caches side by side"
-    )
-    quality.add_argument("--text", default="prose", help="prose, code, a file, or hub:dataset:config:split:column")
-    quality.add_argument("--tokens", type=int, default=3072)
-    quality.add_argument("--skip", type=int, default=SKIP, help="tokens before the first measured prediction")
-    quality.add_argument(
-        "--set", choices=sorted(CANDIDATE_SETS), default="main", help="caches, where no --options are given"
-    )
-    quality.add_argument(
-        "--peers", action=argparse.BooleanOptionalAction, default=True, help="transformers' own quantized caches too"
-    )
-    quality.set_defaults(run=_quality)
+    dtype: str = argument("float32", "of the weights", DTYPES)
+    device: str | None = argument(None, "as torch names it; None: a GPU where there is one")
 
-    passkey = commands.add_parser("passkey", parents=[model, caches], help="is a key in a long prompt found?")
-    passkey.add_argument("--filler", default="prose", help="as --text")
-    passkey.add_argument("--lengths", type=int, nargs="+", default=[2000], help="of the prompts, in tokens")
-    passkey.add_argument("--depths", type=int, default=5, help="places of the key")
-    passkey.add_argument(
-        "--peers", action=argparse.BooleanOptionalAction, default=False, help="transformers' own quantized caches too"
-    )
-    passkey.set_defaults(run=_passkey, set="short")
 
-    layers = commands.add_parser(
-        "layers", parents=[model], help="k_bits and v_bits, an entry a layer, by what each layer costs alone"
-    )
-    layers.add_argument("--model", required=True, help="a folder or a name on the hub (Llama, Qwen2, Qwen3)")
-    layers.add_argument("--text", default="prose", help="prose, code, a file, or hub:dataset:config:split:column")
-    layers.add_argument("--tokens", type=int, default=TOKENS)
-    layers.add_argument(
-        "--extra",
-        type=float,
-        default=EXTRA_BITS,
-        help="stored bits an element may take beyond 2 bits everywhere, on average",
-    )
-    layers.set_defaults(run=_layers)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheFlags(ModelFlags):
+    """The flags of whatever compares caches."""
 
-    report = commands.add_parser("report", parents=[model], help="docs/quality.md and its plot from the results")
-    report.add_argument(
-        "--measure", nargs="+", metavar="STEP", help="measure first: 'all', or some of the page's measurements"
+    model: str = argument(help=MODEL_HELP)
+    cache: KIVIOptions = group(KIVIOptions)
+    options: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = argument(
+        (), "another KIVI cache, as NAME=VALUE,…; may be repeated, 'name: …' names it"
     )
-    report.add_argument(
-        "--models", help="folder of the models of the page; default: $KIVI_MODELS or ~/.cache/kivi-models"
-    )
-    report.add_argument("--results", default=RESULTS, help="folder of quality*.json")
-    report.add_argument("--output", default=REPORT)
-    report.set_defaults(run=_report)
-    return parser
+    chunk: int = argument(CHUNK, "tokens that go through the cache at once")
+    output: str | None = argument(None, "write the result as JSON here")
+
+    def __post_init__(self) -> None:
+        check_least(self.chunk, 1, "--chunk")
+
+    def own_candidates(self) -> list[Candidate]:
+        """The caches asked for by flags: the one of the options that are not at their defaults, and `--options`."""
+        given = changes(self.cache)
+        asked = [kivi(written(given), given)] if given else []
+        return asked + [parse_options(text) for text in self.options]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quality(CacheFlags):
+    """Perplexity, KL and top-1 of caches side by side."""
+
+    text: str = argument("prose", TEXT_HELP)
+    tokens: int = argument(3072, "of the text")
+    skip: int = argument(SKIP, "tokens before the first measured prediction")
+    set: str = argument("main", "caches, where no options are given", tuple(sorted(CANDIDATE_SETS)))
+    peers: bool = argument(True, "transformers' own quantized caches too")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_least(self.skip, 0, "--skip")
+        check_least(self.tokens, self.skip + 2, "--tokens (with --skip)")
+
+    def run(self, console: Console) -> None:
+        """Measure, show and save."""
+        candidates = (self.own_candidates() or CANDIDATE_SETS[self.set]()) + (peers() if self.peers else [])
+        load_text(self.text)  # a mistake here should not wait for the model
+        model, tokenizer = load_model(self.model, self.dtype, self.device)
+        result = run_quality(
+            model,
+            tokenizer,
+            candidates,
+            console=console,
+            model_name=Path(self.model).name,
+            text=self.text,
+            tokens=self.tokens,
+            chunk=self.chunk,
+            skip=self.skip,
+        )
+        _show(result, self.output)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Passkey(CacheFlags):
+    """Is a key in a long prompt found?"""
+
+    filler: str = argument("prose", TEXT_HELP)
+    lengths: tuple[int, ...] = argument((2000,), "of the prompts, in tokens")
+    depths: int = argument(5, "places of the key")
+    peers: bool = argument(False, "transformers' own quantized caches too")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.lengths:
+            raise ValueError("--lengths must name at least one length.")
+        for length in self.lengths:
+            check_least(length, 1, "--lengths")
+        check_least(self.depths, 1, "--depths")
+
+    def run(self, console: Console) -> None:
+        """Measure, show and save."""
+        candidates = (self.own_candidates() or short_candidates()) + (peers() if self.peers else [])
+        load_text(self.filler)
+        model, tokenizer = load_model(self.model, self.dtype, self.device)
+        result = run_passkey(
+            model,
+            tokenizer,
+            candidates,
+            console=console,
+            model_name=Path(self.model).name,
+            filler=self.filler,
+            lengths=list(self.lengths),
+            depths=self.depths,
+            chunk=self.chunk,
+        )
+        _show(result, self.output)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layers(ModelFlags):
+    """k_bits and v_bits, an entry a layer, by what each layer costs alone."""
+
+    model: str = argument(help=MODEL_HELP)
+    cache: KIVIOptions = group(KIVIOptions)
+    text: str = argument("prose", TEXT_HELP)
+    tokens: int = argument(TOKENS, "of the text")
+    extra: float = argument(EXTRA_BITS, "stored bits an element may take beyond 2 bits everywhere, on average")
+
+    def __post_init__(self) -> None:
+        check_least(self.tokens, 3, "--tokens")
+        check_least(self.extra, 0, "--extra")
+
+    def run(self, console: Console) -> None:
+        """Measure and show."""
+        options = changes(self.cache)
+        bits = sorted({"k_bits", "v_bits"} & set(options))
+        if bits:
+            raise ValueError(f"this command chooses the bits; leave {' and '.join(bits)} out.")
+        load_text(self.text)
+        model, tokenizer = load_model(self.model, self.dtype, self.device)
+        costs = run_layers(model, tokenizer, console=console, text=self.text, tokens=self.tokens, options=options)
+        chosen = choose_bits(costs, self.extra, options)
+        title = f"{Path(self.model).name}: KL with 2 bits in one layer alone"
+        print_table(layer_table(costs, chosen), title, Console())
+        print(written(chosen))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report(ModelFlags):
+    """docs/quality.md and its plot from the results."""
+
+    measure: tuple[str, ...] = argument((), f"measure first: all, or some of {', '.join(step.name for step in PLAN)}")
+    models: str | None = argument(None, "folder of the models of the page; None: $KIVI_MODELS or ~/.cache/kivi-models")
+    results: str = argument(RESULTS, "folder of quality*.json")
+    output: str = argument(REPORT, "the page")
+
+    def run(self, console: Console) -> None:
+        """Measure what is asked for, and write the page."""
+        if self.measure:
+            measure_steps(steps(list(self.measure)), existing_models(self.models), self, console)
+        for path in write_report(self.results, self.output):
+            Console().print(f"written: {path}")
+
+
+COMMANDS = {"quality": Quality, "passkey": Passkey, "layers": Layers, "report": Report}
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; 0, or 2 after a mistake that a message explains."""
-    args = _parser().parse_args(arguments)
+    command = parse_one_of(COMMANDS, arguments, prog="python -m modules.evaluation", description=__doc__)
     console = Console(stderr=True)
     try:
-        args.run(args, console)
+        command.run(console)
     except ValueError as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False)
         return 2

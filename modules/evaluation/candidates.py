@@ -147,6 +147,20 @@ CANDIDATE_SETS: dict[str, Callable[[], list[Candidate]]] = {
 }
 
 
+def changes(options: KIVIOptions) -> dict[str, Any]:
+    """The options that are not at their defaults."""
+    defaults = vars(KIVIOptions())
+    return {name: value for name, value in vars(options).items() if value != defaults[name]}
+
+
+def written(options: Mapping[str, Any]) -> str:
+    """Options as `parse_options` reads them."""
+    values = {
+        name: "/".join(map(str, value)) if isinstance(value, list) else str(value) for name, value in options.items()
+    }
+    return ",".join(f"{name}={value}" for name, value in values.items())
+
+
 def as_candidates(caches: Mapping[str, Mapping[str, Any] | CacheFactory] | Iterable[Candidate]) -> list[Candidate]:
     """Candidates from a dict of names, each with KIVI options or a function from a model's config to an empty cache.
 
@@ -179,14 +193,15 @@ def parse_options(text: str) -> Candidate:
     Raises:
         ValueError: for anything else, and for options that are unknown or not allowed.
     """
-    match = re.fullmatch(r"(?:(?P<name>[^:=]+):)?(?P<options>.*)", text.strip())
+    before, colon, after = text.partition(":")
+    name, given = (before, after) if colon and "=" not in before else ("", text)
     options = {}
-    for item in filter(None, (part.strip() for part in match["options"].split(","))):
-        name, equals, value = item.partition("=")
+    for item in filter(None, (part.strip() for part in given.split(","))):
+        option, equals, value = item.partition("=")
         if not equals:
             raise ValueError(f"options are written 'name=value,name=value'; got {item!r} in {text!r}.")
-        options[name.strip()] = _value(value.strip())
-    return kivi((match["name"] or match["options"]).strip() or DEFAULTS, options)
+        options[option.strip()] = _value(value.strip())
+    return kivi((name or given).strip() or DEFAULTS, options)
 
 
 def _value(text: str) -> Any:

@@ -72,7 +72,7 @@ def measure_layers(
         for layer in range(layers)
     ]
     rows = measure_quality(model, input_ids, caches, chunk=chunk, skip=skip, progress=progress).rows[1:]
-    costs = [row.kl for row in rows]
+    costs = [row.kl for row in rows if row.kl is not None]  # every KIVI cache is measured
     return LayerCosts(tuple(costs[:layers]), tuple(costs[layers:]), head_dim_of(model.config))
 
 

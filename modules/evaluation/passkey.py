@@ -6,6 +6,8 @@ question. Depths are the middles of equal parts, so that the needle lies in the 
 
 from __future__ import annotations
 
+import functools
+import itertools
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -14,7 +16,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modules.evaluation.candidates import CacheFactory, Candidate, as_candidates, full_precision
-from modules.evaluation.results import Environment, PasskeyResult, PasskeyRow
+from modules.evaluation.environment import Environment
+from modules.evaluation.results import PasskeyResult, PasskeyRow
 from modules.evaluation.streaming import CHUNK, check_count, greedy
 
 HEADER = "There is a pass key hidden in the text below. Find it and remember it.\n\n"
@@ -92,14 +95,16 @@ def measure_passkey(
     notes = _missing(candidates, model.config)
     filler_ids = tokenizer(filler[: 16 * max(lengths)], add_special_tokens=False, verbose=False)["input_ids"]
     numbers = random.Random(seed)
-    rows = []
-    for length in lengths:
-        for depth in places:
-            key = str(numbers.randrange(10000, 100000))
-            prompt = passkey_prompt(tokenizer, filler_ids, length, depth, key)
-            for candidate in candidates:
-                if candidate.name not in notes:
-                    rows.append(_ask(model, tokenizer, candidate, prompt, depth, key, chunk, progress))
+    questions = []  # all of them first, so that a length that does not fit costs no work
+    for length, depth in itertools.product(lengths, places):
+        key = str(numbers.randrange(10000, 100000))
+        questions.append((passkey_prompt(tokenizer, filler_ids, length, depth, key), depth, key))
+    rows = [
+        _ask(model, tokenizer, candidate, *question, chunk, progress)
+        for question in questions
+        for candidate in candidates
+        if candidate.name not in notes
+    ]
     return PasskeyResult(model_name, filler_name, chunk, rows, notes, Environment.here(model))
 
 
@@ -119,7 +124,7 @@ def _ask(
     chunk: int,
     progress: Progress | None,
 ) -> PasskeyRow:
-    tick = None if progress is None else lambda tokens: progress(candidate.name, tokens)
+    tick = None if progress is None else functools.partial(progress, candidate.name)
     tokens = greedy(model, prompt, candidate.make(model.config), ANSWER_TOKENS, chunk, tick)
     answer = tokenizer.decode(tokens, skip_special_tokens=True)
     return PasskeyRow(candidate.name, candidate.kind, prompt.shape[1], depth, key, answer, key in answer)

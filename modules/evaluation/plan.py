@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 
-MODELS_VARIABLE = "KIVI_MODELS"
-MODELS_FOLDER = "~/.cache/kivi-models"
-SMOLLM2 = "smollm2-135m-instruct"
-QWEN = "qwen2.5-coder-0.5b-instruct"
+from modules.cli.folder import QWEN, SMOLLM2, VARIABLE, models_folder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,13 +58,13 @@ def steps(names: list[str]) -> list[Step]:
     return PLAN if "all" in names else [known[name] for name in names]
 
 
-def models_folder(given: str | None = None) -> Path:
-    """Where the models of the plan lie: `given`, the variable `KIVI_MODELS`, or `~/.cache/kivi-models`.
+def existing_models(given: str | None = None) -> Path:
+    """Where the models of the plan lie, see `models_folder`.
 
     Raises:
         ValueError: where there is no such folder.
     """
-    folder = Path(given or os.environ.get(MODELS_VARIABLE) or MODELS_FOLDER).expanduser()
+    folder = models_folder(given)
     if not folder.is_dir():
-        raise ValueError(f"there is no folder of models at {folder}; set {MODELS_VARIABLE} or give --models.")
+        raise ValueError(f"there is no folder of models at {folder}; set {VARIABLE} or give --models.")
     return folder

@@ -19,11 +19,13 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from modules.evaluation.candidates import CacheFactory, Candidate, as_candidates, full_precision, stored_bits
-from modules.evaluation.results import Environment, QualityResult, QualityRow
+from modules.evaluation.environment import Environment
+from modules.evaluation.results import QualityResult, QualityRow
 from modules.evaluation.streaming import CHUNK, check_count, chunks, forward
 from modules.evaluation.texts import digest
 
 SKIP = 512
+PEER_PACKAGES = ("torch", "transformers", "optimum-quanto", "hqq")  # what transformers' caches depend on
 Progress = Callable[[str], None]
 
 
@@ -44,11 +46,11 @@ class _Run:
     def start(cls, candidate: Candidate, config: Any) -> _Run:
         return cls(candidate, *candidate.try_make(config))
 
-    def log_probs(self, model: PreTrainedModel, ids: torch.Tensor, first: int) -> torch.Tensor | None:
+    def log_probs(self, model: PreTrainedModel, cache: Cache, ids: torch.Tensor, first: int) -> torch.Tensor | None:
         """Next-token log-probabilities `[n, V]` of a chunk's tokens from `first` on; None where none is measured."""
         started = time.perf_counter()
         wanted = ids.shape[1] - first
-        logits = forward(model, ids, self.cache, keep=max(1, wanted))
+        logits = forward(model, ids, cache, keep=max(1, wanted))
         self.seconds += time.perf_counter() - started
         return logits.log_softmax(-1) if wanted > 0 else None
 
@@ -151,9 +153,9 @@ def _one_chunk(
     for run in runs:
         if run.cache is None:
             continue
-        log_q = run.log_probs(model, piece, first)
+        log_q = run.log_probs(model, run.cache, piece, first)
         if log_q is not None:
-            if log_p is None:  # the first run is full precision
+            if log_p is None or p is None:  # the first run is full precision
                 log_p, p = log_q, log_q.exp()
             run.add(log_q, log_p, p, targets)
         if progress is not None:
@@ -178,4 +180,5 @@ def keep_peers(result: QualityResult, earlier: QualityResult | None) -> QualityR
 
 def _conditions(result: QualityResult) -> dict[str, Any]:
     same = {name: getattr(result, name) for name in ("model", "digest", "chunk", "skip", "predictions")}
-    return {**same, "dtype": result.environment.dtype, "packages": result.environment.packages}
+    packages = {name: result.environment.packages.get(name) for name in PEER_PACKAGES}
+    return {**same, "dtype": result.environment.dtype, "packages": packages}

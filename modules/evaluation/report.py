@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-import string
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from modules.evaluation.candidates import BEST, DEFAULTS, FOUR_BITS, FULL, PAPER
-from modules.evaluation.plots import panels, save
-from modules.evaluation.results import Environment, PasskeyResult, QualityResult, QualityRow, load_result
-from modules.evaluation.tables import MISSING, compared, markdown, number, passkey_rows, percent, quality_rows
+import pandas
 
-TEMPLATE = Path(__file__).with_name("report.md")
+from modules.evaluation.candidates import BEST, DEFAULTS, FOUR_BITS, FULL, PAPER
+from modules.evaluation.environment import Environment
+from modules.evaluation.pages import render
+from modules.evaluation.plots import panels, save
+from modules.evaluation.results import PasskeyResult, QualityResult, QualityRow, load_result
+from modules.evaluation.tables import MISSING, compared, number, passkey_table, percent, quality_table
+
+TEMPLATE = Path(__file__).with_name("quality.md.jinja")
 SERIES = {  # kind: how it is drawn, and its name in the legend
     "kivi": ("o", "#1f6feb", "ours"),
     "paper": ("s", "#d1242f", "KIVI as in the paper"),
@@ -49,22 +52,26 @@ def write_report(folder: str | Path, output: str | Path) -> list[Path]:
     output.parent.mkdir(parents=True, exist_ok=True)
     plot = output.with_suffix(".svg")
     draw(quality, plot)
-    output.write_text(render(quality, passkeys, plot.name))
+    output.write_text(page(quality, passkeys, plot.name))
     return [output, plot]
 
 
-def render(quality: Sequence[QualityResult], passkeys: Sequence[PasskeyResult], plot: str) -> str:
+def page(quality: Sequence[QualityResult], passkeys: Sequence[PasskeyResult], plot: str) -> str:
     """The report as Markdown."""
-    measured: list[Any] = [*quality, *passkeys]
-    return string.Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+    models = dict.fromkeys(result.model for result in passkeys)
+    measured: list[QualityResult | PasskeyResult] = [*quality, *passkeys]
+    return render(
+        TEMPLATE,
         summary=_summary(quality),
         choices=_choices(quality),
         plot=plot,
-        tables="\n\n".join(_section(result) for result in quality),
-        passkey=_passkey(passkeys),
-        chunk=quality[0].chunk,
-        skip=quality[0].skip,
-        environment=_environment([result.environment for result in measured]),
+        quality=quality,
+        passkeys={model: [result for result in passkeys if result.model == model] for model in models},
+        environment=_environments([result.environment for result in measured]),
+        defaults=DEFAULTS,
+        days_of=_days_of,
+        quality_table=quality_table,
+        passkey_table=passkey_table,
     )
 
 
@@ -75,103 +82,86 @@ def _has(result: QualityResult, name: str) -> bool:
 _SUMMARIZED = (DEFAULTS, BEST, PAPER, FOUR_BITS)
 
 
-def _summary(quality: Sequence[QualityResult]) -> str:
+def _summary(quality: Sequence[QualityResult]) -> pandas.DataFrame:
     """One line a text: the defaults, the best option, the paper's setting and 4 bits."""
-    header = [
-        "",
-        "defaults: KL",
-        "perplexity",
-        "top-1",
-        f"{BEST}: KL",
-        "perplexity",
-        "paper's setting: KL",
-        "is … times ours",
-        "4 bits: KL",
-        "perplexity",
-    ]
-    rows = [header]
+    header = ["", "defaults: KL", "perplexity", "top-1", f"{BEST}: KL", "perplexity", "paper's setting: KL"]
+    header += ["is … times ours", "4 bits: KL", "perplexity"]
+    rows = []
     for result in quality:
         if not all(_has(result, name) for name in _SUMMARIZED):
             continue
-        full, ours, best, paper, four = (result.row(name) for name in (FULL, *_SUMMARIZED))
+        full = result.row(FULL).perplexity
+        ours, best, paper, four = (result.row(name) for name in _SUMMARIZED)
         rows.append(
             [
                 f"{result.model}, {result.text}",
                 number(ours.kl, 4),
-                percent(ours.perplexity, full.perplexity),
+                percent(ours.perplexity, full),
                 number(ours.top1, 3),
                 number(best.kl, 4),
-                percent(best.perplexity, full.perplexity),
+                percent(best.perplexity, full),
                 number(paper.kl, 4),
-                f"{paper.kl / ours.kl:.1f}" if ours.kl else MISSING,
+                f"{paper.kl / ours.kl:.1f}" if paper.kl and ours.kl else MISSING,
                 number(four.kl, 4),
-                percent(four.perplexity, full.perplexity),
+                percent(four.perplexity, full),
             ]
         )
-    return markdown(rows)
+    return pandas.DataFrame(rows, columns=header)
 
 
-def _choices(quality: Sequence[QualityResult]) -> str:
+def _choices(quality: Sequence[QualityResult]) -> pandas.DataFrame:
     """The caches that several texts have, from the smallest to the largest, with the range of what they cost."""
-    names = dict.fromkeys(row.name for result in quality for row in compared(result))
-    measured = {name: [(r.row(FULL), r.row(name)) for r in quality if _has(r, name)] for name in names}
-    lines = []
-    for name, found in measured.items():
-        if len(found) >= min(2, len(quality)):
-            bits = found[0][1].stored_bits
-            order = (math.inf if bits is None else bits, max(row.kl for _, row in found))
-            lines.append((order, [name, number(bits, 2), str(len(found)), *_costs(found)]))
+    rows = pandas.DataFrame(
+        [
+            {
+                "name": row.name,
+                "bits": math.inf if row.stored_bits is None else row.stored_bits,
+                "kl": row.kl,
+                "top1": row.top1,
+                "perplexity": math.inf if row.perplexity is None else row.perplexity,
+                "full": result.row(FULL).perplexity,
+            }
+            for result in quality
+            for row in compared(result)
+        ]
+    )
+    several = rows.groupby("name").filter(lambda own: len(own) >= min(2, len(quality))).groupby("name")
+    order = several.agg({"bits": "first", "kl": "max"}).sort_values(["bits", "kl"]).index
+    lines = [_choice(str(name), several.get_group(name)) for name in order]
     header = ["cache", "stored bits", "texts", "KL (nats)", "top-1", "largest rise of perplexity"]
-    return markdown([header] + [cells for _, cells in sorted(lines)], bold=DEFAULTS)
+    return pandas.DataFrame(lines, columns=header)
 
 
-def _costs(found: Sequence[tuple[QualityRow, QualityRow]]) -> list[str]:
-    """Ranges of KL and top-1, and the largest rise of perplexity, of (full precision's row, a cache's row)."""
-    full, row = max(found, key=lambda pair: (pair[1].perplexity or math.inf) / pair[0].perplexity)
+def _choice(name: str, own: pandas.DataFrame) -> list[str]:
+    """A cache's name, bits, texts, ranges of KL and top-1, and the largest rise of perplexity."""
+    worst = own.loc[(own.perplexity / own.full).idxmax()]
+    bits = own.bits.iloc[0]
     return [
-        _range([row.kl for _, row in found], 4),
-        _range([row.top1 for _, row in found], 3),
-        percent(row.perplexity, full.perplexity),
+        name,
+        number(bits if math.isfinite(bits) else None, 2),
+        str(len(own)),
+        _range(own.kl, 4),
+        _range(own.top1, 3),
+        percent(worst.perplexity if math.isfinite(worst.perplexity) else None, worst.full),
     ]
 
 
-def _range(values: Sequence[float], digits: int) -> str:
-    low, high = number(min(values), digits), number(max(values), digits)
+def _range(values: pandas.Series, digits: int) -> str:
+    low, high = number(values.min(), digits), number(values.max(), digits)
     return low if low == high else f"{low} to {high}"
 
 
-def _section(result: QualityResult) -> str:
-    kept = sorted({day for row in result.rows if (day := result.day_of(row))})
-    lines = [
-        f"### {result.model}, {result.text}",
-        f"{result.tokens:,} tokens, {result.predictions:,} predictions; token ids SHA-256 `{result.digest}…`.",
-        markdown(quality_rows(result), bold=DEFAULTS),
-    ]
-    if kept:
-        lines.append(f"\\* measured earlier ({', '.join(kept)}) on the same text with the same versions.")
-    return "\n\n".join(lines)
+def _days_of(result: QualityResult) -> list[str]:
+    """On which other days rows were measured."""
+    return sorted({day for row in result.rows if (day := result.day_of(row))})
 
 
-def _passkey(passkeys: Sequence[PasskeyResult]) -> str:
-    if not passkeys:
-        return "Not measured yet: `python -m modules.evaluation passkey --model MODEL --lengths 2000`."
-    parts = []
-    for model in dict.fromkeys(result.model for result in passkeys):
-        own = [result for result in passkeys if result.model == model]
-        parts += [f"### {model}", markdown(passkey_rows(own))]
-        parts += [f"{name}: {note}." for result in own for name, note in result.notes.items()]
-    return "\n\n".join(parts)
-
-
-def _environment(environments: Sequence[Environment]) -> str:
+def _environments(environments: Sequence[Environment]) -> str:
     dates = sorted(environment.date for environment in environments)
     newest = max(environments, key=lambda environment: environment.date)
-    machines = sorted(
-        {f"{e.processor}, {e.threads} thread{'s' if e.threads > 1 else ''}, {e.dtype}" for e in environments}
-    )
-    packages = ", ".join(f"{name} {version}" for name, version in newest.packages.items())
+    machines = sorted({environment.machine for environment in environments})
     when = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
-    return f"{'; '.join(machines)}; Python {newest.python}, {packages}; {when}."
+    return f"{'; '.join(machines)}; {newest.versions}; {when}."
 
 
 def draw(quality: Sequence[QualityResult], path: Path) -> None:
@@ -191,19 +181,17 @@ def draw(quality: Sequence[QualityResult], path: Path) -> None:
     save(figure, path)
 
 
-def _panel(axis, result: QualityResult) -> None:
-    rows = [row for row in compared(result) if row.stored_bits is not None and row.kl > 0]
+def _panel(axis: Any, result: QualityResult) -> None:
+    points = [(row, row.stored_bits, row.kl) for row in compared(result) if row.stored_bits is not None and row.kl]
+    rows = [(row, bits, min(kl, WORST_SHOWN)) for row, bits, kl in points if kl > 0]
     for kind, (marker, color, label) in SERIES.items():
-        own = [row for row in rows if row.kind == kind]
+        own = [(bits, height) for row, bits, height in rows if row.kind == kind]
         if own:
-            heights = [min(row.kl, WORST_SHOWN) for row in own]
-            axis.scatter(
-                [row.stored_bits for row in own], heights, marker=marker, color=color, s=28, label=label, zorder=3
-            )
-    for row in rows:
+            axis.scatter(*zip(*own), marker=marker, color=color, s=28, label=label, zorder=3)
+    for row, bits, height in rows:
         axis.annotate(
             _label(row),
-            (row.stored_bits, min(row.kl, WORST_SHOWN)),
+            (bits, height),
             xytext=(5, -8 if row.options.get("backend") == "hqq" or "wide_channels" in row.options else 3),
             textcoords="offset points",
             fontsize=7,

@@ -1,78 +1,16 @@
-"""What a measurement gives: typed records, the machine they come from, and their JSON form."""
+"""What a measurement gives: typed records and their JSON form, the same for the evaluation and the benchmarks."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import datetime
-import importlib.metadata
 import json
 import math
-import platform
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
+from modules.evaluation.environment import Environment
 
 FORMAT = 1
-PACKAGES = ("torch", "transformers", "optimum-quanto", "hqq")
-
-
-@dataclasses.dataclass(frozen=True)
-class Environment:
-    """Where and with what a measurement ran.
-
-    Attributes:
-        date: UTC, ISO 8601, to the minute.
-        processor: of the machine, or the GPU's name where the model was on one.
-        threads: torch's threads.
-        dtype: of the model's weights.
-        python: its version.
-        packages: version by package name, for those of `PACKAGES` that are installed.
-    """
-
-    date: str
-    processor: str
-    threads: int
-    dtype: str
-    python: str
-    packages: dict[str, str]
-
-    @classmethod
-    def here(cls, model: torch.nn.Module) -> Environment:
-        """The environment of `model`, now."""
-        now = datetime.datetime.now(datetime.UTC)
-        parameter = next(model.parameters())
-        return cls(
-            date=now.strftime("%Y-%m-%dT%H:%MZ"),
-            processor=processor_name(parameter.device),
-            threads=torch.get_num_threads(),
-            dtype=str(parameter.dtype).removeprefix("torch."),
-            python=platform.python_version(),
-            packages=installed(PACKAGES),
-        )
-
-
-def installed(packages: Iterable[str]) -> dict[str, str]:
-    """Versions by package name, for those that are installed."""
-    found = {}
-    for package in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
-
-
-def processor_name(device: torch.device | str = "cpu") -> str:
-    """The GPU's name, or the CPU's as the system gives it."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,8 +133,25 @@ class PasskeyResult:
         return sum(hits), len(hits)
 
 
-_KINDS = {"quality": QualityResult, "passkey": PasskeyResult}
-_ROWS = {"quality": QualityRow, "passkey": PasskeyRow}
+@dataclasses.dataclass(frozen=True)
+class BenchmarkResult:
+    """What a benchmark measured.
+
+    Attributes:
+        name: of the benchmark.
+        rows: one a measurement, with the same names in each.
+        settings: what else it depends on.
+    """
+
+    name: str
+    rows: list[dict[str, Any]]
+    environment: Environment
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+Result = QualityResult | PasskeyResult | BenchmarkResult
+_KINDS: dict[str, type[Result]] = {"quality": QualityResult, "passkey": PasskeyResult, "benchmark": BenchmarkResult}
+_ROWS: dict[str, Any] = {"quality": QualityRow, "passkey": PasskeyRow, "benchmark": dict}
 
 
 def _finite(value: Any) -> Any:
@@ -208,7 +163,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def save_result(result: QualityResult | PasskeyResult, path: str | Path) -> None:
+def save_result(result: Result, path: str | Path) -> None:
     """Write a result as JSON; numbers that are not finite become null."""
     kind = next(name for name, cls in _KINDS.items() if isinstance(result, cls))
     data = {"format": FORMAT, "kind": kind, **_finite(dataclasses.asdict(result))}
@@ -217,7 +172,7 @@ def save_result(result: QualityResult | PasskeyResult, path: str | Path) -> None
     path.write_text(json.dumps(data, indent=1) + "\n")
 
 
-def load_result(path: str | Path) -> QualityResult | PasskeyResult:
+def load_result(path: str | Path) -> Result:
     """Read what `save_result` wrote.
 
     Raises:

@@ -1,17 +1,18 @@
-"""Results as rows of text, for the terminal and for Markdown alike."""
+"""Results as tables of text, the same for the terminal, for Markdown and for CSV."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
+import pandas
 from rich.console import Console
 from rich.table import Table
 
 from modules.evaluation.candidates import FULL
 from modules.evaluation.layers import LayerCosts
-from modules.evaluation.results import PasskeyResult, QualityResult, QualityRow
+from modules.evaluation.results import BenchmarkResult, PasskeyResult, QualityResult, QualityRow
 
-Rows = list[list[str]]
 MISSING = "–"
 
 
@@ -30,10 +31,17 @@ def percent(value: float | None, reference: float | None) -> str:
     return f"{change:+,.0f} %" if abs(change) >= 100 else f"{change:+.1f} %"
 
 
-def quality_rows(result: QualityResult) -> Rows:
-    """Header and rows: cache, stored bits, perplexity and its change, KL with its standard error, top-1."""
+def plain(value: object) -> str:
+    """A cell of a table whose columns are not known beforehand: numbers with three digits or more, nothing for None."""
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+    return "" if value is None else str(value)
+
+
+def quality_table(result: QualityResult) -> pandas.DataFrame:
+    """Cache, stored bits, perplexity and its change, KL with its standard error, top-1."""
     full = result.row(FULL).perplexity
-    return [["cache", "stored bits", "perplexity", "change", "KL (nats)", "±", "top-1"]] + [
+    rows = [
         [
             row.name + (" *" if result.day_of(row) else ""),
             number(row.stored_bits, 2),
@@ -45,26 +53,27 @@ def quality_rows(result: QualityResult) -> Rows:
         ]
         for row in result.rows
     ]
+    return pandas.DataFrame(rows, columns=["cache", "stored bits", "perplexity", "change", "KL (nats)", "±", "top-1"])
 
 
-def passkey_rows(results: Sequence[PasskeyResult]) -> Rows:
-    """Header and rows: cache, and keys found of those hidden at each length."""
+def passkey_table(results: Sequence[PasskeyResult]) -> pandas.DataFrame:
+    """Cache, and keys found of those hidden at each length."""
     lengths = sorted({length for result in results for length in result.lengths})
     names = list(dict.fromkeys(name for result in results for name in result.names))
-    rows = [["cache", *(f"{length:,} tokens" for length in lengths)]]
+    rows = []
     for name in names:
         counts = [_sum(result.found(name, length) for result in results) for length in lengths]
         rows.append([name, *(f"{found} of {asked}" if asked else MISSING for found, asked in counts)])
-    return rows
+    return pandas.DataFrame(rows, columns=["cache", *(f"{length:,} tokens" for length in lengths)])
 
 
-def layer_rows(costs: LayerCosts, chosen: Mapping[str, Sequence[int]]) -> Rows:
-    """Header and rows: layer, and of its keys and values what 2 bits cost and the bits chosen."""
-    rows = [["layer", "K: KL (nats)", "bits", "V: KL (nats)", "bits"]]
-    for layer, (key, value) in enumerate(zip(costs.k_bits, costs.v_bits)):
-        bits = [str(chosen[side][layer]) for side in ("k_bits", "v_bits")]
-        rows.append([str(layer), number(key, 5), bits[0], number(value, 5), bits[1]])
-    return rows
+def layer_table(costs: LayerCosts, chosen: Mapping[str, Sequence[int]]) -> pandas.DataFrame:
+    """Layer, and of its keys and values what 2 bits cost and the bits chosen."""
+    rows = [
+        [str(layer), number(key, 5), str(chosen["k_bits"][layer]), number(value, 5), str(chosen["v_bits"][layer])]
+        for layer, (key, value) in enumerate(zip(costs.k_bits, costs.v_bits))
+    ]
+    return pandas.DataFrame(rows, columns=["layer", "K: KL (nats)", "K bits", "V: KL (nats)", "V bits"])
 
 
 def _sum(pairs: Iterable[tuple[int, int]]) -> tuple[int, int]:
@@ -72,27 +81,29 @@ def _sum(pairs: Iterable[tuple[int, int]]) -> tuple[int, int]:
     return sum(found), sum(asked)
 
 
-def markdown(rows: Rows, bold: str | None = None) -> str:
+def markdown(table: pandas.DataFrame, bold: str | None = None) -> str:
     """A Markdown table; the row whose first cell is `bold` stands out."""
-    header, *body = rows
-    lines = [_line(header), _line(["---"] + ["---:"] * (len(header) - 1))]
-    lines += [_line([f"**{cell}**" for cell in row] if row[0] == bold else row) for row in body]
-    return "\n".join(lines)
+    chosen = table.iloc[:, 0] == bold
+    shown = table.where(~chosen, "**" + table.astype(str) + "**", axis=0)
+    align = ["left"] + ["right"] * (len(table.columns) - 1)
+    return shown.to_markdown(index=False, disable_numparse=True, colalign=align)
 
 
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def print_table(table: pandas.DataFrame, title: str, console: Console) -> None:
+    """Show a table on a terminal."""
+    view = Table(title=title)
+    for index, name in enumerate(table.columns):
+        view.add_column(name, justify="right" if index else "left")
+    for row in table.itertuples(index=False):
+        view.add_row(*row)
+    console.print(view)
 
 
-def print_table(rows: Rows, title: str, console: Console) -> None:
-    """Show rows on a terminal."""
-    table = Table(title=title)
-    header, *body = rows
-    for index, name in enumerate(header):
-        table.add_column(name, justify="right" if index else "left")
-    for row in body:
-        table.add_row(*row)
-    console.print(table)
+def write_csv(result: BenchmarkResult, path: str | Path) -> None:
+    """A benchmark's rows as CSV, what they were measured with in the same line."""
+    here = result.environment
+    about = {"date": here.date, "processor": here.processor, "threads": here.threads, "python": here.python}
+    pandas.DataFrame(result.rows).assign(**about, **here.packages, **result.settings).to_csv(path, index=False)
 
 
 def compared(result: QualityResult) -> list[QualityRow]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import hashlib
+import inspect
 import statistics
 import tarfile
 import zipfile
@@ -14,6 +15,8 @@ from pydoc_data.topics import topics
 
 import torch
 from transformers import PreTrainedTokenizerBase
+
+from modules.evaluation.streaming import check_count
 
 HUB_PREFIX = "hub:"
 # The longest chapters of the language reference first: running prose with few tables.
@@ -39,7 +42,7 @@ def python_prose() -> str:
 
 def python_code() -> str:
     """Source code of a few long modules of Python's standard library."""
-    sources = (Path(module.__file__).read_text(encoding="utf-8") for module in CODE_MODULES)
+    sources = (inspect.getsource(module) for module in CODE_MODULES)
     return "\n\n".join(sources)
 
 
@@ -98,8 +101,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int, source: s
     """The first `tokens` token ids of a text, int64 `[1, tokens]`.
 
     Raises:
-        ValueError: where the text is shorter.
+        ValueError: where the text is shorter, or `tokens` is no number of them.
     """
+    check_count("tokens", tokens, 1)
     enough = text[: 16 * tokens + 1024]  # nearly no token has more than 16 characters; tokenizing all takes long
     for part in (enough, text):
         ids = tokenizer(part, return_tensors="pt", verbose=False)["input_ids"]

@@ -73,10 +73,14 @@ class Backend(abc.ABC):
     def decode(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: PackedLayer, scaling: float
     ) -> torch.Tensor | None:
-        """One real token of every sequence, checked, attended and stored by one call; None, with nothing done, where there
-        is no such call for this step. Values come, and results go, unrotated.
+        """One real token of every sequence: checked, observed, attended and stored by one call, sinks and groups to pack
+        included; None, with nothing done, where there is no such call for this layer. Values come, and results go, unrotated.
+
+        It calls `layer.observe` and `layer.make_room` itself: the wide channels of a sequence that packs for the first time
+        are chosen with the queries of this step counted, as after `attend`.
 
         Raises:
-            ValueError: for NaN, infinite or too large states; nothing is stored then.
+            ValueError: for states that do not fit the layer, and for NaN, infinite or too large ones; nothing is stored
+                then.
         """
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -48,9 +49,11 @@ class KIVIModelMixin:
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         kivi_step: Step | None = None,
+        kivi_drafts: int = 0,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """As the stock model's. `kivi_step` says which new tokens are real where the caller has found out already."""
+        """As the stock model's. `kivi_step` says which new tokens are real where the caller has found out already, and
+        `kivi_drafts` how many of them, at the end, may be taken back."""
         cache = past_key_values
         one_input = (input_ids is None) != (inputs_embeds is None)
         if not isinstance(cache, KIVICache) or not one_input:
@@ -78,38 +81,37 @@ class KIVIModelMixin:
             "inputs_embeds": inputs_embeds,
             "position_ids": position_ids.expand(batch, -1) if position_ids.dim() == 2 else position_ids,
         }
-        chunk = self.config.prefill_chunk
-        if chunk is not None and length > chunk:
+        pieces = cache.ledger.pieces(length, self.config.prefill_chunk, kivi_drafts)
+        if len(pieces) > 1:
             with cache.undone_on_failure(step):
-                return self._forward_in_chunks(
-                    inputs, attention_mask, cache, step, chunk, use_cache=use_cache, **kwargs
+                return self._forward_in_pieces(
+                    inputs, attention_mask, cache, step, pieces, use_cache=use_cache, **kwargs
                 )
         with over_codes(self.config) as routed, cache.step(step, over_codes=routed):
             return super().forward(
                 **inputs, attention_mask=attention_mask, past_key_values=cache, use_cache=use_cache, **kwargs
             )
 
-    def _forward_in_chunks(
+    def _forward_in_pieces(
         self,
         inputs: dict[str, torch.Tensor | None],
         attention_mask: torch.Tensor | None,
         cache: KIVICache,
         step: Step,
-        chunk: int,
+        pieces: list[int],
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """A long forward, `chunk` tokens at a time, so that later tokens see a packed past.
+        """A long forward in pieces of so many tokens, so that later tokens see a packed past.
 
-        Chunks are of real tokens: each sequence of a padded batch is cut where it would be cut alone.
+        They are of real tokens: each sequence of a padded batch is cut where it would be cut alone.
         """
         return_dict = kwargs.pop("return_dict", None)
         if kwargs.get("output_attentions", self.config.output_attentions):
             raise ValueError(
-                f"a forward in chunks gives no attention weights; got output_attentions=True with prefill_chunk={chunk}. Set "
+                f"a forward in pieces of {pieces[0]} tokens gives no attention weights; got output_attentions=True. Set "
                 "prefill_chunk=None for it."
             )
         aligned = not self._slides
-        length = inputs["position_ids"].shape[-1]
         stored = cache.get_seq_length()
         real = step.real
         if real is None and attention_mask is not None and not attention_mask[:, :stored].all():
@@ -118,8 +120,8 @@ class KIVIModelMixin:
             inputs = {name: None if t is None else step.real_first(t, dim=1) for name, t in inputs.items()}
             real = step.real_first(real, dim=1)
         outputs = []
-        for start in range(0, length, chunk):
-            piece = slice(start, start + chunk)
+        for stop, size in zip(itertools.accumulate(pieces), pieces):
+            piece = slice(stop - size, stop)
             mask = None
             if real is not None:
                 past = attention_mask[:, :stored].bool()

@@ -109,6 +109,11 @@ class KIVIForCausalLMMixin:
             )
             if logits is not None:
                 return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+        if isinstance(past_key_values, KIVICache) and past_key_values.ledger.geometry.draft_room:
+            kept = logits_to_keep if isinstance(logits_to_keep, int) else 0
+            kwargs["kivi_drafts"] = max(
+                0, kept - 1
+            )  # assisted decoding wants the logits of the drafts and of one token before
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -148,6 +153,20 @@ class KIVIForCausalLMMixin:
             return None
         step = cache.new_step(attention_mask, input_ids.shape[0], 1)
         return runner.step(self, cache, input_ids, step, position_ids).clone()
+
+    def prepare_inputs_for_generation(
+        self, input_ids: torch.LongTensor, next_sequence_length: int | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As the stock model's; of all tokens, only those go on that a KIVI cache does not hold.
+
+        transformers sees to that itself, but for the first step of assisted decoding.
+        """
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        if next_sequence_length is None and isinstance(cache, KIVICache) and kwargs.get("inputs_embeds") is None:
+            stored, given = cache.get_seq_length(), input_ids.shape[1]
+            if 0 < stored < given and (mask is None or mask.shape[1] == given):
+                next_sequence_length = given - stored
+        return super().prepare_inputs_for_generation(input_ids, next_sequence_length=next_sequence_length, **kwargs)
 
     def _prefill(
         self,

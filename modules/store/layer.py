@@ -8,7 +8,7 @@ import torch
 
 from modules.codecs.codec import Codec
 from modules.codecs.rotation import rotate
-from modules.store.ledger import Ledger
+from modules.store.ledger import Geometry, Ledger
 from modules.store.side import PackedSide
 from modules.store.step import Step
 
@@ -28,6 +28,8 @@ class PackedLayer:
         query_energy: float32 `[B, H, D]`, Σ q² of the queries until the wide key channels are chosen by it; None where
             there are none to choose. Never written to in place.
         rotates: values are stored times a Hadamard matrix.
+        newest_energy: q² of the newest queries that `query_energy` counts, float32 `[B, H, D]` each with the number of its
+            token; kept while the window has room for drafts, which may be taken back.
     """
 
     key: PackedSide
@@ -35,6 +37,7 @@ class PackedLayer:
     ledger: Ledger
     query_energy: torch.Tensor | None = None
     rotates: bool = False
+    newest_energy: list[tuple[int, torch.Tensor]] = dataclasses.field(default_factory=list)
 
     @classmethod
     def empty(cls, key: torch.Tensor, codecs: tuple[Codec, Codec], ledger: Ledger, rotates: bool) -> PackedLayer:
@@ -122,6 +125,15 @@ class PackedLayer:
                 part = part * real[:, :, start : start + tokens]
             energy = energy + part.square().sum(2).unflatten(1, (energy.shape[1], -1)).sum(2)
         self.query_energy = energy
+        if self.ledger.geometry.draft_room:
+            self._note_newest(query)
+
+    def _note_newest(self, query: torch.Tensor) -> None:
+        room, stored = self.ledger.geometry.draft_room, max(self.lengths)
+        for number in range(max(0, query.shape[2] - room), query.shape[2]):
+            squares = query[:, :, number].float().square().unflatten(1, (self.query_energy.shape[1], -1)).sum(2)
+            self.newest_energy.append((stored + number, squares))
+        del self.newest_energy[:-room]
 
     def overwrites(self, step: Step) -> bool:
         """Whether new tokens take slots of the window in which tokens lie that are stored by now."""
@@ -176,15 +188,30 @@ class PackedLayer:
         """
         starts = self.ledger.packed_within(lengths)
         for row, (length, start) in enumerate(zip(lengths, starts)):
-            left = length - self.sink_length - start
-            if start < self.packed[row] and left > 0:
-                rows = slice(row, row + 1)
+            if start < self.packed[row] and not self.ledger.holds(row, start):
+                rows, left = slice(row, row + 1), length - self.sink_length - start
                 for side in self.sides:
                     group = side.read(rows, start, start + self.group_size, side.window.dtype)
-                    side.write_window(rows, start, group[:, :, :left])
+                    side.write_window(rows, start, group[:, :, : max(0, left)])
             if self.query_energy is not None and not length:
                 self.query_energy = self.query_energy.clone()
                 self.query_energy[row] = 0
+        while self.newest_energy and self.newest_energy[-1][0] >= max(lengths):
+            _, squares = self.newest_energy.pop()
+            self.query_energy = self.query_energy - squares
+
+    def enlarge_window(self, geometry: Geometry) -> None:
+        """Give the window the slots of another geometry; its tokens stay."""
+        for side in self.sides:
+            states = [
+                torch.cat([side.window[row : row + 1, :, slot] for slot in self.window_slots(row)] or
+                          [side.window[row : row + 1, :, :0]], dim=2)
+                for row in range(self.batch_size)
+            ]  # fmt: skip
+            batch, heads, _, head_dim = side.window.shape
+            side.window = side.window.new_zeros(batch, heads, geometry.ring, head_dim)
+            for row, tokens in enumerate(states):
+                side.write_window(slice(row, row + 1), self.packed[row], tokens)
 
     def select(self, index: torch.Tensor) -> None:
         """Keep the sequences `index` (int64, `[n]`), in that order; one may come several times."""

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Iterator
 
 import torch
 
+from modules.codecs.grouped import FLOAT16_MAX
 from modules.store.step import Step
 
 LENGTH, PACKED, MARK = range(3)  # rows of the counts on a device
@@ -24,16 +26,21 @@ LENGTH, PACKED, MARK = range(3)  # rows of the counts on a device
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
-    """Where tokens go, the same in every layer: `group_size`, `residual_length` and `sink_length` in tokens."""
+    """Where tokens go, the same in every layer: `group_size`, `residual_length` and `sink_length` in tokens.
+
+    `draft_room` is slots of the window beyond those it needs, a multiple of `group_size`: what is packed stays there in
+    full precision until that many more tokens have come, so that taking tokens back unpacks exactly.
+    """
 
     group_size: int
     residual_length: int
     sink_length: int
+    draft_room: int = 0
 
     @property
     def ring(self) -> int:
         """Slots of the window."""
-        return self.residual_length + self.group_size
+        return self.residual_length + self.group_size + self.draft_room
 
     def packed_after(self, length: int, packed: int) -> int:
         """Packed tokens of a sequence that held `packed` of them and now has `length` tokens in all."""
@@ -67,6 +74,7 @@ class Saved:
     column_is_real: torch.Tensor | None
     most: int
     fewest_packed: int
+    reach: list[int]
     counts: dict[torch.device, torch.Tensor]
 
 
@@ -99,6 +107,7 @@ class Ledger:
     def clear(self, lengths: list[int]) -> None:
         """Hold `len(lengths)` sequences of that many tokens, none of them packed, and no columns."""
         self.columns, self.column_is_real = 0, None
+        self._reach = list(lengths)  # the most tokens each sequence ever had: its newest slots hold those
         self._set(lengths, [0] * len(lengths))
 
     def _set(self, lengths: list[int], packed: list[int]) -> None:
@@ -120,6 +129,10 @@ class Ledger:
         counts = next(iter(self._counts.values()))
         self._lengths, self._packed = counts[LENGTH].tolist(), counts[PACKED].tolist()
         self.most, self.fewest_packed = max(self._lengths), min(self._packed)
+        self._note_reach(self._lengths)
+
+    def _note_reach(self, lengths: list[int]) -> None:
+        self._reach = [max(old, new) for old, new in zip(self._reach, lengths)]
 
     @property
     def lengths(self) -> list[int]:
@@ -150,6 +163,15 @@ class Ledger:
     def marked(self) -> bool:
         """Whether a kernel met states that it could not pack. Waits for the device."""
         return any(bool(counts[MARK].any()) for counts in self._counts.values())
+
+    def raise_if_marked(self) -> None:
+        """Raise `ValueError` where a step of one token packed states that cannot be stored. Waits for the device."""
+        if self.marked():
+            raise ValueError(
+                f"states to quantize must be finite and at most {FLOAT16_MAX:.0f} in magnitude (their scale and minimum "
+                "are float16); a decode step packed larger ones. Keep this side in full precision with bits 16, or look "
+                "for the overflow upstream."
+            )
 
     def packs(self, row: int, new: int) -> bool:
         """Whether `new` more tokens fill a group of the sequence `row`."""
@@ -184,13 +206,12 @@ class Ledger:
             raise ValueError(f"the cache was made with max_length={self.max_length} tokens; {longest} are needed.")
 
     def uniform_rows(self, new_lengths: list[int]) -> Iterator[tuple[slice, int]]:
-        """Slices of the batch whose sequences hold and receive equally many tokens, with that number of new ones."""
-        states = list(zip(self.lengths, self.packed, new_lengths))
-        if all(state == states[0] for state in states):
-            yield slice(None), new_lengths[0]
-            return
-        for row in range(len(states)):
-            yield slice(row, row + 1), new_lengths[row]
+        """Slices of neighbours in the batch that hold and receive equally many tokens, with that number of new ones."""
+        first = 0
+        for (_, _, new), alike in itertools.groupby(zip(self.lengths, self.packed, new_lengths)):
+            stop = first + sum(1 for _ in alike)
+            yield slice(first, stop), new
+            first = stop
 
     def commit(self, step: Step, on_devices: bool = True) -> None:
         """Count a step in that every layer has written; there is no open one after it.
@@ -215,6 +236,7 @@ class Ledger:
             packed = [self.geometry.packed_after(length, old) for length, old in zip(lengths, self.packed)]
             self._lengths, self._packed = lengths, packed
             self.most, self.fewest_packed = max(lengths, default=0), min(packed, default=0)
+            self._note_reach(lengths)
         else:
             self._lengths = self._packed = None
             self.most += 1
@@ -269,18 +291,61 @@ class Ledger:
             self.column_is_real = self.column_is_real[:, :columns]
 
     def packed_within(self, lengths: list[int]) -> list[int]:
-        """Packed tokens that stay where only the first `lengths[b]` tokens of each sequence do."""
+        """Packed tokens that stay where only the first `lengths[b]` tokens of each sequence do.
+
+        As many as if the others had never come, where the window still holds what is then not packed; else all whole groups.
+        """
+        stay = []
+        for length, packed, reach in zip(lengths, self.packed, self._reach):
+            unpacked = min(packed, self.geometry.packed_after(length, 0))
+            whole = max(0, length - self.geometry.sink_length) // self.geometry.group_size * self.geometry.group_size
+            stay.append(unpacked if self._in_window(unpacked, reach) else min(packed, whole))
+        return stay
+
+    def holds(self, row: int, first: int) -> bool:
+        """Whether the window of a sequence holds its tokens from `first` on, counted behind the sinks, packed ones too."""
+        return self._in_window(first, self._reach[row])
+
+    def make_draft_room(self, tokens: int) -> Geometry:
+        """The geometry with slots for `tokens` tokens that may be taken back, which is in force once `geometry` is set."""
+        group = self.geometry.group_size
+        return dataclasses.replace(self.geometry, draft_room=-(-tokens // group) * group)
+
+    def only_window(self) -> None:
+        """The window was laid anew: its slots hold the tokens that are not packed and no others."""
         g = self.geometry
-        return [
-            min(packed, max(0, length - g.sink_length) // g.group_size * g.group_size)
-            for packed, length in zip(self.packed, lengths)
+        self._reach = [
+            max(length, packed + g.sink_length + g.ring) for length, packed in zip(self.lengths, self.packed)
         ]
+
+    def _in_window(self, first: int, reach: int) -> bool:
+        """Whether the tokens from `first` on, counted behind the sinks, are in their slots; one may be lost to a step that
+        failed."""
+        return first > reach - self.geometry.sink_length - self.geometry.ring
+
+    def pieces(self, length: int, chunk: int | None, drafts: int = 0) -> list[int]:
+        """How `length` new tokens of a forward are to be cut, in tokens.
+
+        Args:
+            chunk: the longest piece; None for no limit.
+            drafts: how many of them, at the end, may be taken back. Each is to see what it would see if the tokens came one
+                by one: a piece ends where a group would be packed, and where the first tokens of an empty cache end.
+        """
+        cuts = set(range(0, length, chunk or length))
+        if drafts and len(set(self.lengths)) <= 1:
+            stored, packed = max(self.lengths, default=0), max(self.packed, default=0)
+            seen = [self.geometry.packed_after(stored + i, packed) for i in range(length)]
+            cuts |= {i for i in range(max(1, length - drafts), length) if seen[i] != seen[i - 1]}
+            cuts |= {length - drafts} if not stored and 0 < drafts < length else set()
+        ends = sorted(cuts)[1:] + [length]
+        return [end - start for start, end in zip(sorted(cuts), ends)]
 
     def select(self, index: torch.Tensor) -> None:
         """Keep the sequences `index` (int64, `[n]`), in that order; one may come several times."""
         rows = index.tolist()
         if self.column_is_real is not None:
             self.column_is_real = self.column_is_real[index.to(self.column_is_real.device)]
+        self._reach = [self._reach[row] for row in rows]
         self._set([self.lengths[row] for row in rows], [self.packed[row] for row in rows])
 
     def save(self) -> Saved:
@@ -288,11 +353,18 @@ class Ledger:
         copied = self._lengths is None and not self._recording
         counts = {device: t.clone() for device, t in self._counts.items()} if copied else {}
         return Saved(
-            self.columns, self._lengths, self._packed, self.column_is_real, self.most, self.fewest_packed, counts
+            columns=self.columns,
+            lengths=self._lengths,
+            packed=self._packed,
+            column_is_real=self.column_is_real,
+            most=self.most,
+            fewest_packed=self.fewest_packed,
+            reach=self._reach,
+            counts=counts,
         )
 
-    def restore(self, saved: Saved) -> None:
-        """Go back to what `save` gave."""
+    def restore(self, saved: Saved, attempted: int = 0) -> None:
+        """Go back to what `save` gave; a step may have written `attempted` tokens of each sequence since."""
         self.open = None
         if self._recording:
             return
@@ -300,3 +372,4 @@ class Ledger:
         self._forget_counts()
         self._lengths, self._packed, self._counts = saved.lengths, saved.packed, dict(saved.counts)
         self.most, self.fewest_packed = saved.most, saved.fewest_packed
+        self._reach = [reach + attempted for reach in saved.reach]

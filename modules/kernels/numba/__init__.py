@@ -6,7 +6,6 @@ import torch
 
 from modules.kernels.backend import Backend
 from modules.kernels.numba import attention, packing
-from modules.options import FULL_PRECISION_BITS
 from modules.store.layer import PackedLayer
 from modules.store.side import PackedSide
 from modules.store.step import Step
@@ -41,9 +40,7 @@ class NumbaBackend(Backend):
 
     def pack(self, side: PackedSide, rows: slice, start: int, states: torch.Tensor) -> None:
         """See `Backend.pack`."""
-        if side.bits == FULL_PRECISION_BITS:
-            return super().pack(side, rows, start, states)
-        side.write(rows, start, packing.encode(side, states, None if side.order is None else side.order[rows]))
+        packing.pack(side, rows, start, states)
 
 
 BACKEND = NumbaBackend()

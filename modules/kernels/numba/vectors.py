@@ -1,102 +1,22 @@
-"""What the Numba kernels share: vector code, constants as types, threads and buffers.
+"""Vector instructions: what the kernels' inner loops are made of.
 
-Inner loops are emitted as LLVM vector instructions (`Emitter`), because what keeps them fast, a block of accumulators
-that stays in registers, is not something a loop over arrays makes LLVM do. Any CPU runs them; the lanes fit the host's.
+Inner loops are emitted as LLVM vector instructions, because what keeps them fast, a block of accumulators that stays in
+registers, is not something a loop over arrays makes LLVM do. Any CPU runs them; the lanes fit the host's.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import functools
-import hashlib
 import math
-import pathlib
-import threading
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import llvmlite.binding as llvm
-import numpy as np
-import torch
 from llvmlite import ir
-from numba import get_num_threads, set_num_threads, types
 from numba.core import cgutils
-from numba.core.typing.templates import AttributeTemplate
-from numba.extending import NativeValue, infer_getattr, lower_getattr_generic, models, register_model, unbox
+
+from modules.kernels.numba.host import ITEM_BYTES, host
 
 if TYPE_CHECKING:
-    from modules.kernels.numba.attention import Plan
-
-FLOAT_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-
-@functools.cache
-def host() -> tuple[int, int]:
-    """`(lanes, accumulators)`: float32 lanes of the host's vectors, and how many of them a register block may take."""
-    features = llvm.get_host_cpu_features()
-    if features.get("avx512f"):
-        return 16, 16
-    if features.get("avx2"):
-        return 8, 8
-    return 4, 16 if features.get("neon") else 8
-
-
-@functools.cache
-def host_is_supported() -> bool:
-    """Whether the compiled code can convert float16 here; only x86 CPUs from before 2012 cannot."""
-    x86 = llvm.get_process_triple().startswith(("x86", "i386", "i686"))
-    return not x86 or bool(llvm.get_host_cpu_features().get("f16c"))
-
-
-def row_bytes(form: int | str, head_dim: int) -> int:
-    """Bytes of one token of one head in a format."""
-    return head_dim * form // 8 if isinstance(form, int) else head_dim * ITEM_BYTES[form]
-
-
-@functools.cache
-def _digest() -> str:
-    """Of these sources. Numba's on-disk cache looks only at the file of the function it loads, not at what that calls."""
-    digest = hashlib.sha256()
-    for path in sorted(pathlib.Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-class ConstantsType(types.Type):
-    """The Numba type of a frozen dataclass whose attributes are compiled in; values of it are empty.
-
-    One such dataclass is one compilation. `constants.value_of(name)` gives what `name` is in compiled code.
-    """
-
-    def __init__(self, constants) -> None:
-        self.constants = constants
-        fields = ", ".join(str(value) for value in dataclasses.astuple(constants))
-        super().__init__(name=f"{type(constants).__name__}({fields}; {_digest()})")
-
-
-register_model(ConstantsType)(models.OpaqueModel)
-
-
-@unbox(ConstantsType)
-def _unbox_constants(typ, obj, context):
-    return NativeValue(context.context.get_dummy_value())
-
-
-@infer_getattr
-class _ConstantsAttributes(AttributeTemplate):
-    key = ConstantsType
-
-    def generic_resolve(self, typ, name):
-        return types.boolean if isinstance(typ.constants.value_of(name), bool) else types.int64
-
-
-@lower_getattr_generic(ConstantsType)
-def _lower_constant(context, builder, typ, value, name):
-    number = typ.constants.value_of(name)
-    return context.get_constant(types.boolean if isinstance(number, bool) else types.int64, number)
-
+    from modules.kernels.numba.packing_spec import Packing
+    from modules.kernels.numba.plan import Plan
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F32 = ir.FloatType()
@@ -105,7 +25,7 @@ F32 = ir.FloatType()
 class Emitter:
     """Vector instructions on addresses (int64 values) for one plan."""
 
-    def __init__(self, builder: ir.IRBuilder, plan: Plan) -> None:
+    def __init__(self, builder: ir.IRBuilder, plan: Plan | Packing) -> None:
         self.b, self.plan = builder, plan
 
     def address(self, base, offset=0, index=None, stride: int = 0):
@@ -329,49 +249,3 @@ class Emitter:
     def _even_odd_parts(self):
         parts = self.plan.lanes // 4
         return tuple([4 * part + i for part in range(first, 2 * parts, 2) for i in range(4)] for first in (0, 1))
-
-
-def emitting(emit):
-    """Code generation that calls `emit(emitter, *values)`."""
-
-    def codegen(context, builder, signature, args):
-        emit(Emitter(builder, signature.args[0].constants), *args[1:])
-        return context.get_dummy_value()
-
-    return codegen
-
-
-def void_signature(plan, *args):
-    return types.void(plan, *(types.float32 if isinstance(a, types.Float) else types.int64 for a in args))
-
-
-_local = threading.local()
-
-
-def buffer(name: str, rows: int, floats: int) -> np.ndarray:
-    """A float32 array `[rows, floats]` of this thread that starts on a cache line; kept for the next call."""
-    kept = getattr(_local, name, None)
-    if kept is None or kept.size < rows * floats:
-        raw = np.empty(rows * floats + 16, np.float32)
-        kept = raw[-raw.ctypes.data % 64 // 4 :][: rows * floats]
-        setattr(_local, name, kept)
-    return kept[: rows * floats].reshape(rows, floats)
-
-
-def allowed_threads() -> int:
-    """Threads a kernel may use: no more than torch was told to, nor Numba."""
-    return min(torch.get_num_threads(), get_num_threads())
-
-
-@contextlib.contextmanager
-def numba_threads(threads: int) -> Iterator[None]:
-    """Within it, Numba uses `threads` threads."""
-    before = get_num_threads()
-    if threads == before:
-        yield
-        return
-    set_num_threads(threads)
-    try:
-        yield
-    finally:
-        set_num_threads(before)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from modules.kernels.backend import Backend
-from modules.kernels.triton import attention, packing
+from modules.kernels.triton import append, attention, checks, pack
 from modules.options import FULL_PRECISION_BITS
 from modules.store.layer import PackedLayer
 from modules.store.side import PackedSide
@@ -19,7 +19,7 @@ class TritonBackend(Backend):
 
     def why_not(self, layer: PackedLayer) -> str | None:
         """See `Backend.why_not`."""
-        return attention.why_not(layer)
+        return checks.why_not(layer)
 
     def attend(
         self,
@@ -35,14 +35,14 @@ class TritonBackend(Backend):
 
     def append(self, layer: PackedLayer, key: torch.Tensor, value: torch.Tensor, step: Step) -> None:
         """See `Backend.append`."""
-        if not packing.append_token(layer, key, value, step):
+        if not append.append_token(layer, key, value, step):
             super().append(layer, key, value, step)
 
     def pack(self, side: PackedSide, rows: slice, start: int, states: torch.Tensor) -> None:
         """See `Backend.pack`."""
         if side.bits == FULL_PRECISION_BITS:
             return super().pack(side, rows, start, states)
-        packing.pack_groups(side, rows, start, states)
+        pack.pack_groups(side, rows, start, states)
 
 
 BACKEND = TritonBackend()

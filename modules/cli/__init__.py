@@ -1,0 +1,1 @@
+"""What the command lines share: flags from dataclasses, the table of the options, and where models are kept."""

@@ -1,0 +1,117 @@
+"""Code that packs one unit: fits its groups, then writes their codes."""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from modules.kernels.numba.compiling import emitting, void_signature
+from modules.kernels.numba.emit_fit import Fit
+from modules.kernels.numba.vectors import I8, I32, I64, Emitter
+
+
+def _emit_fits(e: Emitter, source, scale, minimum, largest) -> None:
+    """Scale and minimum, float16, of the groups of one unit of float32 states `[tokens, head_dim]` at `source`; `largest`,
+    int32, receives the bits of its largest magnitude."""
+    spec, lanes = e.plan, e.plan.lanes
+    most = e.variable(e.int_splat(0))
+    step = lanes if spec.keys else spec.group_size
+    stored = ir.VectorType(ir.HalfType(), lanes if spec.keys else 1)
+    with cgutils.for_range(e.b, I64(spec.head_dim // step)) as loop:
+        place = e.address(source, 0, loop.index, step * 4)
+
+        def load(i):
+            return e.load(e.address(place, 0, i, e.source_stride if spec.keys else lanes * 4))
+
+        fit = Fit(e, spec.group_size if spec.keys else spec.group_size // lanes, load, across=not spec.keys)
+        *numbers, magnitude = fit.run()
+        e.b.store(e.larger_int(magnitude, e.b.load(most)), most)
+        for number, address in zip(numbers, (scale, minimum)):
+            half = e.b.fptrunc(e.shuffle(number, number, list(range(stored.count))), stored)
+            target = e.address(address, 0, loop.index, stored.count * 2)
+            e.b.store(half, e.b.inttoptr(target, stored.as_pointer()), align=2)
+    whole = e.b.load(most)
+    for shift in (1 << i for i in range(lanes.bit_length() - 1)):
+        whole = e.larger_int(whole, e.shuffle(whole, whole, [lane ^ shift for lane in range(lanes)]))
+    e.b.store(e.b.extract_element(whole, I32(0)), e.b.inttoptr(largest, I32.as_pointer()), align=4)
+
+
+def _emit_codes(e: Emitter, source, codes, scale, minimum) -> None:
+    """The bytes of a unit, from its states and the metadata that is stored."""
+    spec, lanes = e.plan, e.plan.lanes
+    fit = Fit(e, 0, None, False)
+    with cgutils.for_range(e.b, I64(spec.width // lanes)) as chunks:
+        first = e.b.mul(chunks.index, I64(lanes))
+        channels = [e.b.add(first, I64(plane * spec.width)) for plane in range(spec.planes)]
+        fitted = [[_load_metadata(e, address, channel) for address in (scale, minimum)] for channel in channels]
+        inverses = [fit.inverse(scales) for scales, _ in fitted]
+        with cgutils.for_range(e.b, I64(spec.tokens)) as tokens:
+            row = e.address(source, 0, tokens.index, e.source_stride)
+            packed = e.int_splat(0)
+            for plane, (channel, inverse, (_, minima)) in enumerate(zip(channels, inverses, fitted)):
+                x = e.load(e.address(row, 0, channel, 4))
+                code = e.b.fptosi(fit.codes(x, inverse, minima), packed.type)
+                packed = e.b.or_(packed, e.b.shl(code, e.int_splat(plane * spec.bits)))
+            small = e.b.trunc(packed, ir.VectorType(I8, lanes))
+            place = e.b.add(e.address(codes, 0, tokens.index, spec.width), first)
+            e.b.store(small, e.b.inttoptr(place, small.type.as_pointer()), align=1)
+
+
+def _load_metadata(e: Emitter, address, channel):
+    """Scale or minimum of the channels from `channel` on, float32."""
+    if e.plan.keys:
+        return e.load(e.address(address, 0, channel, 2), "float16")
+    group = e.b.udiv(channel, I64(e.plan.group_size))
+    one = e.load(e.address(address, 0, group, 2), "float16", lanes=1)
+    return e.shuffle(one, one, [0] * e.plan.lanes)
+
+
+class _UnitEmitter(Emitter):
+    """An emitter for the channels of a unit, or the first ones of them: rows lie `source_stride` bytes apart."""
+
+    def __init__(self, e: Emitter, fine: bool = False) -> None:
+        super().__init__(e.b, e.plan.fine if fine else e.plan)
+        self.source_stride = e.plan.head_dim * 4
+
+
+def _emit_pack_unit(e: Emitter, source, codes, scale, minimum, largest) -> None:
+    unit = _UnitEmitter(e)
+    _emit_fits(unit, source, scale, minimum, largest)
+    _emit_codes(unit, source, codes, scale, minimum)
+
+
+def _emit_pack_fine(e: Emitter, source, codes, scale, minimum, largest) -> None:
+    if not e.plan.wide:
+        return
+    unit = _UnitEmitter(e, fine=True)
+    _emit_fits(unit, source, scale, minimum, largest)
+    _emit_codes(unit, source, codes, scale, minimum)
+
+
+def _emit_widen_scales(e: Emitter, scale) -> None:
+    """The scales of the wide channels as they are stored: times four, see `modules.codecs.grouped.widen`."""
+    if not e.plan.wide:
+        return
+    fine = _UnitEmitter(e, fine=True)
+    with cgutils.for_range(e.b, I64(e.plan.wide // fine.plan.lanes)) as loop:
+        place = fine.address(scale, 0, loop.index, fine.plan.lanes * 2)
+        fine.store_as(e.b.fmul(fine.load(place, "float16"), fine.float_splat(4.0)), place, "float16")
+
+
+@intrinsic
+def pack_unit(typingctx, spec, source, codes, scale, minimum, largest):
+    """Quantize one unit, see `_emit_fits` and `_emit_codes`."""
+    return void_signature(spec, source, codes, scale, minimum, largest), emitting(_emit_pack_unit)
+
+
+@intrinsic
+def pack_fine(typingctx, spec, source, codes, scale, minimum, largest):
+    """Likewise its first channels, the wide ones, to 4 bits."""
+    return void_signature(spec, source, codes, scale, minimum, largest), emitting(_emit_pack_fine)
+
+
+@intrinsic
+def widen_scales(typingctx, spec, scale):
+    """See `_emit_widen_scales`."""
+    return void_signature(spec, scale), emitting(_emit_widen_scales)

@@ -1,0 +1,131 @@
+"""Code that fits the scale and minimum of groups, a vector of channels (keys) or a group (values) at a time.
+
+The rounds of the fit read the input again, from the CPU's cache: one pass both measures the error of a scale and gathers
+what the next refit needs.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba.core import cgutils
+
+from modules.codecs.grouped import CLIPPED, LSQ_ROUNDS, LSQ_START
+from modules.kernels.numba.vectors import I64, Emitter
+
+
+class Fit:
+    """Emits the fit of a vector of channels: each lane is a group (keys), or all lanes of all vectors are one (values)."""
+
+    def __init__(self, e: Emitter, vectors: int, load, across: bool) -> None:
+        self.e, self.b, self.spec = e, e.b, e.plan
+        self.vectors, self.load, self.across = vectors, load, across
+
+    def _each(self, *starts, body):
+        """Variables that begin as `starts` after `body(x, variables) -> new ones` for every vector `x`."""
+        slots = [self.e.variable(start) for start in starts]
+        with cgutils.for_range(self.b, I64(self.vectors)) as loop:
+            for slot, new in zip(slots, body(self.load(loop.index), [self.b.load(s) for s in slots])):
+                self.b.store(new, slot)
+        return [self.b.load(slot) for slot in slots]
+
+    def _reduced(self, vector, combine):
+        step = 1
+        while self.across and step < self.spec.lanes:
+            vector = combine(vector, self.e.shuffle(vector, vector, [lane ^ step for lane in range(self.spec.lanes)]))
+            step *= 2
+        return vector
+
+    def splat(self, number: float):
+        return self.e.float_splat(number)
+
+    def as_stored(self, vector):
+        """`vector` as float16 gives it back."""
+        half = ir.VectorType(ir.HalfType(), self.spec.lanes)
+        return self.b.fpext(self.b.fptrunc(vector, half), vector.type)
+
+    def inverse(self, scale):
+        safe = self.b.select(self.b.fcmp_ordered(">", scale, self.splat(0.0)), scale, self.splat(1.0))
+        return self.b.fdiv(self.splat(1.0), safe)
+
+    def codes(self, x, inverse, minimum):
+        """Codes of `x`, as whole float32 numbers."""
+        codes = self.e.round(self.b.fmul(self.b.fsub(x, minimum), inverse))
+        codes = self.e.maximum(self.splat(0.0), codes)
+        return self.e.minimum(codes, self.splat(float(self.spec.levels)))
+
+    def range(self):
+        """Lowest, highest, sum and largest magnitude, the last as int32 bits, so that NaN is large."""
+
+        def body(x, now):
+            magnitude = self.b.and_(self.b.bitcast(x, now[3].type), self.e.int_splat(0x7FFFFFFF))
+            return (
+                self.e.minimum(now[0], x),
+                self.e.maximum(now[1], x),
+                self.b.fadd(now[2], x),
+                self.e.larger_int(magnitude, now[3]),
+            )
+
+        first = self.load(I64(0))
+        low, high, total, largest = self._each(first, first, self.splat(0.0), self.e.int_splat(0), body=body)
+        return (
+            self._reduced(low, self.e.minimum),
+            self._reduced(high, self.e.maximum),
+            self._reduced(total, self.b.fadd),
+            largest,
+        )
+
+    def _measure(self, scale, minimum, mean):
+        """Squared error with a scale and minimum, and the sums of codes, of their squares and of `code * (x - mean)`."""
+        inverse = self.inverse(scale)
+
+        def body(x, now):
+            codes = self.codes(x, inverse, minimum)
+            miss = self.b.fsub(self.e.multiply_add(codes, scale, minimum), x)
+            return (
+                self.e.multiply_add(miss, miss, now[0]),
+                self.b.fadd(now[1], codes),
+                self.e.multiply_add(codes, codes, now[2]),
+                self.e.multiply_add(codes, self.b.fsub(x, mean), now[3]),
+            )
+
+        return [self._reduced(v, self.b.fadd) for v in self._each(*[self.splat(0.0)] * 4, body=body)]
+
+    def _refit(self, codes, squares, products, mean):
+        """The least-squares scale and minimum for the codes that gave these sums."""
+        count = self.splat(1.0 / self.spec.group_size)
+        mean_code = self.b.fmul(codes, count)
+        variance = self.b.fsub(squares, self.b.fmul(codes, mean_code))
+        differ = self.b.fcmp_ordered(">", variance, self.splat(0.25))  # whole numbers that differ vary by 1/2 or more
+        scale = self.b.select(differ, self.b.fdiv(products, variance), self.splat(0.0))
+        scale = self.as_stored(scale)
+        return scale, self.as_stored(self.b.fsub(mean, self.b.fmul(scale, mean_code)))
+
+    def run(self):
+        """`(scale, minimum, largest)` of the chunk; see `modules.codecs.grouped._fit`."""
+        low, high, total, largest = self.range()
+        span = self.b.fsub(high, low)
+        levels = self.spec.levels
+        if self.spec.method == "clipped":
+            margin = self.b.fmul(span, self.splat((1 - CLIPPED) / 2))
+            low, high = self.b.fadd(low, margin), self.b.fsub(high, margin)
+            span = self.b.fsub(high, low)
+        best_scale = self.as_stored(self.b.fdiv(span, self.splat(float(levels))))
+        best_minimum = self.as_stored(low)
+        if self.spec.method != "lsq":
+            return best_scale, best_minimum, largest
+        mean = self.b.fmul(total, self.splat(1.0 / self.spec.group_size))
+        best_error = self._measure(best_scale, best_minimum, mean)[0]
+        centre = self.b.fmul(self.b.fadd(low, high), self.splat(0.5))
+        scale = self.as_stored(self.b.fmul(span, self.splat(LSQ_START / levels)))
+        minimum = self.as_stored(self.b.fsub(centre, self.b.fmul(span, self.splat(LSQ_START / 2))))
+        state = [self.e.variable(v) for v in (scale, minimum, best_scale, best_minimum, best_error)]
+        with cgutils.for_range(self.b, I64(LSQ_ROUNDS + 1)) as loop:
+            scale, minimum, *best = [self.b.load(slot) for slot in state]
+            error, codes, squares, products = self._measure(scale, minimum, mean)
+            fitted = self.e.broadcast(self.b.icmp_signed(">", loop.index, I64(0)))  # the start itself does not compete
+            better = self.b.and_(self.b.fcmp_ordered("<", error, best[2]), fitted)
+            for slot, new, old in zip(state[2:], (scale, minimum, error), best):
+                self.b.store(self.b.select(better, new, old), slot)
+            for slot, new in zip(state, self._refit(codes, squares, products, mean)):
+                self.b.store(new, slot)
+        return self.b.load(state[2]), self.b.load(state[3]), largest

@@ -1,0 +1,111 @@
+"""The constants of one compilation of the packing kernel."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import torch
+
+from modules.codecs.grouped import WIDE_BITS
+from modules.kernels.numba.host import FLOAT_NAMES, host, host_is_supported
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """What is packed, and how.
+
+    A unit of work is `group_size` tokens of a head's keys, or one token of its values.
+
+    Attributes:
+        what: "keys" or "values".
+        bits: 2, 4 or 8.
+        group_size: tokens of a key's group, channels of a value's.
+        method: "minmax", "clipped" or "lsq".
+        dense: dtype of the states.
+        head_dim: channels.
+        wide: channels of 2-bit keys that get 4 bits.
+        lanes: float32 lanes of a vector.
+    """
+
+    what: str
+    bits: int
+    group_size: int
+    method: str
+    dense: str
+    head_dim: int
+    wide: int
+    lanes: int
+
+    @property
+    def keys(self) -> bool:
+        return self.what == "keys"
+
+    @property
+    def planes(self) -> int:
+        """Codes of a byte."""
+        return 8 // self.bits
+
+    @property
+    def width(self) -> int:
+        """Bytes of codes of one token."""
+        return self.head_dim // self.planes
+
+    @property
+    def levels(self) -> int:
+        """The largest code."""
+        return (1 << self.bits) - 1
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a unit."""
+        return self.group_size if self.keys else 1
+
+    @property
+    def metadata(self) -> int:
+        """Scales of a unit."""
+        return self.head_dim if self.keys else self.head_dim // self.group_size
+
+    @property
+    def fine(self) -> Packing:
+        """The packing of the wide channels alone."""
+        lanes = math.gcd(host()[0], self.wide * WIDE_BITS // 8)
+        return dataclasses.replace(self, bits=WIDE_BITS, head_dim=self.wide, wide=0, lanes=lanes)
+
+    @property
+    def extra_bytes(self) -> int:
+        """Bytes of the low bits of one key's wide channels."""
+        return self.wide // 4
+
+    # Sections of a thread's scratch, float32.
+
+    @property
+    def at_row(self) -> int:
+        """Where one row lies before its channels are placed, behind the unit itself."""
+        return self.tokens * self.head_dim
+
+    @property
+    def at_fine(self) -> int:
+        """Where the 4-bit codes of the wide channels lie, `[tokens, wide / 2]` bytes, behind that row."""
+        return self.at_row + self.head_dim
+
+    @property
+    def scratch_floats(self) -> int:
+        """Floats a thread works in; whole cache lines."""
+        return -(-(self.at_fine + self.tokens * self.wide // 8 + 1) // 16) * 16
+
+    def value_of(self, name: str) -> int | bool:
+        """What compiled code gets for an attribute."""
+        return getattr(self, name)
+
+
+@functools.cache
+def packing_of(
+    what: str, bits: int, group_size: int, method: str, dtype: torch.dtype, head_dim: int, wide: int
+) -> Packing | None:
+    """What to compile, or None where the layout fits no vector."""
+    if dtype not in FLOAT_NAMES or bits not in (2, 4, 8) or not host_is_supported() or head_dim % (8 // bits):
+        return None
+    lanes = math.gcd(host()[0], head_dim * bits // 8, *([group_size] if what == "values" else []))
+    return Packing(what, bits, group_size, method, FLOAT_NAMES[dtype], head_dim, wide, lanes) if lanes >= 4 else None

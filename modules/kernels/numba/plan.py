@@ -1,0 +1,164 @@
+"""The constants of one compilation of the attention kernel."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import torch
+
+from modules.kernels.numba.host import FLOAT_NAMES, host, host_is_supported, row_bytes
+from modules.options import FULL_PRECISION_BITS
+
+MAX_ROWS = 8  # query rows that share each load
+_MIN_TILE = 128  # tokens of a tile: its scores and weights stay in the first-level cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The constants of one compilation.
+
+    Attributes:
+        k_format, v_format: bits of the packed codes, 2, 4 or 8, or the dtype where that side is in full precision.
+        dense: dtype of sinks, window and new tokens: "float32", "bfloat16" or "float16".
+        rows: query rows that share each load, 1 to 8.
+        head_dim: channels.
+        group_size, v_group: tokens that share the scale of a key channel; channels that share one of a value.
+        wide: wide channels of 2-bit keys, a multiple of 4.
+        lanes: float32 lanes of a vector.
+        block: scores of one register block, `padded_rows * tokens`.
+    """
+
+    k_format: int | str
+    v_format: int | str
+    dense: str
+    rows: int
+    head_dim: int
+    group_size: int
+    v_group: int
+    wide: int
+    lanes: int
+    block: int
+
+    @property
+    def padded_rows(self) -> int:
+        """`rows` rounded up to a power of two."""
+        return 1 << (self.rows - 1).bit_length()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one register block; scores lie as `[blocks, padded_rows, tokens]`."""
+        return self.block // self.padded_rows
+
+    @property
+    def groups(self) -> int:
+        """Groups of channels of a value."""
+        return self.head_dim // self.v_group
+
+    @functools.cached_property
+    def tile_tokens(self) -> int:
+        """Tokens between two steps of the softmax; whole groups."""
+        return -(-_MIN_TILE // self.group_size) * self.group_size
+
+    @property
+    def k_quantized(self) -> bool:
+        return isinstance(self.k_format, int)
+
+    @property
+    def v_quantized(self) -> bool:
+        return isinstance(self.v_format, int)
+
+    @property
+    def k_bytes(self) -> int:
+        """Bytes of one packed key."""
+        return row_bytes(self.k_format, self.head_dim)
+
+    @property
+    def v_bytes(self) -> int:
+        return row_bytes(self.v_format, self.head_dim)
+
+    @property
+    def extra_bytes(self) -> int:
+        """Bytes of the low bits of one key's wide channels."""
+        return self.wide // 4
+
+    @property
+    def dense_bytes(self) -> int:
+        return row_bytes(self.dense, self.head_dim)
+
+    def columns(self, form: int | str) -> list[tuple[int, int]]:
+        """`(plane, chunk)` of the vectors that make up a head, planes of one chunk side by side."""
+        planes = 8 // form if isinstance(form, int) else 1
+        return [(p, c) for c in range(self.head_dim // planes // self.lanes) for p in range(planes)]
+
+    def channel(self, form: int | str, plane: int, chunk: int) -> int:
+        """First channel of a column."""
+        planes = 8 // form if isinstance(form, int) else 1
+        return plane * (self.head_dim // planes) + chunk * self.lanes
+
+    def wide_lanes(self, plane: int, chunk: int) -> int:
+        """Lanes of a column of 2-bit keys that are wide channels, which come first."""
+        return max(0, min(self.lanes, self.wide - self.channel(2, plane, chunk)))
+
+    # Sections of a thread's scratch, float32, in multiples of a cache line.
+
+    def _sections(self) -> dict[str, int]:
+        head = self.rows * self.head_dim
+        start = self.rows * self.lanes
+        scores = self.tile_tokens * self.padded_rows
+        return {
+            "query": head + start,
+            "placed": head if self.wide else 0,
+            "folded": head + start,
+            "scores": scores,
+            "spread": scores * self.groups,
+            "offsets": self.groups * self.block,
+            "maximum": self.block,
+            "total": self.block,
+            "decay": self.block,
+        }
+
+    def at(self, section: str) -> int:
+        """Where a section of the scratch starts, in floats; "end" gives the size of it all."""
+        position = 0
+        for name, size in self._sections().items():
+            if name == section:
+                break
+            position += -(-size // 16) * 16
+        return position
+
+    def value_of(self, name: str) -> int | bool:
+        """What compiled code gets for an attribute; `at_scores` is `at("scores")`."""
+        return self.at(name[3:]) if name.startswith("at_") else getattr(self, name)
+
+    @functools.cached_property
+    def scratch_floats(self) -> int:
+        """Floats a thread works in."""
+        return self.at("end")
+
+    @functools.cached_property
+    def partial_floats(self) -> int:
+        """Floats a unit hands to the combination: sums `[rows, head_dim]`, maxima and totals `[rows]`."""
+        return -(-(self.rows * (self.head_dim + 2)) // 16) * 16
+
+
+@functools.cache
+def plan_of(
+    bits: tuple[int, int], dtype: torch.dtype, rows: int, head_dim: int, groups: tuple[int, int], wide: int
+) -> Plan | None:
+    """The plan for a layer, or None where the layout fits no vector or the dtype is not one of the three.
+
+    `groups` are tokens (keys) and channels (values); a side in full precision has none.
+    """
+    if dtype not in FLOAT_NAMES or not host_is_supported():
+        return None
+    dense = FLOAT_NAMES[dtype]
+    formats = [dense if b == FULL_PRECISION_BITS else b for b in bits]
+    group_size = head_dim if all(b == FULL_PRECISION_BITS for b in bits) else groups[0]
+    v_group = head_dim if bits[1] == FULL_PRECISION_BITS else groups[1]
+    most, block = host()
+    planes = [8 // b for b in bits if b != FULL_PRECISION_BITS]
+    lanes = math.gcd(most, head_dim, v_group, *(head_dim // p for p in planes))
+    plan = Plan(formats[0], formats[1], dense, rows, head_dim, group_size, v_group, wide, lanes, max(block, lanes))
+    return plan if lanes >= 4 and group_size % plan.tokens == 0 else None

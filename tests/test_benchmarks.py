@@ -1,0 +1,130 @@
+"""The benchmarks: what they measure does what its name says, and the pages of docs/ are those of the results."""
+
+import dataclasses
+import pathlib
+
+import attention_cpu
+import compile_report
+import decode_cpu
+import gpu_bench
+import pytest
+import report
+import torch
+from conftest import make_pair, relative_error, tokens
+from transformers import DynamicCache
+
+from modules.cli.command import parse
+from modules.evaluation.environment import Environment
+from modules.evaluation.report import write_report
+from modules.evaluation.results import BenchmarkResult, load_result, save_result
+from modules.kernels.registry import backend
+from modules.kivi_cache_general import KIVICache
+from modules.options import KIVIOptions
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def states(heads: int, count: int, seed: int) -> torch.Tensor:
+    return torch.randn(1, heads, count, 64, generator=torch.Generator().manual_seed(seed))
+
+
+def test_a_packed_step_is_attention_and_the_same_each_time():
+    """At 16 bits it is the dense step; at 2 it is not, and no call leaves anything behind."""
+    token, past = (states(4, 1, 0), states(2, 1, 1), states(2, 1, 2)), (states(2, 200, 3), states(2, 200, 4))
+    dense = attention_cpu.dense_step(*token, past)().transpose(1, 2)
+    exact = attention_cpu.packed_step(KIVIOptions(k_bits=16, v_bits=16, backend="torch"), *token, past)
+    coded = attention_cpu.packed_step(KIVIOptions(backend="torch"), *token, past)
+    assert relative_error(exact(), dense) < 1e-5
+    first = coded()
+    assert 1e-3 < relative_error(first, dense) < 0.5
+    assert torch.equal(coded(), first) and relative_error(exact(), dense) < 1e-5
+
+
+def test_a_length_whose_next_step_packs_is_refused():
+    token, past = (states(2, 1, 0), states(2, 1, 1), states(2, 1, 2)), (states(2, 163, 3), states(2, 163, 4))
+    with pytest.raises(ValueError, match="packs a group; choose another length"):
+        attention_cpu.packed_step(KIVIOptions(backend="torch"), *token, past)
+
+
+def test_filled_caches_hold_the_same_tokens():
+    model = make_pair("llama")[1]
+    options = {"k_bits": 16, "v_bits": 16, "backend": "torch"}
+    caches = {"dense": DynamicCache(), "exact": model.create_kivi_cache(**options), "coded": model.create_kivi_cache()}
+    with torch.inference_mode():
+        decode_cpu.fill(caches, model.config, 100, torch.float32)
+        assert [cache.get_seq_length() for cache in caches.values()] == [100] * 3
+        dense, exact, coded = (model(tokens(1, 1), past_key_values=cache).logits for cache in caches.values())
+    assert relative_error(exact, dense) < 1e-5 and relative_error(coded, dense) > 1e-5
+    assert caches["coded"].get_cache_info()["tokens"]["packed"] == 64
+
+
+def test_layers_of_the_gpu_benchmark_hold_what_they_say(monkeypatch):
+    """On the CPU, where its layers and caches can be made as well."""
+    monkeypatch.setattr(gpu_bench, "DEVICE", "cpu")
+    layer = gpu_bench.single_layer(2, 2, 64, 300, (2, 2))
+    assert layer.lengths == [300, 300] and layer.packed == [160, 160]
+    elements = 2 * 2 * 64  # of one side, a token
+    full = 2 * elements * 2 * (300 - 160)  # sinks and window
+    packed = 160 * elements * (2 + 0.5 + 1 + 2 + 0.5) / 8  # keys, 4 bits for a quarter of them, and values
+    assert gpu_bench.bytes_read(layer) == full + packed
+
+    model = make_pair("qwen3", group_size=32, residual_length=128)[1].to(gpu_bench.DTYPE)
+    cache = gpu_bench.filled_cache(model, "KIVI eager", 2, 300, 64)
+    assert isinstance(cache, KIVICache) and cache.ledger.lengths == [300, 300] and cache.get_seq_length() == 300
+    for own in cache.layers:
+        own.backend = backend("torch")
+    with torch.no_grad():
+        assert model(tokens(2, 1), past_key_values=cache).logits.isfinite().all()
+    assert cache.get_seq_length() == 301
+
+
+@pytest.mark.parametrize("module", [attention_cpu, decode_cpu])
+def test_options_that_are_given_are_what_is_measured(module):
+    usual = parse(module.Flags, [], description="").contenders()
+    assert len(usual) >= 4
+    given = parse(module.Flags, ["--k-bits", "4", "--v-group-size", "16"], description="").contenders()
+    ((name, options),) = given.items()
+    assert "k_bits=4,v_group_size=16" in name
+    assert options in ({"k_bits": 4, "v_group_size": 16}, KIVIOptions(k_bits=4, v_group_size=16))
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        (attention_cpu, ["--lengths", "-1"]),
+        (attention_cpu, ["--seconds", "-1"]),
+        (attention_cpu, ["--rounds", "0"]),
+        (attention_cpu, ["--bits", "3"]),
+        (decode_cpu, ["--tokens", "512", "0"]),
+        (decode_cpu, ["--threads", "0"]),
+        (gpu_bench, ["--minutes", "-1"]),
+        (compile_report, ["--jobs", "0"]),
+        (compile_report, ["--arch", "91"]),
+    ],
+)
+def test_mistakes_are_named_before_any_work(module, arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        parse(module.Flags, arguments, description="")
+    assert ended.value.code == 2 and arguments[0] in capsys.readouterr().err
+
+
+def test_the_pages_are_those_of_the_results(tmp_path):
+    report.write_page(RESULTS, tmp_path / "performance.md")
+    write_report(RESULTS, tmp_path / "quality.md")
+    for name in ("performance.md", "quality.md"):
+        assert (tmp_path / name).read_text() == (ROOT / "docs" / name).read_text(), f"docs/{name} is to be written anew"
+
+
+def test_a_page_says_what_was_not_measured_and_what_was(tmp_path):
+    report.write_page(tmp_path, tmp_path / "page.md")
+    page = (tmp_path / "page.md").read_text()
+    assert page.count("Not measured yet.") == 2 and "Not compiled yet." in page and "not run on a GPU" in page
+    row = gpu_bench.Row("decoding", "Llama-3.1-8B", "KIVI graph", 8, 32768, microseconds=12345.6)
+    here = Environment("2026-01-02T03:04Z", "a GPU", 1, "", "3.12.0", {"torch": "2"})
+    result = BenchmarkResult("gpu", [dataclasses.asdict(row)], here, {"copy_gigabytes_per_second": 2000})
+    save_result(result, tmp_path / "gpu_bench.json")
+    assert load_result(tmp_path / "gpu_bench.json") == result
+    report.write_page(tmp_path, tmp_path / "page.md")
+    page = (tmp_path / "page.md").read_text()
+    assert "KIVI graph" in page and "12346" in page and "a GPU, 1 thread, Python 3.12.0, torch 2" in page
