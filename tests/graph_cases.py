@@ -1,13 +1,10 @@
-"""The Triton backend in whole models, and decoding from graphs: not collected until it follows the cache and the models.
-
-The interpreter is chosen when triton is imported, so a run of this file alone needs `TRITON_INTERPRET=1` set before:
+"""The Triton backend in whole models, and decoding from graphs. `test_triton.py` runs these as it does `triton_cases.py`:
 
     TRITON_INTERPRET=1 python -m pytest tests/graph_cases.py
 """
 
 from __future__ import annotations
 
-import copy
 import gc
 import weakref
 
@@ -17,9 +14,12 @@ import torch
 pytest.importorskip("triton")
 
 from conftest import FAMILIES, SIZES, SMALL, relative_error, tokens
-from modules.decode_runner import DecodeRunner, _Capture, _memory, _states, _warn_of_hooks
+from triton_cases import kernels  # noqa: F401 - a fixture
 
-from modules import packed_attention as dispatch
+from modules.kernels.registry import REGISTRY, Entry
+from modules.kernels.triton import attention
+from modules.models.graphs import DecodeRunner, _Capture, _warn_of_hooks
+from modules.store.step import Step
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -27,35 +27,10 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 pytestmark = [pytest.mark.gpu] if ON_GPU else []
 
 
-@pytest.fixture(scope="module")
-def kernels():
-    """The kernel modules."""
-    with pytest.MonkeyPatch.context() as patch:
-        _take_one_element_bounds(patch)
-        from modules.kernels import triton_attention, triton_quantize
-
-        yield triton_attention, triton_quantize
-
-
-def _take_one_element_bounds(patch: pytest.MonkeyPatch) -> None:
-    """The interpreter of Triton before 3.8 makes loop bounds arrays of one element, which NumPy no longer converts."""
-    if ON_GPU:
-        return
-    from triton.runtime import interpreter
-
-    original = interpreter._patch_lang_tensor
-
-    def patched(tensor, scope):
-        original(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
-
-    patch.setattr(interpreter, "_patch_lang_tensor", patched)
-
-
 @pytest.fixture
 def allowed(monkeypatch):
     """Caches take the Triton backend, also where the interpreter runs it."""
-    monkeypatch.setattr(dispatch, "_triton_problem", lambda _: None)
+    monkeypatch.setitem(REGISTRY, "triton", Entry("modules.kernels.triton", "triton", None))
 
 
 def small_model(family):
@@ -81,7 +56,7 @@ def left_padded(batch, length, padding):
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
-def test_logits_of_whole_models(kernels, allowed, family):
+def test_logits_of_whole_models(kernels, allowed, family):  # noqa: F811
     """A padded batch in chunks and single tokens, over a packing: as with the torch backend."""
     model = small_model(family)
     ids, mask = left_padded(2, 69, 7)
@@ -98,30 +73,29 @@ def test_logits_of_whole_models(kernels, allowed, family):
 
 
 class _Replay:
-    """What a CUDA graph does, without one: the step runs again, and the host's side of the cache does not notice."""
+    """What a CUDA graph does, without one: the step runs again, and the host's side of the ledger does not notice."""
 
-    def __init__(self, runner, cache, ids, logits):
-        self.runner, self.cache, self.ids, self.logits = runner, weakref.ref(cache), ids, logits
+    def __init__(self, model, cache, ids, positions, step, logits):
+        self.model, self.cache = model, weakref.ref(cache)
+        self.ids, self.positions, self.step, self.logits = ids, positions, step, logits
 
     def replay(self):
         cache = self.cache()
-        layers = cache.layers
-        host = [(layer.columns, layer.column_is_real, layer.state.lengths, layer.state.packed) for layer in layers]
-        self.logits.copy_(self.runner._eager(cache, self.ids))
-        for layer, (columns, real, lengths, packed) in zip(layers, host):
-            layer.columns, layer.column_is_real = columns, real
-            layer.state.lengths, layer.state.packed = lengths, packed
+        with cache.ledger.recording():
+            self.logits.copy_(DecodeRunner._eager(self.model, cache, self.ids, self.positions, self.step))
 
 
-def recorded_without_a_graph(runner, cache, input_ids):
+def recorded_without_a_graph(runner, model, cache, input_ids, position_ids, step):
     """Stands in for `DecodeRunner._record`."""
-    for layer in cache.layers:
-        layer.state.device_counts()
-    ids, logits = input_ids.clone(), torch.empty(*input_ids.shape, runner.model.config.vocab_size, device=DEVICE)
-    return _Capture(_Replay(runner, cache, ids, logits), ids, logits, _memory(_states(cache)))
+    cache.ledger.counts(input_ids.device)
+    ids, positions = input_ids.clone(), position_ids.clone()
+    still = Step(1, None if step.all_real else step.real.clone(), counted=step.counted)
+    logits = torch.empty(*ids.shape, model.config.vocab_size, device=DEVICE)
+    graph = _Replay(model, cache, ids, positions, still, logits)
+    return _Capture(graph, ids, positions, still.real, logits, cache.ledger.moves)
 
 
-def graphs_without_a_gpu(monkeypatch, kernels):
+def graphs_without_a_gpu(monkeypatch):
     """Lets a runner work where there is no GPU; on a GPU it does as it is. Returns a list with an entry a recording."""
     records = []
     record = DecodeRunner._record if ON_GPU else recorded_without_a_graph
@@ -129,38 +103,55 @@ def graphs_without_a_gpu(monkeypatch, kernels):
     if not ON_GPU:
         monkeypatch.setattr(DecodeRunner, "why_not", staticmethod(lambda *_: None))
         monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-        monkeypatch.setattr(kernels[0], "FORCE_PLAIN", True)
+        monkeypatch.setattr(attention, "FORCE_PLAIN", True)
     return records
 
 
-def test_replayed_decoding_is_eager_decoding(kernels, allowed, monkeypatch):
-    """Tokens, lengths and masks over several packings; the growing cache records again each time it moves."""
-    model, steps = small_model("llama"), 19
-    ids, mask = left_padded(1, 42, 7)
+@pytest.mark.parametrize("reserved", [False, True])
+def test_replayed_decoding_is_eager_decoding(kernels, allowed, monkeypatch, reserved):  # noqa: F811
+    """Tokens, lengths and masks over several packings. A cache that knows its length is recorded once; one that grows,
+    again each time it moves."""
+    model, steps = small_model("llama"), 36
+    ids, mask = left_padded(2, 42, 7)
     greedy = {"attention_mask": mask, "do_sample": False, "min_new_tokens": steps, "max_new_tokens": steps}
     model.use_cuda_graphs = False
     eager = model.create_kivi_cache(backend="triton", residual_length=0)
     expected = model.generate(ids, past_key_values=eager, **greedy)
     model.use_cuda_graphs = True
-    records = graphs_without_a_gpu(monkeypatch, kernels)
+    records = graphs_without_a_gpu(monkeypatch)
     cache = model.create_kivi_cache(backend="triton", residual_length=0)
+    if reserved:
+        cache.reserve(ids.shape[1] + steps)
     assert torch.equal(model.generate(ids, past_key_values=cache, **greedy), expected)
-    assert len(records) == 2  # at the start and when the packed part had to grow
-    for layer, other in zip(cache.layers, eager.layers):
-        assert (layer.columns, layer.state.lengths, layer.state.packed) == (
-            other.columns,
-            other.state.lengths,
-            other.state.packed,
-        )
-        assert layer.state.counts[:2].tolist() == [layer.state.lengths, layer.state.packed]
-        assert torch.equal(layer.column_is_real, other.column_is_real)
+    assert len(records) == 1 if reserved or ON_GPU else len(records) > 1
+    ledger, other = cache.ledger, eager.ledger
+    assert (ledger.columns, ledger.lengths, ledger.packed) == (other.columns, other.lengths, other.packed)
+    assert ledger.counts(torch.device(DEVICE, 0) if ON_GPU else torch.device("cpu"))[:2].tolist() == [
+        ledger.lengths,
+        ledger.packed,
+    ]
+    assert torch.equal(ledger.column_is_real, other.column_is_real)
 
 
-def test_replayed_steps_in_another_autograd_mode(kernels, allowed, monkeypatch):
+def test_positions_of_a_replayed_step_are_those_given(kernels, allowed, monkeypatch):  # noqa: F811
+    model = small_model("llama")
+    graphs_without_a_gpu(monkeypatch)
+    logits = []
+    for model.use_cuda_graphs in (False, True):
+        cache, parts = model.create_kivi_cache(backend="triton"), []
+        with torch.no_grad():
+            model(tokens(1, 60).to(DEVICE), past_key_values=cache)
+            for number, token in enumerate(tokens(1, 5, seed=1).to(DEVICE).split(1, dim=1)):
+                position = torch.tensor([[100 + 3 * number]], device=DEVICE)
+                parts.append(model(token, position_ids=position, past_key_values=cache).logits)
+        logits.append(torch.cat(parts, dim=1))
+    assert relative_error(*logits) < (2e-3 if ON_GPU else 1e-5)
+
+
+def test_replayed_steps_in_another_autograd_mode(kernels, allowed, monkeypatch):  # noqa: F811
     """The cache grows in inference mode and is written to without it."""
     model, logits = small_model("llama"), []
-    records = graphs_without_a_gpu(monkeypatch, kernels)
+    records = graphs_without_a_gpu(monkeypatch)
     pieces = tokens(1, 72).to(DEVICE).split([49, 1, 1, 1, 1, 19], dim=1)
     for model.use_cuda_graphs in (False, True):
         cache, parts = model.create_kivi_cache(backend="triton", residual_length=0, k_bits=16), []
@@ -172,38 +163,29 @@ def test_replayed_steps_in_another_autograd_mode(kernels, allowed, monkeypatch):
     assert relative_error(*logits) < (2e-3 if ON_GPU else 1e-5)
 
 
-def test_a_replay_that_fails_is_not_stored(kernels, allowed, monkeypatch):
-    """As with an eager step: the lengths of all layers, on the host and on the device, are what they were."""
+def test_a_replay_that_fails_is_not_stored(kernels, allowed, monkeypatch):  # noqa: F811
+    """As with an eager step: the lengths, on the host and on the device, are what they were."""
     model = small_model("llama")
-    graphs_without_a_gpu(monkeypatch, kernels)
-    cache = model.create_kivi_cache(backend="triton", residual_length=0)
+    graphs_without_a_gpu(monkeypatch)
+    cache = model.create_kivi_cache(backend="triton")
     token = tokens(1, 1, seed=1).to(DEVICE)
-
-    def stop(_):
-        raise ValueError("too large")
-
     with torch.no_grad():
-        for piece in (tokens(1, 49).to(DEVICE), token, token):
+        for piece in (tokens(1, 60).to(DEVICE), token, token):
             model(piece, past_key_values=cache)
-        model.use_cuda_graphs = False
-        expected = model(token, past_key_values=copy.deepcopy(cache)).logits
-        model.use_cuda_graphs = True
-        assert cache.layers[0].state.packs_at(0, 1)
-        before = cache.get_seq_length(), list(cache.layers[0].state.lengths), list(cache.layers[0].state.packed)
+        before = cache.ledger.lengths, cache.ledger.packed, cache.get_seq_length()
         with monkeypatch.context() as patch:
-            patch.setattr(kernels[1], "check_packed", stop)
-            with pytest.raises(ValueError, match="too large"):
+            patch.setattr(_Replay if not ON_GPU else torch.cuda.CUDAGraph, "replay", lambda self: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
                 model(token, past_key_values=cache)
-        state = cache.layers[0].state
-        assert before == (cache.get_seq_length(), state.lengths, state.packed)
-        assert state.device_counts()[:2].tolist() == [state.lengths, state.packed]
-        assert relative_error(model(token, past_key_values=cache).logits, expected) < (2e-3 if ON_GPU else 1e-5)
+        assert before == (cache.ledger.lengths, cache.ledger.packed, cache.get_seq_length())
+        model(token, past_key_values=cache)
+        assert cache.get_seq_length() == before[2] + 1
 
 
-def test_a_hooked_model_decodes_eagerly(kernels, allowed, monkeypatch):
+def test_a_hooked_model_decodes_eagerly(kernels, allowed, monkeypatch):  # noqa: F811
     """A graph would not call the hook; those that transformers leaves behind need not be called."""
     model, calls = small_model("llama"), []
-    records = graphs_without_a_gpu(monkeypatch, kernels)
+    records = graphs_without_a_gpu(monkeypatch)
     cache = model.create_kivi_cache(backend="triton")
     with torch.no_grad():
         out = model(tokens(1, 60).to(DEVICE), past_key_values=cache, output_hidden_states=True)
@@ -231,18 +213,20 @@ def test_eager_attention_is_not_recorded(monkeypatch):
     assert "eager attention" in DecodeRunner.why_not(model, cache)
 
 
-def test_a_cache_is_gone_with_its_last_name(kernels, allowed, monkeypatch):
-    """Its memory must not wait for Python's collector of cycles."""
+def test_a_cache_and_its_memory_are_gone_with_the_last_name(kernels, allowed, monkeypatch):  # noqa: F811
+    """Neither waits for Python's collector of cycles, nor does reset() wait for the graph."""
     model = small_model("llama")
-    graphs_without_a_gpu(monkeypatch, kernels)
+    graphs_without_a_gpu(monkeypatch)
     cache = model.create_kivi_cache(backend="triton")
     with torch.no_grad():
         for piece in tokens(1, 64).to(DEVICE).split([61, 1, 1, 1], dim=1):
             model(piece, past_key_values=cache)
-    assert cache._runner._capture is not None
-    gone = weakref.ref(cache)
+    assert model._decode_graphs.runner(cache)._capture is not None
+    codes, gone = weakref.ref(cache.layers[0].store.key.codes), weakref.ref(cache)
     gc.disable()
     try:
+        cache.reset()
+        assert codes() is None
         del cache
         assert gone() is None
     finally:

@@ -176,9 +176,15 @@ class KIVICache(Cache):
             self._savepoint.restore()
         self._drop_open_step()
 
+    def finish_replay(self, step: Step) -> None:
+        """Move the host on after a step of one token that a graph has stored."""
+        self._commit(step, on_devices=False)
+
     @as_data
-    def _commit(self, step: Step) -> None:
-        self.ledger.commit(step)
+    def _commit(self, step: Step, on_devices: bool = True) -> None:
+        self.ledger.commit(step, on_devices)
+        if step.length == 1 and self.ledger.columns % self.ledger.geometry.group_size == 0:
+            self.ledger.watch_marks()
 
     def _check_complete(self) -> None:
         written, layers = self.ledger.open.written, [layer.layer_idx for layer in self.kivi_layers]
@@ -244,6 +250,8 @@ class KIVICache(Cache):
                 f"attention_mask must have the shape {(batch, stored + length)}: {stored} stored tokens and {length} new "
                 f"ones; got {tuple(attention_mask.shape)}."
             )
+        if length > 1 and attention_mask.device.type != "cpu":
+            self.ledger.raise_if_marked()  # the host waits here anyway
         real = attention_mask.bool()
         if stored and (length > 1 or real.device.type == "cpu"):
             self._check_past(real[:, :stored])
@@ -456,6 +464,7 @@ class KIVICache(Cache):
     def get_cache_info(self) -> dict[str, Any]:
         """What is stored, counted from the tensors: tokens, bytes by part, bits an element as stored and nominal."""
         self._settle()
+        self.ledger.raise_if_marked()
         return cache_report(self)
 
     def __repr__(self) -> str:

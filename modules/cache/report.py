@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from modules.codecs.full_precision import FULL_PRECISION
 from modules.options import KIVIOptions
 
 
@@ -95,7 +96,7 @@ def cache_report(cache: Any) -> dict[str, Any]:
             elements += per_token * sum(layer.lengths)
             dense += per_token * sum(layer.lengths) * side.sinks.element_size()
             slack += round((side_packed + side_meta) * (1 - used))
-            if side.scale is None:
+            if side.codec.layout == FULL_PRECISION:
                 full += side_packed
             else:
                 codes, metadata = codes + side_packed, metadata + side_meta

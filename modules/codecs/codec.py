@@ -38,6 +38,7 @@ class Codec(Protocol):
         wide: channels of a head that come first in an order of its own, 0 where channels lie as they are.
         limit: the largest magnitude that can be stored.
         method: how the range of a group is found.
+        layout: what its bytes mean; a backend attends over those that it knows.
     """
 
     bits: int
@@ -45,6 +46,7 @@ class Codec(Protocol):
     wide: int
     limit: float
     method: str
+    layout: str
 
     def parts(self, head_dim: int, dtype: torch.dtype) -> dict[str, Part]:
         """The tensors it needs, by the names of `Packed`, for states of `dtype`."""

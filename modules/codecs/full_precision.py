@@ -8,6 +8,8 @@ import torch
 
 from modules.codecs.codec import Packed, Part
 
+FULL_PRECISION = "full precision"
+
 
 @dataclasses.dataclass(frozen=True)
 class FullPrecisionCodec:
@@ -18,6 +20,7 @@ class FullPrecisionCodec:
     wide: int = 0
     limit: float = torch.finfo(torch.float32).max
     method: str = "none"
+    layout: str = FULL_PRECISION
 
     def parts(self, head_dim: int, dtype: torch.dtype) -> dict[str, Part]:
         """Codes that are the states."""

@@ -21,6 +21,8 @@ from modules.codecs.grouped import (
 )
 from modules.options import FULL_PRECISION_BITS, KIVIOptions
 
+GROUPED = "grouped"
+
 
 @dataclasses.dataclass(frozen=True)
 class KeyCodec:
@@ -31,6 +33,7 @@ class KeyCodec:
     method: str
     wide: int = 0
     limit: float = FLOAT16_MAX
+    layout: str = GROUPED
 
     def parts(self, head_dim: int, dtype: torch.dtype) -> dict[str, Part]:
         """Codes, metadata a group of tokens and, with wide channels, their low bits."""
@@ -62,6 +65,7 @@ class ValueCodec:
     method: str
     wide: int = 0
     limit: float = FLOAT16_MAX
+    layout: str = GROUPED
 
     def parts(self, head_dim: int, dtype: torch.dtype) -> dict[str, Part]:
         """Codes and metadata a token."""

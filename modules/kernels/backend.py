@@ -9,6 +9,8 @@ import abc
 
 import torch
 
+from modules.codecs.full_precision import FULL_PRECISION
+from modules.codecs.kivi import GROUPED
 from modules.kernels.append import append_rows
 from modules.store.layer import PackedLayer
 from modules.store.side import PackedSide
@@ -22,9 +24,11 @@ class Backend(abc.ABC):
 
     Attributes:
         name: as the option `backend` has it.
+        layouts: of codecs whose bytes it can read.
     """
 
     name: str
+    layouts: frozenset[str] = frozenset((GROUPED, FULL_PRECISION))
 
     def __deepcopy__(self, memo: dict) -> Backend:
         return self

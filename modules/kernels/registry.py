@@ -51,6 +51,9 @@ def why_not(name: str, layer: PackedLayer) -> str | None:
     if entry.needs is not None and importlib.util.find_spec(entry.needs) is None:
         return f"the package {entry.needs} is not installed"
     try:
+        unknown = {side.codec.layout for side in layer.sides} - backend(name).layouts
+        if unknown:
+            return f"its kernels cannot read codes of the layout {', '.join(sorted(unknown))}"
         return backend(name).why_not(layer)
     except Exception as error:  # an optional package may fail to import in any way, and attention goes on without it
         return f"{entry.needs} cannot be used here ({type(error).__name__}: {error})"
@@ -74,8 +77,9 @@ def pick_backend(wanted: str, layer: PackedLayer) -> Backend:
             problem = why_not(name, layer)
             if problem is None:
                 return backend(name)
-            _warn_of_torch(problem)
-    return backend("torch")
+            if name != "torch":
+                _warn_of_torch(problem)
+    raise ValueError(f"no backend attends over this cache: {problem}.")
 
 
 @functools.cache

@@ -177,7 +177,7 @@ class DecodeRunner:
         if capture.real is not None:
             capture.real.copy_(step.real)
         capture.graph.replay()
-        cache.ledger.commit(step, on_devices=False)
+        cache.finish_replay(step)
         return capture.logits
 
     @staticmethod

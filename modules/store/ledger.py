@@ -101,6 +101,7 @@ class Ledger:
         self.moves, self.expected = 0, max_length or 0
         self.open: OpenStep | None = None
         self._recording = False
+        self._watched: torch.Tensor | None = None  # marks of a GPU as they were some steps ago
         self._counts: dict[torch.device, torch.Tensor] = {}
         self.clear([])
 
@@ -172,6 +173,16 @@ class Ledger:
                 "are float16); a decode step packed larger ones. Keep this side in full precision with bits 16, or look "
                 "for the overflow upstream."
             )
+
+    def watch_marks(self) -> None:
+        """`raise_if_marked` without waiting: looks at what was copied to the host the last time, and copies anew.
+
+        A step of one token on a GPU may have packed states that cannot be stored; this finds it some tokens later.
+        """
+        if self._watched is not None and self._watched.numpy().any():
+            self.raise_if_marked()
+        on_gpu = [counts for counts in self._counts.values() if counts.is_cuda]
+        self._watched = on_gpu[0][MARK].to("cpu", non_blocking=True) if len(on_gpu) == 1 else None
 
     def packs(self, row: int, new: int) -> bool:
         """Whether `new` more tokens fill a group of the sequence `row`."""

@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from modules.codecs.codec import Codec, Packed
+from modules.codecs.codec import Codec, Packed, Part
 from modules.store.ledger import Geometry
 
 
@@ -21,12 +21,14 @@ class PackedSide:
             None where the codec has no such part. At 16 bits `codes` is `[B, H, C, D]` in the model's dtype.
         order: int64 `[B, H, D]`, the channels in the order in which codes and metadata hold them, wide ones first, chosen
             when a sequence's first groups are packed; None without wide channels.
+        parts: how the packed parts are laid out, by name.
         sinks: `[B, H, sink_length, D]` in the model's dtype.
         window: `[B, H, residual_length + group_size, D]` in the model's dtype, a ring.
     """
 
     what: str
     codec: Codec
+    parts: dict[str, Part]
     sinks: torch.Tensor
     window: torch.Tensor
     codes: torch.Tensor
@@ -42,9 +44,9 @@ class PackedSide:
     def empty(cls, what: str, codec: Codec, like: torch.Tensor, geometry: Geometry) -> PackedSide:
         """No tokens yet, for states shaped `[B, H, *, D]` as `like`."""
         batch, heads, _, head_dim = like.shape
-        parts = {
-            name: like.new_empty(batch, heads, 0, part.width, dtype=part.dtype)
-            for name, part in codec.parts(head_dim, like.dtype).items()
+        parts = codec.parts(head_dim, like.dtype)
+        packed = {
+            name: like.new_empty(batch, heads, 0, part.width, dtype=part.dtype) for name, part in parts.items()
         }
         order = None
         if codec.wide:
@@ -52,10 +54,11 @@ class PackedSide:
         return cls(
             what=what,
             codec=codec,
+            parts=parts,
             sinks=like.new_zeros(batch, heads, geometry.sink_length, head_dim),
             window=like.new_zeros(batch, heads, geometry.ring, head_dim),
             order=order,
-            **parts,
+            **packed,
         )
 
     @property
@@ -119,7 +122,7 @@ class PackedSide:
 
     def _row(self, name: str, token: int) -> int:
         """Row of a packed part at which `token` starts."""
-        return token // self.group_size if self.what == "keys" and name in ("scale", "minimum") else token
+        return token // self.parts[name].every
 
     def stored(self, rows: slice, start: int, stop: int) -> Packed:
         """Views of the packed tokens `start…stop`, multiples of the group size, of the sequences `rows`."""
