@@ -143,7 +143,7 @@ class Kernel:
 def compiled(function: Callable, constants) -> Kernel:
     """The kernel that `function` is with these constants, from Numba's on-disk cache where it is there."""
     signature = types.void(ConstantsType(constants), *[types.int64] * 5)
-    what = f"{function.__name__.strip('_')} for {constants}"
+    what = f"{function.__name__.strip('_')} {constants.summary}"
     made = with_cache(lambda cache: cfunc(signature, cache=cache, error_model="numpy")(function), what)
     return Kernel(made.address, _KERNEL(made.address))
 
@@ -177,7 +177,7 @@ class _Announcer(event.Listener):
     def on_start(self, event) -> None:
         if not self.started and threading.get_ident() == self.thread:
             self.started = time.perf_counter()
-            print(f"KIVI compiles {self.what}; this takes seconds, once …", file=sys.stderr, flush=True)
+            print(f"KIVI compiles {self.what}: some seconds, once …", file=sys.stderr, flush=True)
 
     def on_end(self, event) -> None:
         pass

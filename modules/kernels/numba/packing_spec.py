@@ -39,6 +39,11 @@ class Packing:
     lanes: int
 
     @property
+    def summary(self) -> str:
+        """For people."""
+        return f"{self.what} of {self.head_dim} channels at {self.bits} bits"
+
+    @property
     def keys(self) -> bool:
         return self.what == "keys"
 

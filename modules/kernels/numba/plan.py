@@ -42,6 +42,12 @@ class Plan:
     block: int
 
     @property
+    def summary(self) -> str:
+        """For people."""
+        key, value = (f"{form}-bit" if isinstance(form, int) else form for form in (self.k_format, self.v_format))
+        return f"over {key} keys and {value} values with heads of {self.head_dim}"
+
+    @property
     def padded_rows(self) -> int:
         """`rows` rounded up to a power of two."""
         return 1 << (self.rows - 1).bit_length()
