@@ -203,6 +203,11 @@ def _weigh_codes(sums, offsets, p, decay, values, token, TILE: tl.constexpr):
     words = ()
     for word in tl.static_range(WORDS):
         words += (tl.load(values.scale + token * WORDS + word),)
+    low = tl.load(  # early, used late: so no register is spilled
+        values.minimum + token[:, None, :] * GROUPS + group16[None, :, None],
+        mask=group16[None, :, None] < GROUPS,
+        other=0.0,
+    )  # [WARPS, 16, U * T]
     new_sums = ()
     for seg in tl.static_range(TILE.V_SEGS):
         at = token[:, None, :] * (V_WIDTH // 2) + seg * (V_SEG // 2) + pair[None, :, None]
@@ -214,11 +219,6 @@ def _weigh_codes(sums, offsets, p, decay, values, token, TILE: tl.constexpr):
             for half in tl.static_range(2):
                 old = sums[(seg * PLANES + plane) * 2 + half] * decay[:, None, :]
                 new_sums += (_weigh_plane(old, pairs, p, words, column, seg, plane, half, TILE),)
-    low = tl.load(
-        values.minimum + token[:, None, :] * GROUPS + group16[None, :, None],
-        mask=group16[None, :, None] < GROUPS,
-        other=0.0,
-    )  # [WARPS, 16, U * T]
     return new_sums, tl.dot(low, p, offsets * decay[:, None, :])
 
 
