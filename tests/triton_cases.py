@@ -222,6 +222,22 @@ def test_append_step_by_step(kernels, bits, group_size, residual, sink, start, s
     assert_equal_layers(*layers)
 
 
+def test_append_in_a_window_with_room_for_drafts(kernels):
+    """The window then has more slots than tokens that are not packed: groups are packed as before."""
+    layers = [stored([70, 65]) for _ in range(2)]
+    for layer in layers:
+        geometry = layer.ledger.make_draft_room(64)
+        layer.enlarge_window(geometry)
+        layer.ledger.geometry = geometry
+    keys, values = random_states((2, 1, 80, 64), torch.float16, 3, DEVICE)
+    for token in range(80):
+        new = (t[:, :, token : token + 1] for t in (keys, values))
+        append((kernels, backend("torch")), layers, *new, Step.of(None, 2, 1))
+    assert min(layers[0].packed) >= 96
+    assert_equal_layers(*layers)
+    check_attention(layers[0], group=2)
+
+
 @pytest.mark.parametrize("head_dim, residual, observed", [(64, 16, True), (96, 0, True), (128, 16, False)])
 def test_append_chooses_wide_channels_on_the_device(kernels, head_dim, residual, observed):
     """Sequences that reach their first group at different steps, of which the host is told nothing."""

@@ -38,9 +38,14 @@ class Geometry:
     draft_room: int = 0
 
     @property
+    def window(self) -> int:
+        """Tokens behind the packed ones at which a group is packed."""
+        return self.residual_length + self.group_size
+
+    @property
     def ring(self) -> int:
         """Slots of the window."""
-        return self.residual_length + self.group_size + self.draft_room
+        return self.window + self.draft_room
 
     def packed_after(self, length: int, packed: int) -> int:
         """Packed tokens of a sequence that held `packed` of them and now has `length` tokens in all."""

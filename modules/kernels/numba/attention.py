@@ -111,7 +111,7 @@ _decoding: weakref.WeakKeyDictionary[PackedLayer, tuple[tuple, _Call]] = weakref
 def _full_windows(layer: PackedLayer) -> list[int]:
     """Sequences that have a whole group to pack after one more token; see `Geometry.packed_after`."""
     geometry = layer.ledger.geometry
-    most = geometry.sink_length + geometry.ring - 1
+    most = geometry.sink_length + geometry.window - 1
     return [row for row, (length, packed) in enumerate(zip(layer.lengths, layer.packed)) if length - packed >= most]
 
 

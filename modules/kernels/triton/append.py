@@ -99,10 +99,11 @@ def _append_side(
     capacity,
     SINK: tl.constexpr,
     RING: tl.constexpr,
+    WINDOW: tl.constexpr,
     TOKENS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """One head of one side: store the token `new`, `[D]`, and pack a group if that fills the ring."""
+    """One head of one side: store the token `new`, `[D]`, and pack a group if that makes `WINDOW` unpacked ones."""
     D: tl.constexpr = TILE.D
     D_PAD: tl.constexpr = TILE.D_PAD
     d = tl.arange(0, D_PAD)
@@ -114,7 +115,7 @@ def _append_side(
         tl.store(side.sinks + head64 * (SINK * D) + length * D + d, x, mask=d < D)
     else:
         tl.store(window + behind % RING * D + d, x, mask=d < D)
-        if behind + 1 - packed >= RING:
+        if behind + 1 - packed >= WINDOW:
             tl.debug_barrier()  # without a residual window the group holds the token just stored
             group = group_of_side(side, head64 * capacity + packed, head, TILE)
             _pack_group(window + packed % RING * D, group, energy + head * D, mark, packed, TOKENS, TILE)
@@ -134,6 +135,7 @@ def append_step(
     capacity,
     SINK: tl.constexpr,
     RING: tl.constexpr,
+    WINDOW: tl.constexpr,
     TOKENS: tl.constexpr,
     ALL_NEW: tl.constexpr,
     K_TILE: tl.constexpr,
@@ -154,10 +156,10 @@ def append_step(
     if count > 0:
         if side == 0:
             new = new_keys.states + sequence64 * new_keys.stride_b + in_sequence * new_keys.stride_h
-            _append_side(new, keys, energy, mark, head, length, packed, capacity, SINK, RING, TOKENS, K_TILE)
+            _append_side(new, keys, energy, mark, head, length, packed, capacity, SINK, RING, WINDOW, TOKENS, K_TILE)
         else:
             new = new_values.states + sequence64 * new_values.stride_b + in_sequence * new_values.stride_h
-            _append_side(new, values, energy, mark, head, length, packed, capacity, SINK, RING, TOKENS, V_TILE)
+            _append_side(new, values, energy, mark, head, length, packed, capacity, SINK, RING, WINDOW, TOKENS, V_TILE)
 
 
 def append_token(layer: PackedLayer, key: torch.Tensor, value: torch.Tensor, step: Step) -> bool:
@@ -190,6 +192,7 @@ def append_token(layer: PackedLayer, key: torch.Tensor, value: torch.Tensor, ste
             layer.key.capacity,
             SINK=layer.sink_length,
             RING=layer.ring,
+            WINDOW=layer.ledger.geometry.window,
             TOKENS=group_size,
             ALL_NEW=step.all_real,
             K_TILE=launch.pack_tile(layer.key, group_size),
