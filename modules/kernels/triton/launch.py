@@ -70,6 +70,7 @@ class Shape(NamedTuple):
         )
 
 
+# Kernels give the constants they use a name of their own: Triton 3.6 takes no field of a tuple where it wants a constant.
 class AttentionTile(NamedTuple):
     """The constants `attend_splits` is compiled for; "width" is bytes a token, or elements at 16 bits."""
 
@@ -106,6 +107,7 @@ class AttentionTile(NamedTuple):
     V_SEGS: int
     V_PLANES: int
     V_PARTS: int  # bytes of an int16, 1 at 16 bits
+    V_PRODUCTS: int  # of all segments, planes and parts
     META_PER_WORD: int  # scales of values read as one integer
     FULL_SEG: int  # channels of a full-precision tile
     FULL_T: int  # tokens of one
@@ -187,6 +189,8 @@ def attention_tile(
         v_seg = value_g if v_width % value_g == 0 and v_fold == 1 else v_width
         v_columns = max(16, triton.next_power_of_2(v_seg // 2))
     n = 16 if many_rows and d in HEADS_OF_16_ROWS and item == 2 else 8
+    v_segs, v_planes = v_width // v_seg, d // v_width // v_fold
+    v_parts = 1 if v_bits == FULL_PRECISION_BITS else 2
     stages, block_tokens, blocks = _pipeline(shape, n, warps, item, shared)
     return AttentionTile(
         D=d,
@@ -219,9 +223,10 @@ def attention_tile(
         V_SEG=v_seg,
         V_FOLD=v_fold,
         V_COLS=v_columns,
-        V_SEGS=v_width // v_seg,
-        V_PLANES=d // v_width // v_fold,
-        V_PARTS=1 if v_bits == FULL_PRECISION_BITS else 2,
+        V_SEGS=v_segs,
+        V_PLANES=v_planes,
+        V_PARTS=v_parts,
+        V_PRODUCTS=v_segs * v_planes * v_parts,
         META_PER_WORD=next(size for size in (4, 2, 1) if d // value_g % size == 0),
         FULL_SEG=_full_segment(d, k_bits, item),
         FULL_T=FULL_TOKENS,

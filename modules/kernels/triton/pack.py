@@ -40,8 +40,10 @@ def _mark_unrepresentable(x, mark):
 @triton.jit
 def _fit_wide(x, TILE: tl.constexpr):
     """Codes of wide channels `[G, N]`, int32, with their scale and minimum."""
-    s, m = fit(x, 0, TILE.G, TILE.WIDE_BITS, TILE.METHOD)
-    return round_to_codes(x, s[None, :], m[None, :], TILE.WIDE_BITS).to(tl.int32), s, m
+    BITS: tl.constexpr = TILE.WIDE_BITS
+    METHOD: tl.constexpr = TILE.METHOD
+    s, m = fit(x, 0, TILE.G, BITS, METHOD)
+    return round_to_codes(x, s[None, :], m[None, :], BITS).to(tl.int32), s, m
 
 
 @triton.jit
@@ -109,6 +111,7 @@ def pack_values(states, stride_t, tokens, mark, TILE: tl.constexpr):
     D: tl.constexpr = TILE.D
     G: tl.constexpr = TILE.G
     BITS: tl.constexpr = TILE.BITS
+    METHOD: tl.constexpr = TILE.METHOD
     WIDTH: tl.constexpr = TILE.WIDTH
     WIDTH_PAD: tl.constexpr = TILE.WIDTH_PAD
     TOKENS: tl.constexpr = TILE.TOKENS
@@ -118,7 +121,7 @@ def pack_values(states, stride_t, tokens, mark, TILE: tl.constexpr):
     for group in tl.static_range(GROUPS):
         x = tl.load(states + token[:, None] * stride_t + group * G + channel[None, :]).to(tl.float32)  # [TOKENS, G]
         _mark_unrepresentable(x, mark)
-        s, m = fit(x, 1, G, BITS, TILE.METHOD)
+        s, m = fit(x, 1, G, BITS, METHOD)
         tl.store(tokens.scale + token * GROUPS + group, s.to(tl.float16))
         tl.store(tokens.minimum + token * GROUPS + group, m.to(tl.float16))
     tl.debug_barrier()  # a plane may hold channels of several groups: their metadata is read back

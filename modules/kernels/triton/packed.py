@@ -93,17 +93,18 @@ def _scores_of_codes(folded, keys, block, TILE: tl.constexpr):
     T: tl.constexpr = TILE.T
     N: tl.constexpr = TILE.N
     BATCH: tl.constexpr = TILE.BATCH
+    SEGS: tl.constexpr = TILE.K_SEGS
     PLANES: tl.constexpr = TILE.K_PLANES
     K_SEG: tl.constexpr = TILE.K_SEG
     K_USED_PAD: tl.constexpr = TILE.K_USED_PAD
     PRODUCT: tl.constexpr = TILE.K_FOLD * TILE.K_WIDTH  # channels between two products of a segment
     group = block * T // TILE.G
     scores = tl.zeros([BATCH, T, N], tl.float32)
-    for i in tl.static_range(TILE.K_SEGS * PLANES):
+    for i in tl.static_range(SEGS * PLANES):
         low = _key_metadata(keys.minimum, group, (i % PLANES) * PRODUCT + (i // PLANES) * K_SEG, TILE)
         scores = tl.dot(tl.broadcast_to(low[:, None, :], [BATCH, T, K_USED_PAD]), folded.plain[i], scores)
     scores = scores * (1.0 / TWO_24)
-    for seg in tl.static_range(TILE.K_SEGS):
+    for seg in tl.static_range(SEGS):
         codes = _key_codes(keys.codes, block, seg, TILE)
         for plane in tl.static_range(PLANES):
             scale = _key_metadata(keys.scale, group, plane * PRODUCT + seg * K_SEG, TILE)
@@ -120,8 +121,9 @@ def _scores_of_states(folded, keys, block, TILE: tl.constexpr):
     T: tl.constexpr = TILE.T
     N: tl.constexpr = TILE.N
     BATCH: tl.constexpr = TILE.BATCH
+    SEGS: tl.constexpr = TILE.K_SEGS
     scores = tl.zeros([BATCH, T, N], tl.float32)
-    for seg in tl.static_range(TILE.K_SEGS):
+    for seg in tl.static_range(SEGS):
         scores = dot(_key_codes(keys.codes, block, seg, TILE), folded.plain[seg], scores, TILE.ASM)
     return scores
 
@@ -194,6 +196,7 @@ def _weigh_codes(sums, offsets, p, decay, values, token, TILE: tl.constexpr):
     V_FOLD: tl.constexpr = TILE.V_FOLD
     V_WIDTH: tl.constexpr = TILE.V_WIDTH
     V_COLS: tl.constexpr = TILE.V_COLS
+    SEGS: tl.constexpr = TILE.V_SEGS
     PLANES: tl.constexpr = TILE.V_PLANES
     GROUPS: tl.constexpr = TILE.V_GROUPS
     WORDS: tl.constexpr = GROUPS // TILE.META_PER_WORD
@@ -209,7 +212,7 @@ def _weigh_codes(sums, offsets, p, decay, values, token, TILE: tl.constexpr):
         other=0.0,
     )  # [WARPS, 16, U * T]
     new_sums = ()
-    for seg in tl.static_range(TILE.V_SEGS):
+    for seg in tl.static_range(SEGS):
         at = token[:, None, :] * (V_WIDTH // 2) + seg * (V_SEG // 2) + pair[None, :, None]
         if V_COLS * 2 == V_SEG * V_FOLD:
             pairs = tl.load(values.codes + at)  # [WARPS, V_COLS, U * T]
@@ -225,9 +228,10 @@ def _weigh_codes(sums, offsets, p, decay, values, token, TILE: tl.constexpr):
 @triton.jit
 def _weigh_states(sums, p, decay, values, token, TILE: tl.constexpr):
     """The decayed `sums` plus `Σ p v` of values at 16 bits."""
+    SEGS: tl.constexpr = TILE.V_SEGS
     column = tl.arange(0, TILE.V_COLS)
     new_sums = ()
-    for seg in tl.static_range(TILE.V_SEGS):
+    for seg in tl.static_range(SEGS):
         at = token[:, None, :] * TILE.D + seg * TILE.V_SEG + column[None, :, None]
         new_sums += (dot(tl.load(values.codes + at), p, sums[seg] * decay[:, None, :], TILE.ASM),)
     return new_sums
@@ -259,11 +263,12 @@ def _store_sums(partial, out_at, sums, offsets, weights, TILE: tl.constexpr):
     """Merge the warps' sums into values and store them, `[N, D]`."""
     D: tl.constexpr = TILE.D
     N: tl.constexpr = TILE.N
+    PRODUCTS: tl.constexpr = TILE.V_PRODUCTS
     row = tl.arange(0, N)
     column = tl.arange(0, TILE.V_COLS)
     start = partial.sums + out_at.to(tl.int64) * (N * D)
     merged_offsets = merge_warps(offsets, weights)  # [16, N]
-    for i in tl.static_range(TILE.V_SEGS * TILE.V_PLANES * TILE.V_PARTS):
+    for i in tl.static_range(PRODUCTS):
         channel, result = _finish_product(merge_warps(sums[i], weights), merged_offsets, column, i, TILE)
         inside = (column * TILE.V_PARTS < TILE.V_SEG * TILE.V_FOLD)[:, None]
         tl.store(start + row[None, :] * D + channel[:, None], result, mask=inside)
@@ -278,6 +283,7 @@ def attend_packed(query, keys, values, partial, out_at, packed, first, last, fac
     N: tl.constexpr = TILE.N
     BATCH: tl.constexpr = TILE.BATCH
     V_COLS: tl.constexpr = TILE.V_COLS
+    V_PRODUCTS: tl.constexpr = TILE.V_PRODUCTS
     if TILE.K_BITS < 16:
         folded = fold_queries(query, keys.order, factor, TILE)
     else:
@@ -289,7 +295,7 @@ def attend_packed(query, keys, values, partial, out_at, packed, first, last, fac
     maximum = tl.full([WARPS, N], EMPTY, tl.float32)
     total = tl.zeros([WARPS, 8, N], tl.float32)
     sums = ()
-    for _ in tl.static_range(TILE.V_SEGS * TILE.V_PLANES * TILE.V_PARTS):
+    for _ in tl.static_range(V_PRODUCTS):
         sums += (tl.zeros([WARPS, V_COLS, N], tl.float32),)
     offsets = tl.zeros([WARPS, 16, N], tl.float32)
 

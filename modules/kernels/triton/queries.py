@@ -138,6 +138,8 @@ def fold_queries(query, order, factor, TILE: tl.constexpr):
     K_FOLD: tl.constexpr = TILE.K_FOLD
     K_USED: tl.constexpr = TILE.K_USED
     K_USED_PAD: tl.constexpr = TILE.K_USED_PAD
+    K_SEGS: tl.constexpr = TILE.K_SEGS
+    K_PLANES: tl.constexpr = TILE.K_PLANES
     WIDE: tl.constexpr = TILE.WIDE
     number = tl.arange(0, K_USED_PAD)
     row_scale, inverse = _row_scale(query, TILE)
@@ -145,8 +147,8 @@ def fold_queries(query, order, factor, TILE: tl.constexpr):
         whole = _whole(query, inverse, TILE)
     plain = ()
     scaled = ()
-    for seg in tl.static_range(TILE.K_SEGS):
-        for plane in tl.static_range(TILE.K_PLANES):
+    for seg in tl.static_range(K_SEGS):
+        for plane in tl.static_range(K_PLANES):
             channel = plane * K_FOLD * K_WIDTH + seg * K_SEG + number
             if WIDE > 0:
                 x = _select(whole, tl.load(order + channel, mask=number < K_USED, other=-1), D_PAD)
@@ -168,9 +170,10 @@ def full_precision_queries(query, factor, TILE: tl.constexpr):
     BATCH: tl.constexpr = TILE.BATCH
     K_SEG: tl.constexpr = TILE.K_SEG
     K_USED_PAD: tl.constexpr = TILE.K_USED_PAD
+    K_SEGS: tl.constexpr = TILE.K_SEGS
     number = tl.arange(0, K_USED_PAD)
     plain = ()
-    for seg in tl.static_range(TILE.K_SEGS):
+    for seg in tl.static_range(K_SEGS):
         x = load_channels(query, seg * K_SEG + number, number < K_SEG)
         plain += (tl.broadcast_to(x, [BATCH, K_USED_PAD, N]),)
     return Folded(plain, (), (), tl.full([N], 1.0, tl.float32) * factor)
