@@ -76,13 +76,14 @@ def make_pair(family: str, **options):
 
 
 @pytest.fixture(params=list(FAMILIES))
-def pair(request):
-    """(stock, KIVI) of one family, same weights."""
+def each_pair(request):
+    """(stock, KIVI) of one family after the other, same weights: for what a family can change."""
     return make_pair(request.param)
 
 
 @pytest.fixture
-def llama_pair():
+def pair():
+    """(stock, KIVI) with the same weights, for what all families share."""
     return make_pair("llama")
 
 

@@ -331,8 +331,8 @@ def test_a_new_backend_attends(rebuilt, bits, new):
     assert relative_error(out, expected) < 1e-5
 
 
-def test_a_new_backend_is_an_option_of_a_model(rebuilt, llama_pair):
-    _, model = llama_pair
+def test_a_new_backend_is_an_option_of_a_model(rebuilt, pair):
+    _, model = pair
     pieces = tokens(2, 160).split([100, *[1] * 50, 10], dim=1)
     outputs = []
     for name in ("rebuilt", "torch"):

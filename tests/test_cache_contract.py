@@ -325,8 +325,8 @@ def test_options_come_from_a_config_and_from_options():
     assert KIVICache(config, KIVIOptions(k_bits=2)).options.k_bits == 2
 
 
-def test_a_stock_model_can_use_the_cache(llama_pair):
-    stock, kivi = llama_pair
+def test_a_stock_model_can_use_the_cache(pair):
+    stock, kivi = pair
     ids = torch.randint(3, 100, (2, 150), generator=torch.Generator().manual_seed(3))
     cache, expected = make(k_bits=8, v_bits=8), DynamicCache()
     with torch.no_grad():
@@ -340,8 +340,8 @@ def test_a_stock_model_can_use_the_cache(llama_pair):
     assert relative_error(out2, out) < 1e-4  # the same codes, attended two ways
 
 
-def test_a_cache_without_a_config_makes_its_layers_as_they_come(llama_pair):
-    stock, kivi = llama_pair
+def test_a_cache_without_a_config_makes_its_layers_as_they_come(pair):
+    stock, kivi = pair
     ids = torch.randint(3, 100, (1, 120), generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         for model in (kivi, stock):

@@ -36,8 +36,8 @@ def cut(ids, *lengths):
 
 @pytest.mark.parametrize("bits", [(16, 16)])
 @pytest.mark.parametrize("lengths", [(150,), (100, 1, 1, 1), (1, 40, 60), (64, 64)])
-def test_sixteen_bits_equal_the_stock_model(pair, bits, lengths):
-    stock, kivi = pair
+def test_sixteen_bits_equal_the_stock_model(each_pair, bits, lengths):
+    stock, kivi = each_pair
     ids = tokens(2, 152)
     cache = kivi.create_kivi_cache(k_bits=bits[0], v_bits=bits[1])
     assert relative_error(run(kivi, cache, cut(ids, *lengths)), run(stock, DynamicCache(), cut(ids, *lengths))) < 1e-4
@@ -58,8 +58,8 @@ def test_use_kivi_false_is_full_precision(pair):
     assert relative_error(run(kivi, cache, cut(ids, 100)), run(stock, DynamicCache(), cut(ids, 100))) < 1e-4
 
 
-def test_a_stock_cache_and_no_cache_give_the_stock_model(pair):
-    stock, kivi = pair
+def test_a_stock_cache_and_no_cache_give_the_stock_model(each_pair):
+    stock, kivi = each_pair
     ids = tokens(2, 40)
     with torch.no_grad():
         assert torch.equal(kivi(ids).logits, stock(ids).logits)
@@ -139,9 +139,9 @@ def test_closer_with_more_bits(pair, side):
     assert error(8) < error(4) / 2 < error(2) / 4
 
 
-def test_bias_of_the_keys_does_not_matter(pair):
+def test_bias_of_the_keys_does_not_matter(each_pair):
     """A constant in the keys, as Qwen2's bias gives, is absorbed by the minimum of each channel."""
-    _, kivi = pair
+    _, kivi = each_pair
     layer = kivi.model.layers[0].self_attn
     if layer.k_proj.bias is None:
         pytest.skip("this family has no bias in k_proj")
@@ -168,8 +168,8 @@ def padded(rows, side, width):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("chunk", [None, 32])
-def test_padded_sequences_get_the_logits_they_get_alone(pair, side, chunk):
-    _, kivi = pair
+def test_padded_sequences_get_the_logits_they_get_alone(each_pair, side, chunk):
+    _, kivi = each_pair
     kivi.prefill_chunk = chunk
     prompts = [tokens(1, length, seed=length)[0] for length in (9, 80, 131)]
     later = tokens(3, 40, seed=5)
@@ -271,8 +271,8 @@ def test_chunks_of_a_second_turn_know_the_padding_of_the_first(window):
         assert relative_error(logits[1], logits[0]) < 1e-4 and relative_error(logits[0][0], alone) < 1e-4
 
 
-def test_chunks_without_a_return_dict_or_attention_weights(llama_pair):
-    _, kivi = llama_pair
+def test_chunks_without_a_return_dict_or_attention_weights(pair):
+    _, kivi = pair
     kivi.config.backend = "torch"
     ids, kivi.prefill_chunk = tokens(2, 90), 32
     with torch.no_grad():
@@ -343,8 +343,8 @@ def test_a_step_that_fails_leaves_the_cache_as_it_was(pair, layer, length, error
         assert relative_error(run(kivi, cache, [later, *steps]), run(kivi, expected, [later, *steps])) < 1e-6
 
 
-def test_broken_weights_are_reported_with_the_layer(llama_pair):
-    _, kivi = llama_pair
+def test_broken_weights_are_reported_with_the_layer(pair):
+    _, kivi = pair
     kivi.model.layers[1].self_attn.k_proj.weight.data[0, 0] = float("nan")
     cache = kivi.create_kivi_cache()
     with pytest.raises(ValueError, match="layer 1"):
@@ -355,8 +355,8 @@ def test_broken_weights_are_reported_with_the_layer(llama_pair):
 # masks and positions
 
 
-def test_masks_that_cannot_be_meant(llama_pair):
-    _, kivi = llama_pair
+def test_masks_that_cannot_be_meant(pair):
+    _, kivi = pair
     ids, cache = tokens(2, 60), kivi.create_kivi_cache()
     one = torch.ones(2, 61, dtype=torch.long)
     with torch.no_grad():
@@ -404,8 +404,8 @@ def test_the_cache_is_created_when_asked(pair):
         kivi.use_kivi_cache = "on"
 
 
-def test_save_reload_and_auto_classes(pair, tmp_path):
-    stock, kivi = pair
+def test_save_reload_and_auto_classes(each_pair, tmp_path):
+    stock, kivi = each_pair
     kivi.config.k_bits, kivi.config.sink_length = 4, 8
     kivi.save_pretrained(tmp_path / "kivi")
     reloaded = type(kivi).from_pretrained(tmp_path / "kivi")
@@ -418,8 +418,8 @@ def test_save_reload_and_auto_classes(pair, tmp_path):
     assert AutoConfig.from_pretrained(tmp_path / "kivi").residual_length == 32
 
 
-def test_a_stock_checkpoint(pair, tmp_path):
-    stock, kivi = pair
+def test_a_stock_checkpoint(each_pair, tmp_path):
+    stock, kivi = each_pair
     stock.save_pretrained(tmp_path / "stock")
     loaded = type(kivi).from_pretrained(
         tmp_path / "stock", k_bits=4, v_bits=8, residual_length=64, torch_dtype=torch.bfloat16
@@ -462,8 +462,8 @@ def test_bad_options_are_refused_before_the_weights_are_read(pair, tmp_path, opt
         type(kivi).from_pretrained(tmp_path, **options)
 
 
-def test_a_stock_config_is_enough(pair, tmp_path):
-    stock, kivi = pair
+def test_a_stock_config_is_enough(each_pair, tmp_path):
+    stock, kivi = each_pair
     model = type(kivi)(stock.config, k_bits=4, group_size=16)
     assert model.create_kivi_cache().options.k_bits == 4 and not hasattr(stock.config, "k_bits")
     model.save_pretrained(tmp_path)
@@ -496,11 +496,11 @@ def test_flash_says_what_to_install(family):
         FAMILIES[family][3](kivi.config)
 
 
-def test_pipeline_and_streamer(llama_pair):
+def test_pipeline_and_streamer(pair):
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast, TextIteratorStreamer
 
-    _, kivi = llama_pair
+    _, kivi = pair
     words = {f"w{index}": index for index in range(SIZES["vocab_size"])}
     base = Tokenizer(models.WordLevel(words, unk_token="w2"))
     from tokenizers.pre_tokenizers import Whitespace
@@ -555,9 +555,9 @@ def test_sliding_layers_keep_the_stock_layer():
 
 
 @pytest.mark.parametrize("backend", ["torch", "numba"])
-def test_the_default_dtype_does_not_matter(llama_pair, backend):
+def test_the_default_dtype_does_not_matter(pair, backend):
     """Loading code sets it for a while."""
-    _, kivi = llama_pair
+    _, kivi = pair
     pieces = cut(tokens(1, 100), 90, *[1] * 9)
     expected = run(kivi, kivi.create_kivi_cache(backend=backend), pieces)
     hadamard.cache_clear()
@@ -582,8 +582,8 @@ MODES = (torch.inference_mode, torch.no_grad, torch.enable_grad)
 @pytest.mark.parametrize("first", MODES)
 @pytest.mark.parametrize("second", MODES)
 @pytest.mark.parametrize("backend", ["torch", "numba"])
-def test_a_cache_goes_from_one_autograd_mode_to_another(llama_pair, first, second, backend):
-    _, kivi = llama_pair
+def test_a_cache_goes_from_one_autograd_mode_to_another(pair, first, second, backend):
+    _, kivi = pair
     ids = tokens(2, 120)
     pieces = cut(ids, 60, *[1] * 20)
     expected = run(kivi, kivi.create_kivi_cache(backend=backend), pieces)
@@ -601,9 +601,9 @@ def test_a_cache_goes_from_one_autograd_mode_to_another(llama_pair, first, secon
 
 
 @pytest.mark.parametrize("backend,bits", [("torch", 2), ("torch", 8), ("numba", 2)])
-def test_autocast(llama_pair, backend, bits):
+def test_autocast(pair, backend, bits):
     """As near to no autocast as the stock model is."""
-    stock, kivi = llama_pair
+    stock, kivi = pair
     pieces = cut(tokens(2, 120), 90, *[1] * 25)
     errors = []
     for model, make in ((stock, DynamicCache), (kivi, lambda: kivi.create_kivi_cache(k_bits=bits, backend=backend))):
@@ -615,9 +615,9 @@ def test_autocast(llama_pair, backend, bits):
 
 @pytest.mark.parametrize("how", ["reset", "crop"])
 @pytest.mark.parametrize("max_length", [None, 300])
-def test_what_is_forgotten_does_not_matter(llama_pair, how, max_length):
+def test_what_is_forgotten_does_not_matter(pair, how, max_length):
     """A cache that was emptied is a new one, for another number of sequences too."""
-    _, kivi = llama_pair
+    _, kivi = pair
     pieces = cut(tokens(2, 120, seed=2), 100, 1, 1)
     used = kivi.create_kivi_cache(max_length=max_length)
     run(kivi, used, [tokens(2, 90, seed=1)])
@@ -630,8 +630,8 @@ def test_what_is_forgotten_does_not_matter(llama_pair, how, max_length):
         run(kivi, used, pieces[1:2])
 
 
-def test_attention_dropout_of_a_training_step(llama_pair):
-    _, kivi = llama_pair
+def test_attention_dropout_of_a_training_step(pair):
+    _, kivi = pair
     kivi.train()
     for layer in kivi.model.layers:
         layer.self_attn.attention_dropout = 0.5
@@ -643,8 +643,8 @@ def test_attention_dropout_of_a_training_step(llama_pair):
 
 
 @pytest.mark.parametrize("backend", ["torch", "numba"])
-def test_marks_of_padding_are_data_in_inference_mode_too(llama_pair, backend):
-    _, kivi = llama_pair
+def test_marks_of_padding_are_data_in_inference_mode_too(pair, backend):
+    _, kivi = pair
     ids, mask = padded([tokens(1, 60)[0], tokens(1, 80)[0]], "left", 80)
     cache = kivi.create_kivi_cache(backend=backend)
     with torch.inference_mode():
@@ -655,8 +655,8 @@ def test_marks_of_padding_are_data_in_inference_mode_too(llama_pair, backend):
     assert real.shape == (2, 83) and not real.is_inference()
 
 
-def test_training_over_stored_tokens_says_that_gradients_stop(llama_pair):
-    _, kivi = llama_pair
+def test_training_over_stored_tokens_says_that_gradients_stop(pair):
+    _, kivi = pair
     kivi.train()
     cache = kivi.create_kivi_cache()
     kivi(tokens(1, 60), past_key_values=cache)
@@ -673,9 +673,9 @@ def test_training_goes_around_the_cache(pair):
     assert kivi.model.layers[0].self_attn.k_proj.weight.grad.abs().sum() > 0
 
 
-def test_single_tokens_over_an_allocated_cache_go_to_the_graph_runner(llama_pair, monkeypatch):
+def test_single_tokens_over_an_allocated_cache_go_to_the_graph_runner(pair, monkeypatch):
     """The wiring alone: on a CPU the runner is made to believe that it may, and runs each step eagerly."""
-    _, kivi = llama_pair
+    _, kivi = pair
     ids = tokens(2, 60)
     expected = kivi.generate(ids, past_key_values=kivi.create_kivi_cache(), **GREEDY)
     seen = []
@@ -702,8 +702,8 @@ def test_single_tokens_over_an_allocated_cache_go_to_the_graph_runner(llama_pair
     assert twin._decode_graphs.runner(cache) is not kivi._decode_graphs.runner(cache)
 
 
-def test_graphs_keep_no_cache_alive(llama_pair):
-    _, kivi = llama_pair
+def test_graphs_keep_no_cache_alive(pair):
+    _, kivi = pair
     cache = kivi.create_kivi_cache()
     run(kivi, cache, [tokens(1, 60)])
     kivi._decode_graphs.runner(cache)
@@ -729,8 +729,8 @@ def test_drafts_change_no_token(pair, mode, length):
         ids = torch.cat([expected, tokens(1, 30, seed=turn)], dim=1)
 
 
-def test_room_for_drafts_can_be_made_later(llama_pair):
-    _, kivi = llama_pair
+def test_room_for_drafts_can_be_made_later(pair):
+    _, kivi = pair
     later = tokens(1, 100, seed=1).split([*[1] * 20, 50, 30], dim=1)
     plain, drafted = kivi.create_kivi_cache(), kivi.create_kivi_cache()
     for cache in (plain, drafted):
