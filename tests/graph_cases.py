@@ -1,6 +1,6 @@
 """The Triton backend in whole models, and decoding from graphs. `test_triton.py` runs these as it does `triton_cases.py`:
 
-    TRITON_INTERPRET=1 python -m pytest tests/graph_cases.py
+TRITON_INTERPRET=1 python -m pytest tests/graph_cases.py
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from modules.kivi_cache_general import KIVICache, KIVICacheLayer
 from modules.models.config import FIELD_DEFAULTS
 from modules.models.graphs import DecodeRunner
 from modules.options import KIVIOptions
+from modules.store.step import Step
 
 GREEDY = {"max_new_tokens": 40, "do_sample": False, "use_cache": True}
 
@@ -269,6 +270,17 @@ def test_chunks_of_a_second_turn_know_the_padding_of_the_first(window):
                 logits.append(kivi(later, attention_mask=both, past_key_values=cache).logits)
         alone = run(kivi, kivi.create_kivi_cache(use_kivi=False), [ids[:1, 90:], later[:1]])[0, 10:]
         assert relative_error(logits[1], logits[0]) < 1e-4 and relative_error(logits[0][0], alone) < 1e-4
+
+
+def test_chunks_of_a_step_that_says_itself_what_is_padding(pair):
+    _, kivi = pair
+    kivi.prefill_chunk = 32
+    ids, mask = padded([tokens(1, 40)[0], tokens(1, 90)[0]], "left", 90)
+    with torch.no_grad():
+        masked = kivi.model(ids, attention_mask=mask, past_key_values=kivi.create_kivi_cache())
+        step = Step.of(mask.bool(), 2, 90)
+        told = kivi.model(ids, past_key_values=kivi.create_kivi_cache(), kivi_step=step)
+    assert torch.equal(told.last_hidden_state, masked.last_hidden_state)
 
 
 def test_chunks_without_a_return_dict_or_attention_weights(pair):

@@ -133,10 +133,11 @@ class KIVICache(Cache):
         """
         self._settle()
         with self.undone_on_failure(step):
-            self.ledger.open, self._driven, self._over_codes = OpenStep(step), True, over_codes
+            self.ledger.open = opened = OpenStep(step)
+            self._driven, self._over_codes = True, over_codes
             try:
                 yield
-                self._check_complete()
+                self._check_complete(opened)
                 self._commit(step)
             finally:
                 self._driven, self.ledger.open = False, None
@@ -162,9 +163,10 @@ class KIVICache(Cache):
         if self._driven:
             return
         try:
-            if self.ledger.open is not None:
-                self._check_complete()
-                self._commit(self.ledger.open.step)
+            opened = self.ledger.open
+            if opened is not None:
+                self._check_complete(opened)
+                self._commit(opened.step)
         except ValueError:
             self._undo()
             raise
@@ -186,9 +188,9 @@ class KIVICache(Cache):
         if step.length == 1 and self.ledger.columns % self.ledger.geometry.group_size == 0:
             self.ledger.watch_marks()
 
-    def _check_complete(self) -> None:
-        written, layers = self.ledger.open.written, [layer.layer_idx for layer in self.kivi_layers]
-        missing = [index for index in layers if index not in written]
+    def _check_complete(self, opened: OpenStep) -> None:
+        layers = [layer.layer_idx for layer in self.kivi_layers]
+        missing = [index for index in layers if index not in opened.written]
         if missing:
             raise ValueError(
                 f"the last forward gave no states to the layers {missing} of the cache, so none were stored: it was broken "
@@ -274,7 +276,7 @@ class KIVICache(Cache):
             start = torch.tensor(self.ledger.lengths).unsqueeze(1)
         else:
             start = self.ledger.counts(device)[0].long().unsqueeze(1)
-        if step.all_real:
+        if step.real is None:
             return start + torch.arange(step.length, device=device)
         return start + (step.real.to(device).cumsum(1) - 1).clamp_min(0)
 
@@ -292,7 +294,7 @@ class KIVICache(Cache):
         if not isinstance(layer, KIVICacheLayer):
             return layer.update(key_states, value_states, *args, **kwargs)
         if self.attends_over_codes:
-            key_states.kivi = Deferred(self, layer)  # type: ignore[attr-defined]
+            key_states.kivi = Deferred(self, layer)
             return key_states, value_states
         step = self.open_step(layer, None, key_states.shape[0], key_states.shape[2])
         return self.store(key_states, value_states, layer, step)

@@ -58,6 +58,15 @@ class KIVICacheLayer(CacheLayerMixin):
             self.ledger.clear([0] * key_states.shape[0])
         self.store, self.is_initialized = store, True
 
+    @property
+    def _stored(self) -> tuple[PackedLayer, Backend]:
+        """The tensors and what attends over them."""
+        if self.store is None or self.backend is None:
+            raise ValueError(
+                f"KIVI cache, layer {self.layer_idx}: it holds no tensors yet; run a forward over the cache first."
+            )
+        return self.store, self.backend
+
     def forget(self) -> None:
         """Drop the tensors."""
         self.store, self.is_initialized = None, False
@@ -70,18 +79,30 @@ class KIVICacheLayer(CacheLayerMixin):
         except ValueError as error:
             raise ValueError(f"KIVI cache, layer {self.layer_idx}: {error}") from error
 
-    def _admit(self, step: Step, key: torch.Tensor, value: torch.Tensor, query: torch.Tensor | None) -> None:
-        """Make the store for first tokens, and raise `ValueError` for states that do not fit it."""
-        if self.store is not None and not self.ledger.columns and self.store.batch_size != key.shape[0]:
+    def _admit(
+        self, step: Step, key: torch.Tensor, value: torch.Tensor, query: torch.Tensor | None
+    ) -> tuple[PackedLayer, Backend]:
+        """`_stored`, made for first tokens; `ValueError` for states that do not fit it."""
+        store, backend = self.store, self.backend
+        if store is not None and not self.ledger.columns and store.batch_size != key.shape[0]:
             self.forget()  # memory that reset() kept, of another batch
-        if self.store is None:
+            store = None
+        if store is None or backend is None:
             self.lazy_initialization(key, value)
+            store, backend = self._stored
         with self._located():
-            self._check_shapes(step, key, value, query)
+            self._check_shapes(store.key.window, step, key, value, query)
             self.ledger.check_room(step)
+        return store, backend
 
-    def _check_shapes(self, step: Step, key: torch.Tensor, value: torch.Tensor, query: torch.Tensor | None) -> None:
-        window = self.store.key.window
+    def _check_shapes(
+        self,
+        window: torch.Tensor,
+        step: Step,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        query: torch.Tensor | None,
+    ) -> None:
         _, heads, _, head_dim = window.shape
         self.ledger.check_batch(key.shape[0])
         expected = (window.shape[0], heads, step.length, head_dim)
@@ -121,13 +142,13 @@ class KIVICacheLayer(CacheLayerMixin):
             ValueError: naming the layer, for states that do not fit, NaN, infinite or too large ones, or a full cache;
                 nothing is stored then.
         """
-        self._admit(step, key, value, query)
+        store, backend = self._admit(step, key, value, query)
         if not query.dtype == key.dtype == value.dtype == self.dtype:  # under autocast
             query, key, value = (t.to(self.dtype) for t in (query, key, value))
         with self._located():
             out = None
             if step.all_real and step.length == 1:
-                out = self.backend.decode(query, key, value, self.store, scaling)
+                out = backend.decode(query, key, value, store, scaling)
             if out is None:
                 out = self._attend_and_store(query, key, value, scaling, step)
         return out
@@ -136,12 +157,13 @@ class KIVICacheLayer(CacheLayerMixin):
     def _attend_and_store(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, step: Step
     ) -> torch.Tensor:
+        store, backend = self._stored
         query, key, value = (step.real_first(states.detach()) for states in (query, key, value))
-        value = self.store.rotate(value)
-        self.store.check_states(key, value)
-        out = self.backend.attend(query, key, value, self.store, scaling, step)
-        self._store(key, value, query, step)
-        return step.as_given(self.store.rotate(out))
+        value = store.rotate(value)
+        store.check_states(key, value)
+        out = backend.attend(query, key, value, store, scaling, step)
+        _append(backend, store, key, value, query, step)
+        return step.as_given(store.rotate(out))
 
     @as_data
     def append(self, key: torch.Tensor, value: torch.Tensor, step: Step, query: torch.Tensor | None = None) -> None:
@@ -150,18 +172,12 @@ class KIVICacheLayer(CacheLayerMixin):
         Raises:
             ValueError: as `attend`.
         """
-        self._admit(step, key, value, query)
+        store, backend = self._admit(step, key, value, query)
         with self._located():
             key, value = (step.real_first(states.detach().to(self.dtype)) for states in (key, value))
-            value = self.store.rotate(value)
-            self.store.check_states(key, value)
-            self._store(key, value, None if query is None else step.real_first(query.detach()), step)
-
-    def _store(self, key: torch.Tensor, value: torch.Tensor, query: torch.Tensor | None, step: Step) -> None:
-        if query is not None:
-            self.store.observe(query, step)
-        self.store.make_room(step)
-        self.backend.append(self.store, key, value, step)
+            value = store.rotate(value)
+            store.check_states(key, value)
+            _append(backend, store, key, value, None if query is None else step.real_first(query.detach()), step)
 
     def update(
         self,
@@ -180,24 +196,25 @@ class KIVICacheLayer(CacheLayerMixin):
         if not self.ledger.columns:
             self.append(key_states, value_states, step, query)
             return key_states, value_states
-        self._admit(step, key_states, value_states, query)
-        past = [self.dense(side) for side in self.store.sides]
+        store, _ = self._admit(step, key_states, value_states, query)
+        past = [self.dense(side) for side in store.sides]
         self.append(key_states, value_states, step, query)
         return tuple(torch.cat([old, new], dim=2) for old, new in zip(past, (key_states, value_states)))
 
     @as_data
     def dense(self, side: PackedSide) -> torch.Tensor:
         """All stored states of a side in the columns they came in, `[B, H, columns, D]`; zeros at padding."""
-        dense = self._dense_as_stored(side)
-        return self.store.rotate(dense) if side is self.store.value else dense
+        store, _ = self._stored
+        dense = self._dense_as_stored(store, side)
+        return store.rotate(dense) if side is store.value else dense
 
-    def _dense_as_stored(self, side: PackedSide) -> torch.Tensor:
-        real, batch = self.ledger.column_is_real, self.store.batch_size
+    def _dense_as_stored(self, store: PackedLayer, side: PackedSide) -> torch.Tensor:
+        real, batch = self.ledger.column_is_real, store.batch_size
         if real is None:
-            return self.store.read(side, slice(None), self.dtype)
+            return store.read(side, slice(None), self.dtype)
         dense = side.window.new_zeros(batch, side.window.shape[1], self.ledger.columns, side.window.shape[3])
         for row in range(batch):
-            dense[row, :, real[row].to(dense.device)] = self.store.read(side, slice(row, row + 1), self.dtype)[0]
+            dense[row, :, real[row].to(dense.device)] = store.read(side, slice(row, row + 1), self.dtype)[0]
         return dense
 
     def get_seq_length(self) -> int:
@@ -235,3 +252,17 @@ class KIVICacheLayer(CacheLayerMixin):
         raise ValueError("the layers of a KIVICache share their lengths: call this of the cache, not of a layer.")
 
     reset = crop = reorder_cache = batch_repeat_interleave = batch_select_indices = _of_the_cache
+
+
+def _append(
+    backend: Backend,
+    store: PackedLayer,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query: torch.Tensor | None,
+    step: Step,
+) -> None:
+    if query is not None:
+        store.observe(query, step)
+    store.make_room(step)
+    backend.append(store, key, value, step)

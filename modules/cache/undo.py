@@ -37,7 +37,7 @@ class Savepoint:
         for layer, packed, other in zip(self._layers, self._packed, self._others):
             if packed is not None:
                 packed.restore(layer)
-            else:
+            elif other is not None:
                 attributes, tensors = other
                 layer.__dict__.clear()
                 layer.__dict__.update(attributes)

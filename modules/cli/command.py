@@ -142,8 +142,8 @@ def _with_choices(hint: Any, choices: Sequence[Any] | None) -> Any:
     """A type that takes only these values, or lists of them where the hint allows a list."""
     if not choices:
         return hint
-    one: Any = Literal[tuple(choices)]  # type: ignore[valid-type]
+    one: Any = Literal[tuple(choices)]
     if typing.get_origin(hint) is tuple:
-        return tuple[one, ...]  # type: ignore[valid-type]
+        return tuple[one, ...]
     lists = any(typing.get_origin(part) is list for part in typing.get_args(hint))
-    return one | list[one] if lists else one  # type: ignore[valid-type]
+    return one | list[one] if lists else one

@@ -28,25 +28,42 @@ class Packed(NamedTuple):
     minimum: torch.Tensor | None = None
     extra: torch.Tensor | None = None
 
+    @property
+    def metadata(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and minimum; `ValueError` where the codec has none."""
+        if self.scale is None or self.minimum is None:
+            raise ValueError(
+                "these tokens are packed without scale and minimum; read `codes` as their codec wrote them."
+            )
+        return self.scale, self.minimum
+
 
 class Codec(Protocol):
-    """How one side of a layer is stored.
+    """How one side of a layer is stored."""
 
-    Attributes:
-        bits: of a code; 16 where there are none.
-        group_size: tokens (keys) or channels (values) that share metadata.
-        wide: channels of a head that come first in an order of its own, 0 where channels lie as they are.
-        limit: the largest magnitude that can be stored.
-        method: how the range of a group is found.
-        layout: what its bytes mean; a backend attends over those that it knows.
-    """
+    @property
+    def bits(self) -> int:
+        """Of a code; 16 where there are none."""
 
-    bits: int
-    group_size: int
-    wide: int
-    limit: float
-    method: str
-    layout: str
+    @property
+    def group_size(self) -> int:
+        """Tokens (keys) or channels (values) that share metadata."""
+
+    @property
+    def wide(self) -> int:
+        """Channels of a head that come first in an order of its own, 0 where channels lie as they are."""
+
+    @property
+    def limit(self) -> float:
+        """The largest magnitude that can be stored."""
+
+    @property
+    def method(self) -> str:
+        """How the range of a group is found."""
+
+    @property
+    def layout(self) -> str:
+        """What its bytes mean; a backend attends over those that it knows."""
 
     def parts(self, head_dim: int, dtype: torch.dtype) -> dict[str, Part]:
         """The tensors it needs, by the names of `Packed`, for states of `dtype`."""

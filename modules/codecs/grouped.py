@@ -183,15 +183,17 @@ def _join(parts: list[tuple[torch.Tensor, ...]], code_bytes: int, metadata: int,
 
 def dequantize_keys(packed: Packed, bits: int, group_size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Keys `[..., T, D]` in `dtype` from their packed groups."""
+    scale, minimum = packed.metadata
     codes = unpack_codes(packed.codes, bits).to(torch.float32).unflatten(-2, (-1, group_size))
-    keys = codes.mul_(packed.scale.unsqueeze(-2)).add_(packed.minimum.unsqueeze(-2))
+    keys = codes.mul_(scale.unsqueeze(-2)).add_(minimum.unsqueeze(-2))
     return keys.flatten(-3, -2).to(dtype)
 
 
 def dequantize_values(packed: Packed, bits: int, group_size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Values `[..., T, D]` in `dtype` from their packed groups."""
+    scale, minimum = packed.metadata
     codes = unpack_codes(packed.codes, bits).to(torch.float32).unflatten(-1, (-1, group_size))
-    values = codes.mul_(packed.scale.unsqueeze(-1)).add_(packed.minimum.unsqueeze(-1))
+    values = codes.mul_(scale.unsqueeze(-1)).add_(minimum.unsqueeze(-1))
     return values.flatten(-2).to(dtype)
 
 
@@ -236,8 +238,9 @@ def widen(packed: Packed, fine: Packed) -> Packed:
     codes, fine_codes = unpack_codes(packed.codes, 2), unpack_codes(fine.codes, WIDE_BITS)
     wide = fine_codes.shape[-1]
     codes[..., :wide] = fine_codes >> 2
-    scale = torch.cat([fine.scale * 4, packed.scale[..., wide:]], dim=-1)
-    minimum = torch.cat([fine.minimum, packed.minimum[..., wide:]], dim=-1)
+    (fine_scale, fine_minimum), (scale, minimum) = fine.metadata, packed.metadata
+    scale = torch.cat([fine_scale * 4, scale[..., wide:]], dim=-1)
+    minimum = torch.cat([fine_minimum, minimum[..., wide:]], dim=-1)
     neighbours = (fine_codes & 3).unflatten(-1, (-1, 4)).transpose(-1, -2).flatten(-2)
     return Packed(pack_codes(codes, 2), scale, minimum, pack_codes(neighbours, 2))
 
@@ -246,7 +249,7 @@ def dequantize_wide_keys(packed: Packed, order: torch.Tensor, group_size: int) -
     """Float32 keys `[b, H, T, D]` from 2-bit ones with wide channels, stored in `order` `[b, H, D]`."""
     stored = dequantize_keys(packed, 2, group_size)
     low = low_codes(packed.extra)
-    scale = packed.scale[..., : low.shape[-1]].float() / 4
+    scale = packed.metadata[0][..., : low.shape[-1]].float() / 4
     stored[..., : low.shape[-1]] += (low.unflatten(2, (-1, group_size)) * scale.unsqueeze(3)).flatten(2, 3)
     return torch.empty_like(stored).scatter_(3, order.unsqueeze(2).expand_as(stored), stored)
 

@@ -6,7 +6,6 @@ from typing import Protocol
 
 import torch
 
-from modules.codecs.grouped import choose_order
 from modules.store.layer import PackedLayer
 from modules.store.side import PackedSide
 
@@ -34,8 +33,8 @@ def append_rows(packer: Packer, layer: PackedLayer, rows: slice, key: torch.Tens
             from_new = max(0, packed_after - stored)
             parts = [side.window[rows, :, slot] for slot in slots] + [rest[:, :, :from_new]]
             groups = (torch.cat(parts, dim=2) if slots else parts[-1])[:, :, : packed_after - packed]
-            if side.wide and not packed:
-                side.order[rows] = choose_order(groups, side.wide, side.group_size, layer.query_energy[rows])
+            if side is layer.key and not packed:
+                layer.choose_wide(rows, groups)
             packer.pack(side, rows, packed, groups)
         first = max(0, packed_after - stored)  # earlier ones of `rest` are packed already
         side.write_window(rows, stored + first, rest[:, :, first:])

@@ -81,7 +81,7 @@ def check_layer(layer: PackedLayer) -> None:
     batch, heads, _, head_dim = layer.key.window.shape
     device, dtype = layer.key.window.device, layer.key.window.dtype
     for side in layer.sides:
-        expected = {
+        expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "sinks": ((batch, heads, layer.sink_length, head_dim), dtype),
             "window": ((batch, heads, layer.ring, head_dim), dtype),
         }

@@ -55,8 +55,9 @@ class KIVIModelMixin:
         """As the stock model's. `kivi_step` says which new tokens are real where the caller has found out already, and
         `kivi_drafts` how many of them, at the end, may be taken back."""
         cache = past_key_values
-        one_input = (input_ids is None) != (inputs_embeds is None)
-        if not isinstance(cache, KIVICache) or not one_input:
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        both = input_ids is not None and inputs_embeds is not None
+        if not isinstance(cache, KIVICache) or tokens is None or both:
             return super().forward(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -66,7 +67,6 @@ class KIVIModelMixin:
                 use_cache=use_cache,
                 **kwargs,
             )
-        tokens = input_ids if inputs_embeds is None else inputs_embeds
         if tokens.dim() != (2 if inputs_embeds is None else 3):
             raise ValueError(
                 f"a KIVI cache takes input_ids [batch, tokens] or inputs_embeds [batch, tokens, hidden_size]; got the shape "
@@ -124,9 +124,9 @@ class KIVIModelMixin:
             piece = slice(stop - size, stop)
             mask = None
             if real is not None:
-                past = attention_mask[:, :stored].bool()
+                past = real.new_ones(len(real), stored) if attention_mask is None else attention_mask[:, :stored].bool()
                 mask = torch.cat([past.to(real.device), real[:, : piece.stop]], dim=1)
-            part = {name: None if t is None else t[:, piece] for name, t in inputs.items()}
+            part: dict[str, Any] = {name: None if t is None else t[:, piece] for name, t in inputs.items()}
             outputs.append(self.forward(**part, attention_mask=mask, past_key_values=cache, return_dict=True, **kwargs))
         if aligned and step.order is not None:
             cache.ledger.set_columns(stored, step)

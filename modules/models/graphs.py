@@ -161,7 +161,8 @@ class DecodeRunner:
     ) -> torch.Tensor:
         cache.ledger.check_room(step)
         for layer in cache.kivi_layers:
-            layer.store.make_room(step)  # not within a graph, which could not allocate for keeps
+            if layer.store is not None:
+                layer.store.make_room(step)  # not within a graph, which could not allocate for keeps
         if self._capture is None or not self._capture.fits(cache, input_ids, step):
             self._in_vain += 1
             self._refused = self._in_vain > _MOST_IN_VAIN
@@ -205,7 +206,7 @@ class DecodeRunner:
         ledger, device = cache.ledger, input_ids.device
         ledger.counts(device)  # before the recording, which may not copy from the host
         ids, positions = input_ids.clone(), position_ids.clone()
-        still = dataclasses.replace(step, real=None if step.all_real else step.real.clone())
+        still = dataclasses.replace(step, real=None if step.real is None else step.real.clone())
         graph, moves = torch.cuda.CUDAGraph(), ledger.moves
         try:
             with _recording(graph, device), ledger.recording():

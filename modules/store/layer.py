@@ -7,6 +7,7 @@ import dataclasses
 import torch
 
 from modules.codecs.codec import Codec
+from modules.codecs.grouped import choose_order
 from modules.codecs.rotation import rotate
 from modules.store.ledger import Geometry, Ledger
 from modules.store.side import PackedSide
@@ -43,8 +44,10 @@ class PackedLayer:
     def empty(cls, key: torch.Tensor, codecs: tuple[Codec, Codec], ledger: Ledger, rotates: bool) -> PackedLayer:
         """No tokens yet, for states shaped `[B, H, *, D]` as `key`; room for those that the ledger expects."""
         batch, heads, _, head_dim = key.shape
-        sides = [PackedSide.empty(what, codec, key, ledger.geometry) for what, codec in zip(("keys", "values"), codecs)]
-        layer = cls(*sides, ledger, rotates=rotates)
+        keys, values = (
+            PackedSide.empty(what, codec, key, ledger.geometry) for what, codec in zip(("keys", "values"), codecs)
+        )
+        layer = cls(keys, values, ledger, rotates=rotates)
         if layer.key.wide:
             layer.query_energy = key.new_zeros(batch, heads, head_dim, dtype=torch.float32)
         expected = ledger.geometry.packed_after(ledger.expected, 0)
@@ -111,14 +114,14 @@ class PackedLayer:
     def observe(self, query: torch.Tensor, step: Step) -> None:
         """Count the queries `[B, num_attention_heads, q, D]` in, real tokens first, while the wide channels of a sequence
         are not chosen."""
-        if not self.observes:
+        energy = self.query_energy
+        if energy is None or not self.observes:
             return
         real = None
         if not step.all_real:
             counted = step.lengths_on(query.device).unsqueeze(1)
             real = (counted > torch.arange(query.shape[2], device=query.device))[:, None, :, None]
         tokens = max(1, _SLICE_ELEMENTS * query.shape[2] // max(1, query.numel()))
-        energy = self.query_energy
         for start in range(0, query.shape[2], tokens):
             part = query[:, :, start : start + tokens].float()
             if real is not None:
@@ -129,11 +132,17 @@ class PackedLayer:
             self._note_newest(query)
 
     def _note_newest(self, query: torch.Tensor) -> None:
-        room, stored = self.ledger.geometry.draft_room, max(self.lengths)
+        room, stored, kv_heads = self.ledger.geometry.draft_room, max(self.lengths), self.key.window.shape[1]
         for number in range(max(0, query.shape[2] - room), query.shape[2]):
-            squares = query[:, :, number].float().square().unflatten(1, (self.query_energy.shape[1], -1)).sum(2)
+            squares = query[:, :, number].float().square().unflatten(1, (kv_heads, -1)).sum(2)
             self.newest_energy.append((stored + number, squares))
         del self.newest_energy[:-room]
+
+    def choose_wide(self, rows: slice | list[int], groups: torch.Tensor) -> None:
+        """Choose the wide key channels, if there are any, of sequences by their first groups of keys `[b, H, T, D]`."""
+        if self.key.order is not None and self.query_energy is not None:
+            energy = self.query_energy[rows]
+            self.key.order[rows] = choose_order(groups, self.key.wide, self.key.group_size, energy)
 
     def overwrites(self, step: Step) -> bool:
         """Whether new tokens take slots of the window in which tokens lie that are stored by now."""

@@ -112,7 +112,8 @@ class Ledger:
 
     def clear(self, lengths: list[int]) -> None:
         """Hold `len(lengths)` sequences of that many tokens, none of them packed, and no columns."""
-        self.columns, self.column_is_real = 0, None
+        self.columns = 0
+        self.column_is_real: torch.Tensor | None = None
         self._reach = list(lengths)  # the most tokens each sequence ever had: its newest slots hold those
         self._set(lengths, [0] * len(lengths))
 
@@ -127,15 +128,14 @@ class Ledger:
             self.moves += 1
         self._counts = {}
 
-    def _fetch_if_stale(self) -> None:
-        if self._lengths is None:
-            self._fetch()
-
-    def _fetch(self) -> None:
+    def _fetch(self) -> tuple[list[int], list[int]]:
+        """Lengths and packed tokens, which only the device knew."""
         counts = next(iter(self._counts.values()))
-        self._lengths, self._packed = counts[LENGTH].tolist(), counts[PACKED].tolist()
-        self.most, self.fewest_packed = max(self._lengths), min(self._packed)
-        self._note_reach(self._lengths)
+        lengths, packed = counts[LENGTH].tolist(), counts[PACKED].tolist()
+        self._lengths, self._packed = lengths, packed
+        self.most, self.fewest_packed = max(lengths), min(packed)
+        self._note_reach(lengths)
+        return lengths, packed
 
     def _note_reach(self, lengths: list[int]) -> None:
         self._reach = [max(old, new) for old, new in zip(self._reach, lengths)]
@@ -143,14 +143,12 @@ class Ledger:
     @property
     def lengths(self) -> list[int]:
         """Tokens of each sequence, in all its parts. Waits for the device where the host does not know."""
-        self._fetch_if_stale()
-        return self._lengths
+        return self._fetch()[0] if self._lengths is None else self._lengths
 
     @property
     def packed(self) -> list[int]:
         """Packed tokens of each sequence, likewise."""
-        self._fetch_if_stale()
-        return self._packed
+        return self._fetch()[1] if self._packed is None else self._packed
 
     @property
     def batch_size(self) -> int:
@@ -197,13 +195,14 @@ class Ledger:
         """Packed tokens there must be room for once a step is stored."""
         if self._lengths is None or step.counted is None:
             return self.geometry.packed_after(self.most + step.length, 0)
-        states = zip(self._lengths, self._packed, step.counted)
+        states = zip(self._lengths, self.packed, step.counted)
         return max((self.geometry.packed_after(old + new, packed) for old, packed, new in states), default=0)
 
     def columns_of(self, layer_idx: int) -> int:
         """Columns that a layer has seen, with those of the open step where it has written them."""
-        written = self.open is not None and layer_idx in self.open.written
-        return self.columns + (self.open.step.length if written else 0)
+        if self.open is None or layer_idx not in self.open.written:
+            return self.columns
+        return self.columns + self.open.step.length
 
     def check_batch(self, batch: int) -> None:
         """Raise `ValueError` where `batch` is not the number of sequences held."""
@@ -237,7 +236,8 @@ class Ledger:
         """
         self.open = None
         if step.length != 1:
-            self._fetch_if_stale()
+            if self._lengths is None:
+                self._fetch()
             self._forget_counts()
         elif on_devices:
             for device, counts in self._counts.items():
@@ -276,9 +276,10 @@ class Ledger:
 
     def add_columns(self, step: Step) -> None:
         """Count the columns of a step in."""
-        if step.real is not None or self.column_is_real is not None:
-            batch, old, new = self.batch_size, self.column_is_real, step.real
-            device = (new if new is not None else old).device
+        old, new = self.column_is_real, step.real
+        known = old if new is None else new
+        if known is not None:
+            batch, device = self.batch_size, known.device
             if old is None:
                 old = torch.ones(batch, self.columns, dtype=torch.bool, device=device)
             if new is None:
@@ -294,6 +295,8 @@ class Ledger:
 
     def set_columns(self, stored: int, step: Step) -> None:
         """Say in which columns from `stored` on the real tokens of `step` came, where they were stored real ones first."""
+        if self.column_is_real is None or step.real is None:
+            return  # no padding, no order
         self.column_is_real = torch.cat(
             [self.column_is_real[:, :stored], step.real.to(self.column_is_real.device)], dim=1
         )

@@ -45,9 +45,7 @@ class PackedSide:
         """No tokens yet, for states shaped `[B, H, *, D]` as `like`."""
         batch, heads, _, head_dim = like.shape
         parts = codec.parts(head_dim, like.dtype)
-        packed = {
-            name: like.new_empty(batch, heads, 0, part.width, dtype=part.dtype) for name, part in parts.items()
-        }
+        packed = {name: like.new_empty(batch, heads, 0, part.width, dtype=part.dtype) for name, part in parts.items()}
         order = None
         if codec.wide:
             order = torch.arange(head_dim, device=like.device).expand(batch, heads, -1).clone()

@@ -57,7 +57,13 @@ class Step:
     @functools.cached_property
     def lengths(self) -> list[int]:
         """Real tokens of each sequence. Waits for the device where the host does not know them."""
-        return self.real.sum(1).tolist() if self.counted is None else self.counted
+        if self.counted is not None:
+            return self.counted
+        if self.real is None:
+            raise ValueError(
+                "a step without a mask has to say its counted tokens; make it by Step.of or Step.of_lengths."
+            )
+        return self.real.sum(1).tolist()
 
     def lengths_on(self, device: torch.device) -> torch.Tensor:
         """Real tokens of each sequence, int32 `[B]` on `device`; without waiting where they are there already."""

@@ -13,7 +13,6 @@ import weakref
 
 import torch
 
-from modules.codecs.grouped import choose_order
 from modules.kernels.checks import check_layer, check_new_states
 from modules.kernels.numba import packing
 from modules.kernels.numba.compiling import Kernel, compiled
@@ -87,15 +86,15 @@ def decode(
         ValueError: for states that do not fit the layer, and for NaN, infinite or too large ones; nothing is stored then.
     """
     memory = _memory(query, key, value, layer)
-    before, call = _decoding.get(layer, (None, None))
-    if before != memory:
+    bound = _decoding.get(layer)
+    if bound is None or bound[0] != memory:
         check_new_states(query, key, value, layer, Step(1, counted=[1] * query.shape[0]))
         check_layer(layer)
         plan = _plan(layer, _rows(query, key))
         if plan is None or any(t.stride(3) != 1 for t in (query, key, value)):
             return None
-        call = _Call(plan, query, key, value, layer, stores=True)
-        _decoding[layer] = memory, call
+        bound = _decoding[layer] = memory, _Call(plan, query, key, value, layer, stores=True)
+    call = bound[1]
     out = call.run(query, key, value, layer, scaling, call.one_each)
     layer.key.check_magnitude(call.fields.k_largest)
     layer.value.check_magnitude(call.fields.v_largest)
@@ -127,8 +126,7 @@ def _observe_and_pack(layer: PackedLayer, query: torch.Tensor, rows: list[int], 
     slots = [start % layer.ring for start in starts]
     first = [row for row, start in zip(rows, starts) if not start]
     if first and layer.key.wide:
-        groups = layer.key.window[first, :, : layer.group_size]
-        layer.key.order[first] = choose_order(groups, layer.key.wide, layer.group_size, layer.query_energy[first])
+        layer.choose_wide(first, layer.key.window[first, :, : layer.group_size])
     for side in layer.sides:
         packing.pack_window(side, layer.group_size, rows, slots, starts)
 

@@ -12,6 +12,7 @@ import ctypes
 import dataclasses
 import functools
 import hashlib
+import inspect
 import pathlib
 import sys
 import threading
@@ -40,7 +41,7 @@ def digest() -> str:
     what that calls, nor at constants of other files."""
     found = hashlib.sha256()
     paths = sorted(pathlib.Path(__file__).parent.glob("*.py"))
-    for path in (*paths, *(pathlib.Path(module.__file__) for module in (grouped, rotation))):
+    for path in (*paths, *(pathlib.Path(inspect.getfile(module)) for module in (grouped, rotation))):
         found.update(path.read_bytes())
     return found.hexdigest()[:16]
 

@@ -8,10 +8,11 @@ from numba.extending import intrinsic
 
 from modules.kernels.numba.compiling import emitting, void_signature
 from modules.kernels.numba.emit_fit import Fit
+from modules.kernels.numba.packing_spec import Packing
 from modules.kernels.numba.vectors import I8, I32, I64, Emitter
 
 
-def _emit_fits(e: Emitter, source, scale, minimum, largest) -> None:
+def _emit_fits(e: _UnitEmitter, source, scale, minimum, largest) -> None:
     """Scale and minimum, float16, of the groups of one unit of float32 states `[tokens, head_dim]` at `source`; `largest`,
     int32, receives the bits of its largest magnitude."""
     spec, lanes = e.plan, e.plan.lanes
@@ -37,7 +38,7 @@ def _emit_fits(e: Emitter, source, scale, minimum, largest) -> None:
     e.b.store(e.b.extract_element(whole, I32(0)), e.b.inttoptr(largest, I32.as_pointer()), align=4)
 
 
-def _emit_codes(e: Emitter, source, codes, scale, minimum) -> None:
+def _emit_codes(e: _UnitEmitter, source, codes, scale, minimum) -> None:
     """The bytes of a unit, from its states and the metadata that is stored."""
     spec, lanes = e.plan, e.plan.lanes
     fit = Fit(e, 0, None, False)
@@ -58,7 +59,7 @@ def _emit_codes(e: Emitter, source, codes, scale, minimum) -> None:
             e.b.store(small, e.b.inttoptr(place, small.type.as_pointer()), align=1)
 
 
-def _load_metadata(e: Emitter, address, channel):
+def _load_metadata(e: Emitter[Packing], address, channel):
     """Scale or minimum of the channels from `channel` on, float32."""
     if e.plan.keys:
         return e.load(e.address(address, 0, channel, 2), "float16")
@@ -67,21 +68,21 @@ def _load_metadata(e: Emitter, address, channel):
     return e.shuffle(one, one, [0] * e.plan.lanes)
 
 
-class _UnitEmitter(Emitter):
+class _UnitEmitter(Emitter[Packing]):
     """An emitter for the channels of a unit, or the first ones of them: rows lie `source_stride` bytes apart."""
 
-    def __init__(self, e: Emitter, fine: bool = False) -> None:
+    def __init__(self, e: Emitter[Packing], fine: bool = False) -> None:
         super().__init__(e.b, e.plan.fine if fine else e.plan)
         self.source_stride = e.plan.head_dim * 4
 
 
-def _emit_pack_unit(e: Emitter, source, codes, scale, minimum, largest) -> None:
+def _emit_pack_unit(e: Emitter[Packing], source, codes, scale, minimum, largest) -> None:
     unit = _UnitEmitter(e)
     _emit_fits(unit, source, scale, minimum, largest)
     _emit_codes(unit, source, codes, scale, minimum)
 
 
-def _emit_pack_fine(e: Emitter, source, codes, scale, minimum, largest) -> None:
+def _emit_pack_fine(e: Emitter[Packing], source, codes, scale, minimum, largest) -> None:
     if not e.plan.wide:
         return
     unit = _UnitEmitter(e, fine=True)
@@ -89,7 +90,7 @@ def _emit_pack_fine(e: Emitter, source, codes, scale, minimum, largest) -> None:
     _emit_codes(unit, source, codes, scale, minimum)
 
 
-def _emit_widen_scales(e: Emitter, scale) -> None:
+def _emit_widen_scales(e: Emitter[Packing], scale) -> None:
     """The scales of the wide channels as they are stored: times four, see `modules.codecs.grouped.widen`."""
     if not e.plan.wide:
         return

@@ -10,10 +10,11 @@ from numba.extending import intrinsic
 
 from modules.kernels.numba.compiling import emitting, void_signature
 from modules.kernels.numba.host import row_bytes
+from modules.kernels.numba.plan import Plan
 from modules.kernels.numba.vectors import I32, I64, Emitter
 
 
-def _emit_fold_keys(e: Emitter, query, scale, minimum, folded) -> None:
+def _emit_fold_keys(e: Emitter[Plan], query, scale, minimum, folded) -> None:
     """`query∘scale` `[rows, head_dim]` of one group of tokens, then `query·minimum` `[rows, lanes]`, yet to be summed.
 
     The sums start from the second part, so that scores come out about zero: float32 stays exact where the parts with and
@@ -35,7 +36,7 @@ def _emit_fold_keys(e: Emitter, query, scale, minimum, folded) -> None:
         e.store(start, e.address(folded, (plan.rows * plan.head_dim + row * plan.lanes) * 4))
 
 
-def _emit_place_query(e: Emitter, query, order, placed) -> None:
+def _emit_place_query(e: Emitter[Plan], query, order, placed) -> None:
     """The channels of each row of queries `[rows, head_dim]` in the `order`, int64, in which keys are stored."""
     plan = e.plan
     with cgutils.for_range(e.b, I64(plan.head_dim)) as loop:
@@ -45,7 +46,7 @@ def _emit_place_query(e: Emitter, query, order, placed) -> None:
             e.store_scalar(one, e.address(placed, row * plan.head_dim * 4, loop.index, 4), 4)
 
 
-def _emit_key_codes(e: Emitter, form: int | str, raw: list, extra: list, plane: int, chunk: int) -> list:
+def _emit_key_codes(e: Emitter[Plan], form: int | str, raw: list, extra: list, plane: int, chunk: int) -> list:
     """One column of keys as floats, for every token: its chunk `raw` and the place of its low bits `extra`."""
     wide = e.plan.wide_lanes(plane, chunk) if isinstance(form, int) else 0
     if not wide:
@@ -55,12 +56,12 @@ def _emit_key_codes(e: Emitter, form: int | str, raw: list, extra: list, plane: 
     return [e.wide_plane(r, plane, low) for r, low in zip(raw, lows)]
 
 
-def _key_unit(e: Emitter, form: int, plane: int, chunk: int) -> float:
+def _key_unit(e: Emitter[Plan], form: int | str, plane: int, chunk: int) -> float:
     """What codes of a column are to be multiplied with, beside the scale that is stored."""
     return 0.25 if e.plan.wide_lanes(plane, chunk) else e.unit(form, plane)
 
 
-def _emit_scores(e: Emitter, form: int | str, keys, extra, count, folded, scores) -> None:
+def _emit_scores(e: Emitter[Plan], form: int | str, keys, extra, count, folded, scores) -> None:
     """Scores of `count` tokens, `[blocks, padded_rows, tokens]`; those of tokens past the last repeat it."""
     plan = e.plan
     columns, together = plan.columns(form), min(4, plan.tokens)
@@ -79,7 +80,8 @@ def _emit_scores(e: Emitter, form: int | str, keys, extra, count, folded, scores
                 e.load(e.address(folded, (plan.rows * plan.head_dim + r * plan.lanes) * 4)) for r in range(plan.rows)
             ]
             parts = [list(starts) for _ in tokens]
-            raw, loaded = None, None
+            raw: list = []
+            loaded = None
             for plane, chunk in columns:
                 if chunk != loaded:
                     raw, loaded = [e.raw(e.address(p, e.raw_offset(form, chunk)), form) for p in places], chunk
@@ -96,15 +98,15 @@ def _emit_scores(e: Emitter, form: int | str, keys, extra, count, folded, scores
             e.store(vector, e.address(scores, number * plan.lanes * 4, loop.index, plan.block * 4))
 
 
-def _emit_score_packed(e: Emitter, keys, extra, count, folded, scores) -> None:
+def _emit_score_packed(e: Emitter[Plan], keys, extra, count, folded, scores) -> None:
     _emit_scores(e, e.plan.k_format, keys, extra, count, folded, scores)
 
 
-def _emit_score_dense(e: Emitter, keys, count, folded, scores) -> None:
+def _emit_score_dense(e: Emitter[Plan], keys, count, folded, scores) -> None:
     _emit_scores(e, e.plan.dense, keys, None, count, folded, scores)
 
 
-def _emit_softmax(e: Emitter, scores, count, maximum, total, decay) -> None:
+def _emit_softmax(e: Emitter[Plan], scores, count, maximum, total, decay) -> None:
     """Scores of a tile into weights `2**(score - maximum)`, in place; zero past `count`.
 
     `maximum` and `total` `[padded_rows, tokens]` go on from the tiles before; what those summed is to be multiplied with
@@ -136,7 +138,7 @@ def _emit_softmax(e: Emitter, scores, count, maximum, total, decay) -> None:
     e.store(factor, decay)
 
 
-def _emit_sum_total(e: Emitter, total) -> None:
+def _emit_sum_total(e: Emitter[Plan], total) -> None:
     """The totals of each row's tokens, added up."""
     e.store(e.across_tokens(e.load(total, lanes=e.plan.block), e.b.fadd), total)
 

@@ -11,7 +11,7 @@ from modules.kernels.numba.plan import Plan
 from modules.kernels.numba.vectors import I64, Emitter
 
 
-def _emit_spread(e: Emitter, weights, count, scale, minimum, spread, offsets) -> None:
+def _emit_spread(e: Emitter[Plan], weights, count, scale, minimum, spread, offsets) -> None:
     """Weights of `count` tokens times the scale of each group, `[groups, tile blocks, padded_rows, tokens]`, and
     `Σ weight·minimum`, `[groups, padded_rows, tokens]`, a row's sum in each of its lanes."""
     plan, n = e.plan, e.plan.block
@@ -32,7 +32,7 @@ def _emit_spread(e: Emitter, weights, count, scale, minimum, spread, offsets) ->
         e.store(e.across_tokens(e.b.load(slot), e.b.fadd), e.address(offsets, group * n * 4))
 
 
-def _emit_accumulate(e: Emitter, form: int | str, values, count, weights, offsets, decay, sums) -> None:
+def _emit_accumulate(e: Emitter[Plan], form: int | str, values, count, weights, offsets, decay, sums) -> None:
     """`sums` `[rows, head_dim]` times `decay`, plus the weighted values of `count` tokens.
 
     A tile adds up from zero and gets its offsets before it joins `sums`: what nearly cancels does so early.
@@ -73,7 +73,7 @@ def _columns_together(plan: Plan, form: int | str) -> int:
     return most // planes * planes if most >= planes else 1 << (most.bit_length() - 1)
 
 
-def _emit_one_value(e: Emitter, form: int | str, values, token, last, block, lane: int, batch, parts) -> None:
+def _emit_one_value(e: Emitter[Plan], form: int | str, values, token, last, block, lane: int, batch, parts) -> None:
     plan = e.plan
     if not isinstance(form, int):  # packed groups are whole
         token = e.b.select(e.b.icmp_signed("<", token, last), token, last)
@@ -92,11 +92,11 @@ def _emit_one_value(e: Emitter, form: int | str, values, token, last, block, lan
             parts[column][row] = e.multiply_add(codes, factors[group, row], parts[column][row])
 
 
-def _emit_accumulate_packed(e: Emitter, values, count, weights, offsets, decay, sums) -> None:
+def _emit_accumulate_packed(e: Emitter[Plan], values, count, weights, offsets, decay, sums) -> None:
     _emit_accumulate(e, e.plan.v_format, values, count, weights, offsets, decay, sums)
 
 
-def _emit_accumulate_dense(e: Emitter, values, count, weights, offsets, decay, sums) -> None:
+def _emit_accumulate_dense(e: Emitter[Plan], values, count, weights, offsets, decay, sums) -> None:
     _emit_accumulate(e, e.plan.dense, values, count, weights, offsets, decay, sums)
 
 

@@ -72,6 +72,7 @@ def _run(
     scratch, largest = buffer("packing", threads * spec.scratch_floats), np.empty(units, np.int32)
     table = np.array(jobs, np.int64)
     row, head, token = (stride * states.element_size() for stride in states.stride()[:3])
+    scale, minimum = targets.metadata
     fields = PackingFields(
         heads=heads,
         groups=groups,
@@ -81,8 +82,8 @@ def _run(
         source_token=token,
         capacity=targets.codes.shape[2],
         codes=targets.codes.data_ptr(),
-        scale=targets.scale.data_ptr(),
-        minimum=targets.minimum.data_ptr(),
+        scale=scale.data_ptr(),
+        minimum=minimum.data_ptr(),
         extra=0 if targets.extra is None else targets.extra.data_ptr(),
         order=0 if order is None else order.data_ptr(),
         jobs=table.ctypes.data,

@@ -7,7 +7,7 @@ registers, is not something a loop over arrays makes LLVM do. Any CPU runs them;
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from llvmlite import ir
 from numba.core import cgutils
@@ -22,10 +22,13 @@ I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F32 = ir.FloatType()
 
 
-class Emitter:
+Constants = TypeVar("Constants", bound="Plan | Packing")
+
+
+class Emitter(Generic[Constants]):
     """Vector instructions on addresses (int64 values) for one plan."""
 
-    def __init__(self, builder: ir.IRBuilder, plan: Plan | Packing) -> None:
+    def __init__(self, builder: ir.IRBuilder, plan: Constants) -> None:
         self.b, self.plan = builder, plan
 
     def address(self, base, offset=0, index=None, stride: int = 0):

@@ -114,8 +114,9 @@ def _scores(query: torch.Tensor, side: PackedSide, rows: slice, start: int, stop
         return query @ stored.codes.float().transpose(-1, -2)
     if side.order is not None:
         query = place_channels(query, side.order[rows])
-    scores = (query @ stored.minimum.float().transpose(-1, -2)).repeat_interleave(side.group_size, dim=-1)
-    scale, width = stored.scale.float(), stored.codes.shape[-1]
+    scale, minimum = (t.float() for t in stored.metadata)
+    scores = (query @ minimum.transpose(-1, -2)).repeat_interleave(side.group_size, dim=-1)
+    width = stored.codes.shape[-1]
     for number, plane in enumerate(_planes(stored.codes, side.bits)):
         channels = slice(number * width, (number + 1) * width)
         _add_scores(scores, query[..., channels], plane, scale[..., channels])
@@ -149,7 +150,8 @@ def _weighted_sum(weights: torch.Tensor, side: PackedSide, rows: slice, start: i
             if group != scaled_by:
                 scaled, scaled_by = weights * stored.scale[..., group].float().unsqueeze(-2), group
             parts.append(scaled @ plane[..., first : first + segment])
-    middle = torch.add(stored.minimum.float(), stored.scale.float(), alpha=half)
+    scale, minimum = stored.metadata
+    middle = torch.add(minimum.float(), scale.float(), alpha=half)
     offsets = (weights @ middle).unsqueeze(-1)
     return torch.cat(parts, dim=-1).unflatten(-1, (-1, side.group_size)).add_(offsets).flatten(-2)
 
@@ -160,15 +162,17 @@ class _OnlineSoftmax:
     Every query must see a key of the first block.
     """
 
+    maximum: torch.Tensor  # these three from the first block on
+    total: torch.Tensor
+    sum: torch.Tensor
+
     def __init__(self) -> None:
-        self.maximum: torch.Tensor | None = None
-        self.total: torch.Tensor | None = None
-        self.sum: torch.Tensor | None = None
+        self.begun = False
 
     def weights(self, scores: torch.Tensor) -> torch.Tensor:
         """Unnormalized weights `[b, H, n, T]` of the next block, in place of its scores."""
         highest = scores.amax(-1, keepdim=True)
-        if self.maximum is None:
+        if not self.begun:
             self.maximum = highest
             weights = scores.sub_(highest).exp_()
             self.total = weights.sum(-1, keepdim=True)
@@ -183,7 +187,8 @@ class _OnlineSoftmax:
 
     def add(self, weighted_values: torch.Tensor) -> None:
         """The values `[b, H, n, D]` of that block, summed with those weights."""
-        self.sum = weighted_values if self.sum is None else self.sum.add_(weighted_values)
+        self.sum = self.sum.add_(weighted_values) if self.begun else weighted_values
+        self.begun = True
 
     def result(self) -> torch.Tensor:
         return self.sum / self.total

@@ -184,7 +184,7 @@ def append_token(layer: PackedLayer, key: torch.Tensor, value: torch.Tensor, ste
             Rows.of(value),
             Side.of(layer.key),
             Side.of(layer.value),
-            layer.query_energy.contiguous() if layer.key.wide else counts,
+            counts if layer.query_energy is None else layer.query_energy.contiguous(),
             counts,
             counts if step.all_real else step.lengths_on(device),
             batch,
