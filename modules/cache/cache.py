@@ -75,7 +75,8 @@ class KIVICache(Cache):
         self.config, self.options = config, options
         geometry = Geometry(options.group_size, options.residual_length, options.sink_length)
         self.ledger = Ledger(geometry, max_length)
-        self._savepoint: Savepoint | None = None
+        self._savepoint: Savepoint | None = None  # of the step of a model that opens none itself
+        self._ended: Savepoint | None = None  # of the last such step, for a model that turns out to have more layers
         self._driven = self._over_codes = False
         super().__init__(layers=[] if config is None else self._layers_of(config))
         if config is None:
@@ -98,6 +99,7 @@ class KIVICache(Cache):
                 bits = self.options.bits_of_layer(0, 1)
                 self.layers.append(KIVICacheLayer(self.options, bits, len(self.layers), self.ledger))
         if layer_idx >= len(self.layers):
+            self._undo()
             raise ValueError(
                 f"the cache has {len(self.layers)} layers and the model asks for one more, number {layer_idx}; make the "
                 "cache with this model's config: model.create_kivi_cache() or KIVICache(model.config)."
@@ -170,12 +172,15 @@ class KIVICache(Cache):
         except ValueError:
             self._undo()
             raise
-        self._savepoint = None
+        self._savepoint = self._ended = None
 
     def _undo(self) -> None:
         """Forget the step of a model that opens none itself."""
-        if self._savepoint is not None:
-            self._savepoint.restore()
+        if self._driven:
+            return
+        saved = self._savepoint or self._ended
+        if saved is not None:
+            saved.restore()
         self._drop_open_step()
 
     def finish_replay(self, step: Step) -> None:
@@ -206,7 +211,9 @@ class KIVICache(Cache):
         written.add(layer.layer_idx)
         all_known = self.config is not None or self.ledger.columns > 0  # else a layer may yet be made
         if not self._driven and all_known and len(written) == len(self.kivi_layers):
+            saved = self._savepoint
             self._settle()
+            self._ended = saved
 
     def open_step(self, layer: KIVICacheLayer, mask: torch.Tensor | None, batch: int, length: int) -> Step:
         """The step in which a layer gets `length` new columns: the one that is open, else a new one under `mask`."""
@@ -339,8 +346,7 @@ class KIVICache(Cache):
                 layer.prefetch()
             yield
         except BaseException:
-            if not self._driven:
-                self._undo()
+            self._undo()
             raise
         finally:
             if self.offloading:
@@ -397,7 +403,7 @@ class KIVICache(Cache):
         self.ledger.clear([0] * self.ledger.batch_size if self.ledger.max_length is not None else [])
 
     def _drop_open_step(self) -> None:
-        self.ledger.open = self._savepoint = None
+        self.ledger.open = self._savepoint = self._ended = None
 
     @as_data
     def crop(self, tokens_to_remove: int) -> None:
