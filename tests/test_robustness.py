@@ -439,7 +439,7 @@ def test_two_threads_generate_at_once_with_one_model(backend, implementation):
 
 @pytest.mark.parametrize("backend", ["torch", "numba"])
 def test_a_compiled_forward_gives_the_same_tokens(backend):
-    _, kivi = make_pair("llama", backend=backend, num_hidden_layers=2)
+    kivi = make_model("KIVI", {**LLAMA, "num_hidden_layers": 2}, backend=backend)
     prompt = tokens(1, 70)
 
     def decode(forward):
