@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import SMALL, relative_error, tokens
+from conftest import SMALL, make_pair, relative_error, tokens
 from decoders import DECODERS, HYBRIDS, decoder
 from transformers import DynamicCache
 from transformers.cache_utils import LinearAttentionLayer
@@ -146,6 +146,19 @@ def test_what_the_function_does_not_know_is_refused():
                     run(model, cache, [ids])
         finally:
             type(attention).forward = attend
+
+
+@pytest.mark.parametrize("model_type", ["stock", "KIVI"])
+def test_states_that_nobody_attends_are_noticed(monkeypatch, model_type):
+    """An attention that copies what `update` gave back loses the way to the past: an error, never a wrong answer."""
+    model = kivi("llama") if model_type == "stock" else make_pair("llama")[1]
+    cache = KIVICache(model.config, **SMALL)
+    update = KIVICache.update
+    monkeypatch.setattr(KIVICache, "update", lambda *args, **kwargs: [t.clone() for t in update(*args, **kwargs)])
+    with pytest.raises(ValueError, match="does not pass what update"):
+        for _ in range(2):  # a stock model does not say when a forward ends
+            run(model, cache, [tokens(1, 20)])
+    assert cache.get_seq_length() == 0
 
 
 def test_custom_masks_are_refused():

@@ -77,6 +77,7 @@ class KIVICache(Cache):
         self.ledger = Ledger(geometry, max_length)
         self._savepoint: Savepoint | None = None  # of the step of a model that opens none itself
         self._ended: Savepoint | None = None  # of the last such step, for a model that turns out to have more layers
+        self._handed_on: set[int] = set()  # layers whose states are on their way to an attention function
         self._driven = self._over_codes = False
         super().__init__(layers=[] if config is None else self._layers_of(config))
         if config is None:
@@ -143,6 +144,7 @@ class KIVICache(Cache):
                 self._commit(step)
             finally:
                 self._driven, self.ledger.open = False, None
+                self._handed_on.clear()
 
     @contextlib.contextmanager
     def undone_on_failure(self, step: Step) -> Iterator[None]:
@@ -166,6 +168,8 @@ class KIVICache(Cache):
             return
         try:
             opened = self.ledger.open
+            if opened is None and self._handed_on:
+                opened = OpenStep(Step(0))  # states were handed on, and nobody attended
             if opened is not None:
                 self._check_complete(opened)
                 self._commit(opened.step)
@@ -173,6 +177,7 @@ class KIVICache(Cache):
             self._undo()
             raise
         self._savepoint = self._ended = None
+        self._handed_on.clear()
 
     def _undo(self) -> None:
         """Forget the step of a model that opens none itself."""
@@ -199,8 +204,9 @@ class KIVICache(Cache):
         if missing:
             raise ValueError(
                 f"the last forward gave no states to the layers {missing} of the cache, so none were stored: it was broken "
-                f"off, or the model has fewer layers than the cache has ({len(self.layers)}). Make the cache with the "
-                "model's own config: model.create_kivi_cache() or KIVICache(model.config)."
+                f"off, or the model has fewer layers than the cache has ({len(self.layers)}), or does not pass what update() "
+                "gave back to its attention function. Make the cache with the model's own config: model.create_kivi_cache() or "
+                "KIVICache(model.config)."
             )
 
     def _wrote(self, layer: KIVICacheLayer, step: Step) -> None:
@@ -302,9 +308,14 @@ class KIVICache(Cache):
             return layer.update(key_states, value_states, *args, **kwargs)
         if self.attends_over_codes:
             key_states.kivi = Deferred(self, layer)
+            self._handed_on.add(layer.layer_idx)
             return key_states, value_states
         step = self.open_step(layer, None, key_states.shape[0], key_states.shape[2])
         return self.store(key_states, value_states, layer, step)
+
+    def received(self, layer: KIVICacheLayer) -> None:
+        """The states of a layer that `update` handed on have come to an attention function that knows codes."""
+        self._handed_on.discard(layer.layer_idx)
 
     def attend(
         self,
@@ -404,6 +415,7 @@ class KIVICache(Cache):
 
     def _drop_open_step(self) -> None:
         self.ledger.open = self._savepoint = self._ended = None
+        self._handed_on.clear()
 
     @as_data
     def crop(self, tokens_to_remove: int) -> None:

@@ -84,14 +84,16 @@ def _forward_through(dense_name: str) -> Callable[..., tuple[torch.Tensor, torch
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of `query` `[B, num_attention_heads, q, D]`: `[B, q, num_attention_heads, D]` and no weights."""
         dense = ALL_ATTENTION_FUNCTIONS.get_interface(dense_name, eager_attention_forward)
+        deferred: Deferred | None = getattr(key, "kivi", None)
+        if deferred is not None:
+            deferred.cache.received(deferred.layer)
         check_arguments(module, kwargs, _WITHOUT_EFFECT | _DENSE_ONLY)
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        deferred: Deferred | None = getattr(key, "kivi", None)
         if deferred is None:
             mask = _dense_mask(dense_name, attention_mask, query.shape[2], key)
             return dense(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)
-        _check_for_codes(module, kwargs)
         cache, layer = deferred
+        _check_for_codes(module, kwargs)
         step = cache.open_step(layer, _padding_of(attention_mask), query.shape[0], query.shape[2])
         rebuilt = dense_name == "eager" or kwargs.get("sliding_window") is not None  # neither knows codes
         if layer.get_seq_length() and not rebuilt:
