@@ -19,7 +19,7 @@ done
 # Every access of the kernels that pack, append and attend, beside the tests; each tensor in an allocation of its own.
 if command -v compute-sanitizer >/dev/null; then
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 200 compute-sanitizer --error-exitcode 9 "$python" -m pytest -q -m gpu \
-        tests/test_triton.py -k "default_cache or without_window or ragged or append_with_wide" >"$out/sanitizer.txt" 2>&1 &
+        tests/test_triton.py -k "default_cache or without_window or ragged or append_chooses_wide" >"$out/sanitizer.txt" 2>&1 &
     pids+=($!)
 else
     echo "not run: compute-sanitizer of the CUDA toolkit is not installed" >"$out/sanitizer.txt"
