@@ -15,14 +15,14 @@ from modules.store.step import Step
 
 
 class Savepoint:
-    """A cache before a step.
+    """A cache before a step of `length` new columns.
 
     What packed layers write lies behind the lengths of the ledger and is dead once those are back; only slots of the
     window that several new tokens reuse are kept here, and the states that linear-attention layers write over.
     """
 
     def __init__(self, layers: list[Any], ledger: Ledger, step: Step) -> None:
-        self._layers, self._ledger, self._attempted = layers, ledger, step.length
+        self._layers, self._ledger, self.length = layers, ledger, step.length
         self._count, self._lengths = len(layers), ledger.save()
         self._packed = [_PackedLayer(layer, step) if isinstance(layer, KIVICacheLayer) else None for layer in layers]
         self._others = [
@@ -33,7 +33,7 @@ class Savepoint:
     def restore(self) -> None:
         """Put the cache back as it was."""
         del self._layers[self._count :]
-        self._ledger.restore(self._lengths, self._attempted)
+        self._ledger.restore(self._lengths, self.length)
         for layer, packed, other in zip(self._layers, self._packed, self._others):
             if packed is not None:
                 packed.restore(layer)
