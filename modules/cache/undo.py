@@ -53,9 +53,10 @@ class _PackedLayer:
     def __init__(self, layer: KIVICacheLayer, step: Step) -> None:
         self.store: PackedLayer | None = layer.store if layer.ledger.columns else None
         self.energy: torch.Tensor | None = None
+        self.newest_energy: list[tuple[int, torch.Tensor]] = []
         self.windows: list[torch.Tensor] = []
         if self.store is not None:
-            self.energy = self.store.query_energy
+            self.energy, self.newest_energy = self.store.query_energy, list(self.store.newest_energy)
             if self.store.overwrites(step):
                 self.windows = [side.window.clone() for side in self.store.sides]
 
@@ -64,7 +65,7 @@ class _PackedLayer:
             if layer.store is not None:
                 layer.forget()
             return
-        self.store.query_energy = self.energy
+        self.store.query_energy, self.store.newest_energy = self.energy, self.newest_energy
         for side, window in zip(self.store.sides, self.windows):
             side.window.copy_(window)
 
