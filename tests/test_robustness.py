@@ -488,6 +488,32 @@ def test_drafts_leave_nothing_behind_at_sixteen_bits(mode):
     assert cache.get_seq_length() == out.shape[1] - 1
 
 
+@pytest.mark.parametrize("way", ["draft", "failed step", "selection", "emptied"])
+def test_queries_that_were_taken_back_do_not_count(way):
+    """They help to choose the wide channels; with room for drafts those of the newest tokens are known one by one."""
+    kivi = make_model("KIVI", LLAMA, backend="torch")
+    cache = kivi.create_kivi_cache(max_length=200)
+    cache.activate_past_recording()
+    run(kivi, cache, tokens(3, 20))
+    store, kept = cache.layers[1].store, [0, 1, 2]
+    before = store.query_energy.clone()
+    run(kivi, cache, tokens(3, 1))
+    if way == "failed step":
+        hook = kivi.model.layers[1].mlp.register_forward_hook(lambda *_: torch.zeros(1)[1])
+        with pytest.raises(IndexError):
+            run(kivi, cache, tokens(3, 5))
+        hook.remove()
+    if way == "selection":
+        kept = [2, 0]
+        cache.batch_select_indices(torch.tensor(kept))
+    run(kivi, cache, tokens(len(kept), 7))
+    cache.crop(-8)
+    if way == "emptied":
+        cache.reset()
+        before = torch.zeros_like(before)
+    assert torch.allclose(store.query_energy, before[kept], rtol=1e-5, atol=1e-5)
+
+
 def test_a_cache_that_is_saved_and_loaded_goes_on(tmp_path):
     _, kivi = make_pair("llama", backend="numba")
     ids, cache = tokens(2, 120), kivi.create_kivi_cache()

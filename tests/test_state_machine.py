@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import itertools
 import pickle
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from transformers import LlamaConfig
 
+from modules.cache.cache import DRAFT_ROOM
 from modules.codecs.grouped import CLIPPED, WIDE_BITS
 from modules.codecs.rotation import rotate
 from modules.kivi_cache_general import KIVICache
@@ -49,21 +52,28 @@ class Plain:
 
     Attributes:
         held: by layer, side (keys, values) and sequence, `[KV_HEADS, tokens, HEAD_DIM]`.
+        given: the same before they were packed.
         packed: packed tokens of each sequence.
+        reach: the most tokens each sequence had since its window was laid out.
         real: bool `[B, columns]`.
+        draft_room: slots of the window that keep what is packed.
     """
 
     sink_length: int
     residual_length: int
     held: list[list[list[torch.Tensor]]]
+    given: list[list[list[torch.Tensor]]]
     packed: list[int]
+    reach: list[int]
     real: torch.Tensor
+    draft_room: int = 0
 
     @classmethod
-    def empty(cls, sink_length: int, residual_length: int, batch: int) -> Plain:
+    def empty(cls, sink_length: int, residual_length: int, batch: int, draft_room: int = 0) -> Plain:
         nothing = torch.zeros(KV_HEADS, 0, HEAD_DIM)
-        held = [[[nothing] * batch for _ in range(2)] for _ in range(LAYERS)]
-        return cls(sink_length, residual_length, held, [0] * batch, torch.ones(batch, 0, dtype=torch.bool))
+        held, given = ([[[nothing] * batch for _ in range(2)] for _ in range(LAYERS)] for _ in range(2))
+        real = torch.ones(batch, 0, dtype=torch.bool)
+        return cls(sink_length, residual_length, held, given, [0] * batch, [0] * batch, real, draft_room)
 
     @property
     def batch(self) -> int:
@@ -78,33 +88,64 @@ class Plain:
         return self.real.sum(1).tolist()
 
     def copy(self) -> Plain:
-        held = [[list(rows) for rows in sides] for sides in self.held]
-        return dataclasses.replace(self, held=held, packed=list(self.packed))
+        return copy.deepcopy(self)
+
+    def rows(self) -> Iterator[list[torch.Tensor]]:
+        """`held` and `given` of every layer and side."""
+        for states in (self.held, self.given):
+            for sides in states:
+                yield from sides
+
+    def whole_groups(self, length: int) -> int:
+        return max(0, length - self.sink_length) // GROUP_SIZE * GROUP_SIZE
+
+    def packed_at(self, length: int) -> int:
+        """Packed tokens of a sequence that grew to `length` tokens."""
+        return self.whole_groups(length - self.residual_length)
 
     def append(self, states: list[list[torch.Tensor]], real: torch.Tensor) -> list[tuple[int, int]]:
         """Take `[B, KV_HEADS, T, HEAD_DIM]` by layer and side; the tokens of each sequence that are packed by it."""
         self.real = torch.cat([self.real, real], dim=1)
-        for sides, new in zip(self.held, states):
-            for rows, side in zip(sides, new):
-                rows[:] = [torch.cat([old, side[row][:, real[row]]], dim=1) for row, old in enumerate(rows)]
+        for rows, side in zip(self.rows(), [side for sides in states for side in sides] * 2):
+            rows[:] = [torch.cat([old, side[row][:, real[row]]], dim=1) for row, old in enumerate(rows)]
         newly = []
         for row, length in enumerate(self.lengths):
-            whole = (length - self.sink_length - self.residual_length) // GROUP_SIZE * GROUP_SIZE
-            start, self.packed[row] = self.packed[row], max(self.packed[row], whole)
+            start, self.packed[row] = self.packed[row], max(self.packed[row], self.packed_at(length))
+            self.reach[row] = max(self.reach[row], length)
             newly.append((self.sink_length + start, self.sink_length + self.packed[row]))
         return newly
 
     def crop(self, columns: int) -> None:
+        """Forget columns. What was packed and comes back into the window is as it was given where there was room for
+        drafts, else as it was packed, a whole group at most."""
         self.real = self.real[:, :columns]
-        for sides in self.held:
-            for rows in sides:
-                rows[:] = [old[:, :length] for old, length in zip(rows, self.lengths)]
+        for rows in self.rows():
+            rows[:] = [old[:, :length] for old, length in zip(rows, self.lengths)]
         for row, length in enumerate(self.lengths):
-            self.packed[row] = min(self.packed[row], max(0, length - self.sink_length) // GROUP_SIZE * GROUP_SIZE)
+            start = min(self.packed[row], self.packed_at(length))
+            if not self.in_window(start, row):
+                start = min(self.packed[row], self.whole_groups(length))
+            given_back = start < self.packed[row] and self.in_window(start, row)
+            self.packed[row], first = start, self.sink_length + start
+            for held, original in zip(itertools.chain(*self.held), itertools.chain(*self.given)):
+                states = torch.cat([held[row][:, :first], (original if given_back else held)[row][:, first:]], dim=1)
+                held[row], original[row] = states, torch.cat([original[row][:, :first], states[:, first:]], dim=1)
+
+    def in_window(self, first: int, row: int) -> bool:
+        """Whether no later token has taken the slots of the tokens from `first` on, counted behind the sinks."""
+        ring = self.residual_length + GROUP_SIZE + self.draft_room
+        return first > self.reach[row] - self.sink_length - ring
+
+    def make_draft_room(self) -> None:
+        self.draft_room = DRAFT_ROOM
+        ring = self.residual_length + GROUP_SIZE + self.draft_room
+        self.reach = [max(length, self.sink_length + old + ring) for length, old in zip(self.lengths, self.packed)]
 
     def select(self, index: list[int]) -> None:
         self.real, self.packed = self.real[index], [self.packed[row] for row in index]
-        self.held = [[[rows[row] for row in index] for rows in sides] for sides in self.held]
+        self.reach = [self.reach[row] for row in index]
+        for rows in self.rows():
+            rows[:] = [rows[row] for row in index]
 
     def dense(self, layer: int, side: int) -> torch.Tensor:
         """`[B, KV_HEADS, columns, HEAD_DIM]`, zeros at padding."""
@@ -205,8 +246,8 @@ class CacheMachine(RuleBasedStateMachine):
         return self.plain.batch if self.plain.columns else data.draw(st.integers(1, MOST_ROWS), label="batch")
 
     def emptied_for(self, batch: int) -> None:
-        if not self.plain.columns:
-            self.plain = Plain.empty(self.sinks, self.residual, batch)
+        if not self.plain.columns and batch != self.plain.batch:
+            self.plain = Plain.empty(self.sinks, self.residual, batch, self.plain.draft_room)
 
     def fits(self, real: torch.Tensor) -> bool:
         return (
@@ -261,6 +302,14 @@ class CacheMachine(RuleBasedStateMachine):
                     check_groups(*(rotate(t[None])[0] if rotated else t for t in (given, stored)), side.codec, number)
                     rows[row] = torch.cat([rows[row][:, :start], stored, rows[row][:, stop:]], dim=1)
 
+    def failed(self, length: int) -> None:
+        """A step that failed may have taken slots of the window, of which the ledger then says that they hold nothing."""
+        reach, before = self.cache.ledger.save().reach, self.plain.reach
+        if self.plain.columns:
+            assert all(old <= new <= old + length for old, new in zip(before, reach))
+        if len(reach) == len(before):
+            self.plain.reach = list(reach)
+
     def step(self, how: str, real: torch.Tensor, mask: torch.Tensor | None) -> None:
         self.emptied_for(real.shape[0])
         states = self.new_states(*real.shape)
@@ -268,6 +317,7 @@ class CacheMachine(RuleBasedStateMachine):
             event("full")
             with pytest.raises(ValueError, match=f"max_length={self.max_length}"):
                 self.forward(how, states, real, mask)
+            self.failed(real.shape[1])
             return
         self.forward(how, states, real, mask)
         newly = self.plain.append(states, real)
@@ -330,6 +380,7 @@ class CacheMachine(RuleBasedStateMachine):
                 self.forward(how, states[:at], real, None)
                 self.cache.get_mask_sizes(1, 0)  # where nothing says that a forward has ended, the next one does
         self.plain = plain
+        self.failed(length)
 
     @precondition(lambda self: self.plain.columns)
     @rule(data=st.data(), keeps=st.booleans())
@@ -375,7 +426,30 @@ class CacheMachine(RuleBasedStateMachine):
     @rule()
     def reset(self) -> None:
         self.cache.reset()
-        self.plain = Plain.empty(self.sinks, self.residual, self.plain.batch)
+        self.plain = Plain.empty(self.sinks, self.residual, self.plain.batch, self.plain.draft_room)
+
+    @precondition(lambda self: not self.plain.draft_room)
+    @rule()
+    def make_room_for_drafts(self) -> None:
+        self.cache.activate_past_recording()
+        self.plain.make_draft_room()
+
+    @precondition(lambda self: self.plain.columns and self.plain.draft_room)
+    @rule(data=st.data(), how=forwards, length=st.integers(1, DRAFT_ROOM - GROUP_SIZE))
+    def a_draft_that_is_taken_back(self, data, how, length) -> None:
+        """Nothing is different afterwards, however many groups it filled, unless more was taken back before."""
+        at_its_end = self.plain.reach == self.plain.lengths
+        before = self.plain.copy()
+        real = torch.ones(self.plain.batch, length, dtype=torch.bool)
+        if not self.fits(real):
+            return
+        self.step(how, real, None)
+        self.cache.crop(-length)
+        self.plain.crop(before.columns)
+        if at_its_end:
+            assert self.plain.packed == before.packed
+            for now, then in zip(self.plain.rows(), before.rows()):
+                assert all(map(torch.equal, now, then))
 
     # what must hold after each
 

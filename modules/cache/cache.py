@@ -228,7 +228,7 @@ class KIVICache(Cache):
         if self.ledger.open is not None:
             return self.ledger.open.step
         step = self._step_of(mask, batch, length)
-        if self._savepoint is None:
+        if self._savepoint is None or self._savepoint.length != length:
             self._savepoint = Savepoint(self.layers, self.ledger, step)
         return step
 

@@ -15,14 +15,14 @@ from modules.store.step import Step
 
 
 class Savepoint:
-    """A cache before a step.
+    """A cache before a step of `length` new columns.
 
     What packed layers write lies behind the lengths of the ledger and is dead once those are back; only slots of the
     window that several new tokens reuse are kept here, and the states that linear-attention layers write over.
     """
 
     def __init__(self, layers: list[Any], ledger: Ledger, step: Step) -> None:
-        self._layers, self._ledger, self._attempted = layers, ledger, step.length
+        self._layers, self._ledger, self.length = layers, ledger, step.length
         self._count, self._lengths = len(layers), ledger.save()
         self._packed = [_PackedLayer(layer, step) if isinstance(layer, KIVICacheLayer) else None for layer in layers]
         self._others = [
@@ -33,7 +33,7 @@ class Savepoint:
     def restore(self) -> None:
         """Put the cache back as it was."""
         del self._layers[self._count :]
-        self._ledger.restore(self._lengths, self._attempted)
+        self._ledger.restore(self._lengths, self.length)
         for layer, packed, other in zip(self._layers, self._packed, self._others):
             if packed is not None:
                 packed.restore(layer)
@@ -53,9 +53,10 @@ class _PackedLayer:
     def __init__(self, layer: KIVICacheLayer, step: Step) -> None:
         self.store: PackedLayer | None = layer.store if layer.ledger.columns else None
         self.energy: torch.Tensor | None = None
+        self.newest_energy: list[tuple[int, torch.Tensor]] = []
         self.windows: list[torch.Tensor] = []
         if self.store is not None:
-            self.energy = self.store.query_energy
+            self.energy, self.newest_energy = self.store.query_energy, list(self.store.newest_energy)
             if self.store.overwrites(step):
                 self.windows = [side.window.clone() for side in self.store.sides]
 
@@ -64,7 +65,7 @@ class _PackedLayer:
             if layer.store is not None:
                 layer.forget()
             return
-        self.store.query_energy = self.energy
+        self.store.query_energy, self.store.newest_energy = self.energy, self.newest_energy
         for side, window in zip(self.store.sides, self.windows):
             side.window.copy_(window)
 

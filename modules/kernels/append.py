@@ -36,5 +36,5 @@ def append_rows(packer: Packer, layer: PackedLayer, rows: slice, key: torch.Tens
             if side is layer.key and not packed:
                 layer.choose_wide(rows, groups)
             packer.pack(side, rows, packed, groups)
-        first = max(0, packed_after - stored)  # earlier ones of `rest` are packed already
+        first = max(0, packed_after - geometry.draft_room - stored)  # earlier ones of `rest` are packed and stay so
         side.write_window(rows, stored + first, rest[:, :, first:])

@@ -129,12 +129,14 @@ class PackedLayer:
             energy = energy + part.square().sum(2).unflatten(1, (energy.shape[1], -1)).sum(2)
         self.query_energy = energy
         if self.ledger.geometry.draft_room:
-            self._note_newest(query)
+            self._note_newest(query, real)
 
-    def _note_newest(self, query: torch.Tensor) -> None:
+    def _note_newest(self, query: torch.Tensor, real: torch.Tensor | None) -> None:
         room, stored, kv_heads = self.ledger.geometry.draft_room, max(self.lengths), self.key.window.shape[1]
         for number in range(max(0, query.shape[2] - room), query.shape[2]):
             squares = query[:, :, number].float().square().unflatten(1, (kv_heads, -1)).sum(2)
+            if real is not None:
+                squares = squares * real[:, :, number]
             self.newest_energy.append((stored + number, squares))
         del self.newest_energy[:-room]
 
@@ -202,12 +204,12 @@ class PackedLayer:
                 for side in self.sides:
                     group = side.read(rows, start, start + self.group_size, side.window.dtype)
                     side.write_window(rows, start, group[:, :, : max(0, left)])
-            if self.query_energy is not None and not length:
-                self.query_energy = self.query_energy.clone()
-                self.query_energy[row] = 0
         while self.newest_energy and self.newest_energy[-1][0] >= max(lengths):
             _, squares = self.newest_energy.pop()
             self.query_energy = self.query_energy - squares
+        if self.query_energy is not None and not all(lengths):
+            self.query_energy = self.query_energy.clone()
+            self.query_energy[[row for row, length in enumerate(lengths) if not length]] = 0
 
     def enlarge_window(self, geometry: Geometry) -> None:
         """Give the window the slots of another geometry; its tokens stay."""
@@ -228,7 +230,9 @@ class PackedLayer:
             for name, t in side.tensors().items():
                 setattr(side, name, t.index_select(0, index.to(t.device)))
         if self.query_energy is not None:
-            self.query_energy = self.query_energy.index_select(0, index.to(self.query_energy.device))
+            index = index.to(self.query_energy.device)
+            self.query_energy = self.query_energy.index_select(0, index)
+            self.newest_energy = [(token, squares.index_select(0, index)) for token, squares in self.newest_energy]
 
     def to(self, device: torch.device | str) -> None:
         """Move every tensor to `device`."""
@@ -237,3 +241,4 @@ class PackedLayer:
                 setattr(side, name, t.to(device, non_blocking=True))
         if self.query_energy is not None:
             self.query_energy = self.query_energy.to(device, non_blocking=True)
+            self.newest_energy = [(token, t.to(device, non_blocking=True)) for token, t in self.newest_energy]
