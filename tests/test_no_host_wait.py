@@ -200,6 +200,16 @@ def test_a_step_only_the_device_knows_is_known_to_no_list():
             layer.lengths  # noqa: B018
 
 
+def test_states_that_int32_cannot_reach_are_refused():
+    """More elements of a sequence than a kernel counts."""
+    with fake_gpu() as (_, launches):
+        layer, step = empty_layer(1, dtype=torch.float16, device=CUDA), Step.of(None, 1, 1 << 20)
+        key = states(layer, 2, 1 << 20)
+        with pytest.raises(ValueError, match="smaller pieces"):
+            backend("triton").attend(states(layer, 64, 1 << 20), key, key, layer, 0.125, step)
+        assert not launches.grids
+
+
 @pytest.mark.parametrize("tokens, heads, batch", [(200_000, 64, 1), (1 << 21, 8, 1), (1, 16, 20_000)])
 def test_grids_stay_within_their_limits(tokens, heads, batch):
     """However many tokens or sequences are new: attention, merging, packing and appending."""

@@ -293,6 +293,23 @@ def test_append_writes_behind_the_ledger(kernels):
     assert_equal_layers(layer, expected)
 
 
+def test_a_sequence_without_a_new_token_is_left_alone(kernels):
+    """Whatever lies in its place of the step, at a length where one more token would fill a group."""
+    layer = stored([99, 99], kv_heads=2, sink_length=4, dtype=torch.float32)
+    _, key, value = new_states(layer)
+    step = known_to_the_device([1, 0])
+    layer.ledger.counts(key.device)
+    layer.make_room(step)
+    before = {name: t.clone() for name, t in layer.tensors().items()}
+    key[1] = value[1] = float("nan")
+    kernels.append(layer, key, value, step)
+    assert layer.ledger.packs(0, 1) and layer.ledger.packs(1, 1)
+    for name, t in layer.tensors().items():
+        assert torch.equal(t[1], before[name][1]), name
+    assert not torch.equal(layer.key.codes[0], before["key.codes"][0])
+    assert not layer.ledger.marked()
+
+
 def test_several_tokens_are_left_to_the_host(kernels):
     from modules.kernels.triton.append import append_token
 

@@ -11,6 +11,7 @@ HEAD_DIMS = (64, 96, 128, 256)
 GROUP_SIZES = (16, 32, 64, 128)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_WIDE = 64
+MOST_ELEMENTS = 1 << 31  # from the first to the last state of a sequence: kernels count in int32 within one
 
 
 def why_not(layer: PackedLayer) -> str | None:
@@ -39,6 +40,11 @@ def _check(what: str, states: torch.Tensor, shape: tuple[int, ...], window: torc
     if states.dtype != window.dtype or states.device != window.device:
         raise ValueError(
             f"{what} must be {window.dtype} on {window.device}, as the layer is; got {states.dtype} on {states.device}."
+        )
+    if (shape[1] - 1) * states.stride(1) + (shape[2] - 1) * states.stride(2) + shape[3] > MOST_ELEMENTS:
+        raise ValueError(
+            f"{what} of a sequence must lie within {MOST_ELEMENTS} elements; got shape {list(shape)} with strides "
+            f"{list(states.stride())}. Give the new tokens in smaller pieces."
         )
 
 

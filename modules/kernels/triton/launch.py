@@ -109,6 +109,7 @@ class AttentionTile(NamedTuple):
     V_PARTS: int  # bytes of an int16, 1 at 16 bits
     V_PRODUCTS: int  # of all segments, planes and parts
     META_PER_WORD: int  # scales of values read as one integer
+    EARLY_MINIMA: bool  # of values, loaded before the codes: at 16 query rows that spills fewer registers, else more
     FULL_SEG: int  # channels of a full-precision tile
     FULL_T: int  # tokens of one
     ASM: bool  # with inline assembly, which the interpreter cannot run
@@ -228,6 +229,7 @@ def attention_tile(
         V_PARTS=v_parts,
         V_PRODUCTS=v_segs * v_planes * v_parts,
         META_PER_WORD=next(size for size in (4, 2, 1) if d // value_g % size == 0),
+        EARLY_MINIMA=n > FEW_ROWS,
         FULL_SEG=_full_segment(d, k_bits, item),
         FULL_T=FULL_TOKENS,
         ASM=asm,

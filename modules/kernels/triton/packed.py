@@ -190,6 +190,13 @@ def _weigh_plane(
 
 
 @triton.jit
+def _minima(values, token, GROUPS: tl.constexpr):
+    """Minima of the tokens `[WARPS, U * T]`, a group a row: `[WARPS, 16, U * T]`."""
+    group = tl.arange(0, 16)[None, :, None]
+    return tl.load(values.minimum + token[:, None, :] * GROUPS + group, mask=group < GROUPS, other=0.0)
+
+
+@triton.jit
 def _weigh_codes(sums, offsets, p, decay, values, token, TILE: tl.constexpr):
     """The decayed `sums` plus `Σ (p·scale) code`, and `offsets` plus `Σ p·minimum`, of the tokens `[WARPS, U * T]`."""
     V_SEG: tl.constexpr = TILE.V_SEG
@@ -202,15 +209,11 @@ def _weigh_codes(sums, offsets, p, decay, values, token, TILE: tl.constexpr):
     WORDS: tl.constexpr = GROUPS // TILE.META_PER_WORD
     column = tl.arange(0, V_COLS)
     pair = column % (V_SEG // 2) if V_FOLD == 2 else column
-    group16 = tl.arange(0, 16)
     words = ()
     for word in tl.static_range(WORDS):
         words += (tl.load(values.scale + token * WORDS + word),)
-    low = tl.load(  # early, used late: so no register is spilled
-        values.minimum + token[:, None, :] * GROUPS + group16[None, :, None],
-        mask=group16[None, :, None] < GROUPS,
-        other=0.0,
-    )  # [WARPS, 16, U * T]
+    if TILE.EARLY_MINIMA:
+        low = _minima(values, token, GROUPS)
     new_sums = ()
     for seg in tl.static_range(SEGS):
         at = token[:, None, :] * (V_WIDTH // 2) + seg * (V_SEG // 2) + pair[None, :, None]
@@ -222,6 +225,8 @@ def _weigh_codes(sums, offsets, p, decay, values, token, TILE: tl.constexpr):
             for half in tl.static_range(2):
                 old = sums[(seg * PLANES + plane) * 2 + half] * decay[:, None, :]
                 new_sums += (_weigh_plane(old, pairs, p, words, column, seg, plane, half, TILE),)
+    if not TILE.EARLY_MINIMA:
+        low = _minima(values, token, GROUPS)
     return new_sums, tl.dot(low, p, offsets * decay[:, None, :])
 
 
