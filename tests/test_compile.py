@@ -23,6 +23,6 @@ def test_kernels_compile_without_spills(arch, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run([*command, "--json", str(out)], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-4000:]
-    kernels = json.loads(out.read_text())["kernels"]
+    kernels = json.loads(out.read_text())["rows"]
     assert {kernel["kernel"] for kernel in kernels} == {"attend_splits", "combine_splits", "pack_states", "append_step"}
     assert all(kernel["registers"] > 0 and not kernel["spilled"] for kernel in kernels)
