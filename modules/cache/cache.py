@@ -248,6 +248,8 @@ class KIVICache(Cache):
         stored = self.ledger.columns
         if stored:
             self.ledger.check_batch(batch)
+        if length > 1:
+            self.ledger.raise_if_marked()  # the host waits here anyway
         if attention_mask is None:
             return Step.of(None, batch, length)
         if not isinstance(attention_mask, torch.Tensor) or attention_mask.dim() != 2:
@@ -265,8 +267,6 @@ class KIVICache(Cache):
                 f"attention_mask must have the shape {(batch, stored + length)}: {stored} stored tokens and {length} new "
                 f"ones; got {tuple(attention_mask.shape)}."
             )
-        if length > 1 and attention_mask.device.type != "cpu":
-            self.ledger.raise_if_marked()  # the host waits here anyway
         real = attention_mask.bool()
         if stored and (length > 1 or real.device.type == "cpu"):
             self._check_past(real[:, :stored])

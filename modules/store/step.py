@@ -23,6 +23,7 @@ class Step:
     real: torch.Tensor | None = None
     order: torch.Tensor | None = None
     counted: list[int] | None = None
+    _on_device: dict[torch.device, torch.Tensor] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of(cls, real: torch.Tensor | None, batch: int, length: int) -> Step:
@@ -67,9 +68,12 @@ class Step:
 
     def lengths_on(self, device: torch.device) -> torch.Tensor:
         """Real tokens of each sequence, int32 `[B]` on `device`; without waiting where they are there already."""
-        if self.real is not None and self.real.device == device:
-            return self.real.sum(1, dtype=torch.int32)
-        return torch.tensor(self.lengths, dtype=torch.int32, device=device)
+        if device not in self._on_device:
+            if self.real is not None and self.real.device == device:
+                self._on_device[device] = self.real.sum(1, dtype=torch.int32)
+            else:
+                self._on_device[device] = torch.tensor(self.lengths, dtype=torch.int32, device=device)
+        return self._on_device[device]
 
     def real_first(self, states: torch.Tensor, dim: int = 2) -> torch.Tensor:
         """`states` with the real tokens moved to the front of `dim`."""
