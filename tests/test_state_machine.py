@@ -506,9 +506,9 @@ def machine_settings(examples: int) -> settings:
 
 
 TestTorch = TorchMachine.TestCase
-TestTorch.settings = machine_settings(100)
+TestTorch.settings = machine_settings(200)
 TestNumba = NumbaMachine.TestCase
-TestNumba.settings = machine_settings(40)
+TestNumba.settings = machine_settings(150)
 
 
 # --- the same codes on every way --------------------------------------------------------------------------------------
