@@ -161,7 +161,7 @@ def _pipeline(shape: Shape, n: int, warps: int, item: int, shared: int) -> tuple
 
 def _full_segment(head_dim: int, k_bits: int, item: int) -> int:
     """Channels of a full-precision tile: a power of two, the whole head where that does not spill."""
-    crowded = head_dim == 256 and (item == 4 or k_bits == 4)
+    crowded = head_dim == 256 and (item == 4 or k_bits in (4, 8))
     return FULL_SEGMENT if crowded or head_dim == 96 or (head_dim == 64 and item == 2) else head_dim
 
 
@@ -240,9 +240,10 @@ def attention_options(tile: AttentionTile) -> dict[str, int | bool | None]:
     """What the compiler is told of `attend_splits` beside its tile.
 
     Without a limit on the registers it spills some to fit a third program on a multiprocessor, which the shared memory has
-    no room for; at 16 query rows it is the limit that spills some.
+    no room for; at 16 query rows, and with heads of 256 at 4 and 8 bits, it is the limit that spills some.
     """
-    return OPTIONS | {"maxnreg": MOST_REGISTERS[tile.N]}
+    crowded = tile.D == 256 and min(tile.K_BITS, tile.V_BITS) >= 4
+    return OPTIONS | {"maxnreg": None if crowded else MOST_REGISTERS[tile.N]}
 
 
 def pack_tile(side: PackedSide, tokens: int) -> PackTile:
