@@ -60,11 +60,6 @@ class Classes:
     model: type[Any]
     causal_lm: type[Any]
 
-    def bind(self, namespace: dict[str, Any]) -> None:
-        """Put every class into a module's namespace under its name."""
-        for cls in (getattr(self, field.name) for field in dataclasses.fields(self)):
-            namespace[cls.__name__] = cls
-
 
 class KIVIFlashMixin:
     """Dense attention through transformers' `flash_attention_2`.
