@@ -1,17 +1,17 @@
-"""One decode step of a whole model on this machine: `DynamicCache` against KIVI caches, in turns within one run.
+"""One decode step of a whole model on this machine: transformers' caches against KIVI caches, in turns within one run.
 
     python benchmarks/decode_cpu.py --model path/to/smollm2-135m-instruct --tokens 512 8000
     python benchmarks/decode_cpu.py --k-bits 4 --v-bits 2    # only the cache of these options
 
 The caches are filled with random keys and values of the model's shapes (the time of a step does not depend on them); each
-round then takes one step with every cache, so that what else the machine does hits them alike.
+round then takes one step with every cache, so that what else the machine does hits them alike. A `StaticCache` is just large
+enough for all rounds; "compiled" is the stock model's forward under `torch.compile` with one.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,8 @@ import torch
 from paths import RESULTS, ROOT  # which puts the project's folder on the path
 from rich.console import Console
 from rich.table import Table
-from timing import percentiles, take_turns
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from timing import WARM_UP, percentiles, take_turns
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 
 from modules.cli.command import argument, check_least, group, parse
@@ -34,6 +34,7 @@ from modules.options import KIVIOptions, head_dim_of
 from modules.store.step import Step
 
 DTYPES = ("float32", "bfloat16")
+COMPILED = "StaticCache, compiled"
 CONTENDERS = {
     "KIVI 2 bits, torch": {"backend": "torch"},
     "KIVI 2 bits, numba": {"backend": "numba"},
@@ -50,6 +51,7 @@ class Flags:
     tokens: tuple[int, ...] = argument((512, 8000), "of context")
     dtypes: tuple[str, ...] = argument(DTYPES, "of the weights", DTYPES)
     rounds: int = argument(60, "repetitions")
+    compiled: bool = argument(True, "also the stock model under torch.compile, which takes minutes to compile")
     threads: int | None = argument(None, "of torch and of Numba; None: as torch has it")
     output: Path = argument(RESULTS / "decode_cpu.json", "the result")
     cache: KIVIOptions = group(KIVIOptions)
@@ -82,12 +84,30 @@ def fill(caches: dict[str, Cache], config: PreTrainedConfig, tokens: int, dtype:
                 cache.update(key.clone(), value.clone(), index)
 
 
-def measure(model: PreTrainedModel, tokens: int, flags: Flags) -> list[dict[str, Any]]:
-    """p20, p50 and p80 of a step in milliseconds for every cache at `tokens` tokens of context."""
-    caches: dict[str, Cache] = {"DynamicCache": DynamicCache()}
+def measure(name: str, dtype: str, flags: Flags) -> list[dict[str, Any]]:
+    """p20, p50 and p80 of a step in milliseconds for every cache and length, with weights of `dtype`."""
+    weights = getattr(torch, dtype)
+    model = load_any(name, dtype=weights)[0]
+    stock = AutoModelForCausalLM.from_pretrained(name, dtype=weights).eval() if flags.compiled else None
+    return [row for tokens in flags.tokens for row in measure_at(model, stock, tokens, flags)]
+
+
+def measure_at(
+    model: PreTrainedModel, stock: PreTrainedModel | None, tokens: int, flags: Flags
+) -> list[dict[str, Any]]:
+    """The same at `tokens` tokens of context; `stock` is compiled where it is there."""
+    room = tokens + flags.rounds + 2 * WARM_UP
+    caches: dict[str, Cache] = {
+        "StaticCache": StaticCache(model.config, max_cache_len=room),
+        "DynamicCache": DynamicCache(),
+    }
     caches |= {name: model.create_kivi_cache(**options) for name, options in flags.contenders().items()}
     token = torch.tensor([[100]])
     steps = {name: functools.partial(model, token, past_key_values=cache) for name, cache in caches.items()}
+    if stock is not None:
+        caches[COMPILED] = StaticCache(model.config, max_cache_len=room)
+        torch._dynamo.reset()  # each length is a program of its own, as for a user who has one length
+        steps[COMPILED] = functools.partial(torch.compile(stock.forward), token, past_key_values=caches[COMPILED])
     with torch.inference_mode():
         fill(caches, model.config, tokens, model.dtype)
         times = take_turns(steps, flags.rounds)
@@ -110,12 +130,10 @@ def main() -> None:
     if flags.threads:
         torch.set_num_threads(flags.threads)
     name = flags.model or default_model()
-    models = {dtype: load_any(name, dtype=getattr(torch, dtype))[0] for dtype in flags.dtypes}
-    pairs = itertools.product(models.values(), flags.tokens)
-    rows = list(itertools.chain.from_iterable(measure(model, tokens, flags) for model, tokens in pairs))
+    rows = [row for dtype in flags.dtypes for row in measure(name, dtype, flags)]
     here, settings = Environment.here(), {"model": Path(name).name}
     title = f"{settings['model']}: {here.machine}; {here.versions}"
-    table = Table("dtype", "tokens", "cache", "p20 ms", "p50 ms", "p80 ms", "against DynamicCache", title=title)
+    table = Table("dtype", "tokens", "cache", "p20 ms", "p50 ms", "p80 ms", "against StaticCache", title=title)
     for row in rows:
         figures = [f"{row[name]:.1f}" for name in ("p20_ms", "p50_ms", "p80_ms")]
         table.add_row(row["dtype"], str(row["tokens"]), row["cache"], *figures, f"{row['speedup']:.2f}x")
