@@ -111,25 +111,22 @@ def check_weights(saved: Weights, model: PreTrainedModel) -> None:
     In the same dtype they must be equal; in another they may differ by its rounding.
     """
     here = sample_weights(model)
-    names = [name for name in saved.dtypes if name in here.dtypes]
     others = sorted(saved.dtypes.keys() ^ here.dtypes.keys())
     if others:
         raise ValueError(
             f"the model has other parameters than the one that filled the file, {others[0]} for instance ({len(others)} in "
             "all): load the file with that model."
         )
-    places = {name: row for row, name in enumerate(here.dtypes)}
-    differing = [
-        (name, *pair)
-        for name, then in zip(names, saved.values)
-        for now in [here.values[places[name]]]
-        for pair in [_first_difference(then, now, _tolerance(saved.dtypes[name], here.dtypes[name]))]
-        if pair is not None
-    ]
+    values = dict(zip(here.dtypes, here.values))
+    differing = []
+    for name, then in zip(saved.dtypes, saved.values):
+        pair = _first_difference(then, values[name], _tolerance(saved.dtypes[name], here.dtypes[name]))
+        if pair is not None:
+            differing.append((name, *pair))
     if differing:
         name, then, now = differing[0]
         raise ValueError(
-            f"the weights are not those of the model that filled the file: {len(differing)} of {len(names)} parameters differ, "
+            f"the weights are not those of the model that filled the file: {len(differing)} of {len(values)} parameters differ, "
             f"{name} for instance has {then:.6g} in the file and {now:.6g} here. Load the file with that model, or prefill "
             "again with this one."
         )

@@ -118,6 +118,7 @@ def read(
         if isinstance(model, PreTrainedModel) and state.parameters is not None:
             check_weights(Weights(state.parameters, file.tensor("weights")), model)
         check_options(state.options, {name: value for name, value in options.items() if name not in _FREE})
+        reject_unknown(state.options, KIVIOptions.names(), "A KIVI cache of this version")
         chosen = KIVIOptions(**{**state.options, **options})
         cache = make(config, chosen, **more)
         devices = _devices(model, device, len(cache.layers))
@@ -130,6 +131,8 @@ def read(
             _fill_layer(layer, entry, file, f"layers.{index}.", place, to_dtype)
             if cache.offloading:
                 layer.offload()
+        if isinstance(model, PreTrainedModel):
+            cache.ran(model)
     return cache
 
 
