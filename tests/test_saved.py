@@ -267,8 +267,12 @@ def refusal(path: Path, model) -> str:
 
 def test_a_flipped_byte_anywhere_is_noticed(model, path):
     """In the length of the header, throughout the header with the checksum in it, and in the tensors."""
-    filled(model).save(path, tokens=tokens(1, 150))
-    whole = path.read_bytes()
+    cache = filled(model)
+    for _ in range(100):  # safetensors orders what is in the header by chance: some of it is to be before the checksum
+        cache.save(path, tokens=tokens(1, 150))
+        whole = path.read_bytes()
+        if whole.index(b'"state":') < whole.index(b'"sha256":'):
+            break
     header = 8 + int.from_bytes(whole[:8], "little")
     draw = random.Random(0)
     checksum = whole.index(b'"sha256":"')
