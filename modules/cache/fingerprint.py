@@ -45,29 +45,34 @@ def config_values(config: PreTrainedConfig) -> dict[str, Any]:
     return json.loads(json.dumps(values, default=str))
 
 
-def check_config(saved: Mapping[str, Any], config: PreTrainedConfig) -> None:
-    """Raise `ValueError` where a config differs in a value from the one saved; those that only one has are not compared, as
-    versions of transformers add some."""
+def check_config(known: Mapping[str, Any], config: PreTrainedConfig, where: str) -> None:
+    """Raise `ValueError` where a config differs in a value from the ones that are known from `where`; those that only one has
+    are not compared, as versions of transformers add some."""
     here = config_values(config)
-    _refuse("the config of the model", {name: (saved[name], here[name]) for name in saved if name in here}, "")
+    differing = _differing({name: (known[name], here[name]) for name in known if name in here}, where)
+    if differing:
+        raise ValueError(
+            f"this is not the model that filled the cache: {differing}. Use that model, or prefill again with this one."
+        )
 
 
 def check_options(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raise `ValueError` where an option is wanted to be another than it was saved with."""
     pairs = {name: (saved.get(name), json.loads(json.dumps(value))) for name, value in wanted.items()}
-    _refuse(
-        "the options of the cache",
-        pairs,
-        " What is stored cannot be stored anew: leave the option out, or prefill again.",
-    )
-
-
-def _refuse(what: str, pairs: Mapping[str, tuple[Any, Any]], advice: str) -> None:
-    differing = [
-        f"{name} is {saved!r} in the file and {here!r} here" for name, (saved, here) in pairs.items() if saved != here
-    ]
+    differing = _differing(pairs, "the file")
     if differing:
-        raise ValueError(f"{what} is not that of the file: {'; '.join(differing[:6])}.{advice}")
+        raise ValueError(
+            f"the cache was saved with other options: {differing}. What is packed stays as it is: leave the options out, or "
+            "prefill again."
+        )
+
+
+def _differing(pairs: Mapping[str, tuple[Any, Any]], where: str) -> str:
+    """In words, the first few values that are not the same; "" where all are."""
+    found = [
+        f"{name} is {there!r} in {where} and {here!r} here" for name, (there, here) in pairs.items() if there != here
+    ]
+    return "; ".join(found[:6]) + (f"; and {len(found) - 6} more" if len(found) > 6 else "")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
