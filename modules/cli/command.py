@@ -47,9 +47,7 @@ def check_least(value: float, minimum: float, flag: str) -> None:
         raise ValueError(f"{flag} must be {minimum} or more; got {value}.")
 
 
-def parse(
-    command: type[T], arguments: Sequence[str] | None = None, *, description: str, prog: str | None = None
-) -> T:
+def parse(command: type[T], arguments: Sequence[str] | None = None, *, description: str, prog: str | None = None) -> T:
     """A command from its flags; without tyro only `--help` is answered.
 
     Args:
@@ -153,7 +151,8 @@ def _type_of(hint: Any, field: dataclasses.Field) -> Any:
     chosen = _with_choices(hint, field.metadata.get("choices"))
     if not field.metadata.get("positional"):
         return chosen
-    return typing.Annotated[tyro.conf.Positional[chosen], tyro.conf.arg(metavar=field.name.upper())]
+    shown_as = tyro.conf.arg(metavar=field.name.upper())
+    return typing.Annotated[tyro.conf.Positional[chosen], shown_as]  # type: ignore[misc, valid-type] # made at run time
 
 
 def _with_choices(hint: Any, choices: Sequence[Any] | None) -> Any:

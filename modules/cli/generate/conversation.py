@@ -93,7 +93,12 @@ class Conversation:
         tokens = self.tokens + self.ids(text)
         self.check_length(len(tokens), max_new_tokens)
         pieces: list[str] = []
-        stream = TextStream(self.tokenizer, lambda piece: (pieces.append(piece), write(piece)))
+
+        def take(piece: str) -> None:
+            pieces.append(piece)
+            write(piece)
+
+        stream = TextStream(self.tokenizer, take)
         stop = stop_tokens(self.model, self.tokenizer)
         result = answer(
             self.model,

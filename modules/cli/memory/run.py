@@ -73,8 +73,7 @@ def _gpu(command: Memory, plan: Plan, budget: int) -> dict[str, Any]:
             "the size of quantized --weights."
         )
     fits = [
-        {"k_bits": options.k_bits, "v_bits": options.v_bits}
-        | plan.fit(options, room, command.lengths, command.batch)
+        {"k_bits": options.k_bits, "v_bits": options.v_bits} | plan.fit(options, room, command.lengths, command.batch)
         for options in command.contenders
     ]
     return {"memory": command.gpu_memory, "weights_bytes": weights, "room_bytes": room, "fits": fits}
