@@ -44,7 +44,7 @@ class Conversation:
         model: a KIVI model.
         tokenizer: its own.
         cache: empty, or with a conversation in it.
-        tokens: those that `cache` holds.
+        tokens: of the conversation that `cache` holds; its last one may be yet to be fed.
         system: what the model is told before the first turn.
         raw: turns go in as they are; also where the tokenizer has no chat template.
 
@@ -113,13 +113,6 @@ class Conversation:
         said = result.tokens[:-1] if result.tokens and result.tokens[-1] in stop else result.tokens
         self.tokens = (tokens + said) if result.tokens else tokens[: self.cache.get_seq_length()]
         return "".join(pieces), result
-
-    def settle(self) -> None:
-        """Let the cache hold every token so far: the last one of an answer that was cut short is not in it yet."""
-        new = self.new_ids(self.tokens)
-        if new.shape[1]:
-            with torch.no_grad():
-                self.model(input_ids=new, past_key_values=self.cache, logits_to_keep=1)
 
     def reset(self) -> None:
         """Forget everything that was said."""

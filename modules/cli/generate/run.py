@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from modules.cli.generate.conversation import Conversation
@@ -15,8 +16,8 @@ from modules.cli.generate.loading import load_for
 from modules.cli.generate.stats import answer_figures, cache_figures, stats_table
 from modules.cli.generate.streaming import Answer, drawn
 from modules.cli.status import UsageError, UserError
+from modules.evaluation.candidates import changes
 from modules.kivi_cache_general import KIVICache
-from modules.options import KIVIOptions
 
 HELP = """/help    this
 /stats   what the conversation took so far
@@ -112,8 +113,8 @@ class Session:
 
     def save(self, path: str) -> None:
         """Write the cache and its tokens."""
-        self.conversation.settle()
-        self.conversation.cache.save(path, tokens=self.conversation.tokens)
+        conversation = self.conversation
+        conversation.cache.save(path, tokens=torch.tensor([conversation.tokens]), model=conversation.model)
         self.err.print(f"written: {path}", highlight=False)
 
     def figures(self) -> dict[str, Any]:
@@ -155,12 +156,12 @@ def start(command: Generate) -> Conversation:
     model.prefill_chunk = command.prefill_chunk
     if command.load_cache is None:
         return Conversation(model, tokenizer, model.create_kivi_cache(), system=command.system, raw=command.raw)
-    cache = KIVICache.load(command.load_cache, model)
-    if command.cache not in (KIVIOptions(), cache.options):
+    cache = KIVICache.load(command.load_cache, model, **changes(command.cache))
+    if cache.tokens is None or len(cache.tokens) != 1:
         raise UserError(
-            f"{command.load_cache} was written with {cache.options}, which it keeps; leave the options of the cache out."
+            f"{command.load_cache} does not hold the tokens of one conversation; give a file that --save-cache wrote."
         )
-    return Conversation(model, tokenizer, cache, tokens=cache.tokens, raw=command.raw)
+    return Conversation(model, tokenizer, cache, tokens=cache.tokens[0].tolist(), raw=command.raw)
 
 
 def lines() -> Iterator[str]:
