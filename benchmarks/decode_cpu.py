@@ -1,99 +1,29 @@
-"""One decode step of a whole model on this machine: `DynamicCache` against KIVI caches, in turns within one run.
+"""`kivi benchmark` on the small model of the demo, written to the results that docs/performance.md is made of.
 
-    python benchmarks/decode_cpu.py --model path/to/smollm2-135m-instruct --tokens 512 8000
-    python benchmarks/decode_cpu.py --k-bits 4 --v-bits 2    # only the cache of these options
-
-The caches are filled with random keys and values of the model's shapes (the time of a step does not depend on them); each
-round then takes one step with every cache, so that what else the machine does hits them alike.
+python benchmarks/decode_cpu.py --model path/to/smollm2-135m-instruct --tokens 512 8000
+python benchmarks/decode_cpu.py --k-bits 4 --v-bits 2    # only the cache of these options
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import itertools
 import sys
 from pathlib import Path
-from typing import Any
 
-import torch
 from paths import RESULTS, ROOT  # which puts the project's folder on the path
-from rich.console import Console
-from rich.table import Table
-from timing import percentiles, take_turns
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache
 
-from modules.cli.command import argument, check_least, group, parse
-from modules.evaluation.candidates import changes, written
-from modules.evaluation.environment import Environment
-from modules.evaluation.results import BenchmarkResult, save_result
-from modules.kivi_cache_general import KIVICache
-from modules.models.families import load_any
-from modules.options import KIVIOptions, head_dim_of
-from modules.store.step import Step
-
-DTYPES = ("float32", "bfloat16")
-CONTENDERS = {
-    "KIVI 2 bits, torch": {"backend": "torch"},
-    "KIVI 2 bits, numba": {"backend": "numba"},
-    "KIVI 4 bits, numba": {"k_bits": 4, "v_bits": 4, "backend": "numba"},
-    "KIVI 8 bits, numba": {"k_bits": 8, "v_bits": 8, "backend": "numba"},
-}
+from modules.cli.benchmark.flags import StepFlags
+from modules.cli.benchmark.run import measure, show
+from modules.cli.command import argument, parse
+from modules.evaluation.results import save_result
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Flags:
+class Flags(StepFlags):
     """The command line."""
 
     model: str | None = argument(None, "a folder; None: SmolLM2-135M-Instruct, fetched")
-    tokens: tuple[int, ...] = argument((512, 8000), "of context")
-    dtypes: tuple[str, ...] = argument(DTYPES, "of the weights", DTYPES)
-    rounds: int = argument(60, "repetitions")
-    threads: int | None = argument(None, "of torch and of Numba; None: as torch has it")
     output: Path = argument(RESULTS / "decode_cpu.json", "the result")
-    cache: KIVIOptions = group(KIVIOptions)
-
-    def __post_init__(self) -> None:
-        for count in self.tokens:
-            check_least(count, 1, "--tokens")
-        check_least(self.rounds, 1, "--rounds")
-        check_least(1 if self.threads is None else self.threads, 1, "--threads")
-
-    def contenders(self) -> dict[str, dict[str, Any]]:
-        """Options of the caches by name: those that were given, else the usual ones."""
-        given = changes(self.cache)
-        return {f"KIVI {written(given)}": given} if given else CONTENDERS
-
-
-def fill(caches: dict[str, Cache], config: PreTrainedConfig, tokens: int, dtype: torch.dtype) -> None:
-    """Put the same random tokens into every layer of every cache."""
-    shape = (1, config.num_key_value_heads, tokens, head_dim_of(config))
-    generator = torch.Generator().manual_seed(0)
-    key, value = (torch.randn(shape, generator=generator).to(dtype) for _ in "kv")
-    step = Step.of(None, 1, tokens)
-    for cache in caches.values():
-        if isinstance(cache, KIVICache):
-            for layer in cache.kivi_layers:
-                layer.append(key, value, step)
-            cache.ledger.commit(step)
-        else:
-            for index in range(config.num_hidden_layers):
-                cache.update(key.clone(), value.clone(), index)
-
-
-def measure(model: PreTrainedModel, tokens: int, flags: Flags) -> list[dict[str, Any]]:
-    """p20, p50 and p80 of a step in milliseconds for every cache at `tokens` tokens of context."""
-    caches: dict[str, Cache] = {"DynamicCache": DynamicCache()}
-    caches |= {name: model.create_kivi_cache(**options) for name, options in flags.contenders().items()}
-    token = torch.tensor([[100]])
-    steps = {name: functools.partial(model, token, past_key_values=cache) for name, cache in caches.items()}
-    with torch.inference_mode():
-        fill(caches, model.config, tokens, model.dtype)
-        times = take_turns(steps, flags.rounds)
-    about = {"tokens": tokens, "dtype": str(model.dtype).removeprefix("torch.")}
-    rows = [{"cache": name, **about, **percentiles(samples)} for name, samples in times.items()]
-    return [row | {"speedup": rows[0]["p50_ms"] / row["p50_ms"]} for row in rows]
 
 
 def default_model() -> str:
@@ -107,20 +37,9 @@ def default_model() -> str:
 def main() -> None:
     """Measure, print and write."""
     flags = parse(Flags, description=__doc__)
-    if flags.threads:
-        torch.set_num_threads(flags.threads)
-    name = flags.model or default_model()
-    models = {dtype: load_any(name, dtype=getattr(torch, dtype))[0] for dtype in flags.dtypes}
-    pairs = itertools.product(models.values(), flags.tokens)
-    rows = list(itertools.chain.from_iterable(measure(model, tokens, flags) for model, tokens in pairs))
-    here, settings = Environment.here(), {"model": Path(name).name}
-    title = f"{settings['model']}: {here.machine}; {here.versions}"
-    table = Table("dtype", "tokens", "cache", "p20 ms", "p50 ms", "p80 ms", "against DynamicCache", title=title)
-    for row in rows:
-        figures = [f"{row[name]:.1f}" for name in ("p20_ms", "p50_ms", "p80_ms")]
-        table.add_row(row["dtype"], str(row["tokens"]), row["cache"], *figures, f"{row['speedup']:.2f}x")
-    Console().print(table)
-    save_result(BenchmarkResult("decode", rows, here, settings), flags.output)
+    result = measure(flags, flags.model or default_model())
+    show(result)
+    save_result(result, flags.output)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ import torch
 from conftest import make_pair, relative_error, tokens
 from transformers import DynamicCache
 
+from modules.cli.benchmark import run as benchmark
 from modules.cli.command import parse
+from modules.evaluation import decoding
 from modules.evaluation.environment import Environment
 from modules.evaluation.report import write_report
 from modules.evaluation.results import BenchmarkResult, load_result, save_result
@@ -52,7 +54,7 @@ def test_filled_caches_hold_the_same_tokens():
     options = {"k_bits": 16, "v_bits": 16, "backend": "torch"}
     caches = {"dense": DynamicCache(), "exact": model.create_kivi_cache(**options), "coded": model.create_kivi_cache()}
     with torch.inference_mode():
-        decode_cpu.fill(caches, model.config, 100, torch.float32)
+        decoding.fill(caches, model.config, 100, torch.float32)
         assert [cache.get_seq_length() for cache in caches.values()] == [100] * 3
         dense, exact, coded = (model(tokens(1, 1), past_key_values=cache).logits for cache in caches.values())
     assert relative_error(exact, dense) < 1e-5 and relative_error(coded, dense) > 1e-5
@@ -79,11 +81,13 @@ def test_layers_of_the_gpu_benchmark_hold_what_they_say(monkeypatch):
     assert cache.get_seq_length() == 301
 
 
-@pytest.mark.parametrize("module", [attention_cpu, decode_cpu])
-def test_options_that_are_given_are_what_is_measured(module):
-    usual = parse(module.Flags, [], description="").contenders()
-    assert len(usual) >= 4
-    given = parse(module.Flags, ["--k-bits", "4", "--v-group-size", "16"], description="").contenders()
+@pytest.mark.parametrize(
+    ("flags", "contenders"),
+    [(attention_cpu.Flags, attention_cpu.Flags.contenders), (decode_cpu.Flags, benchmark.contenders)],
+)
+def test_options_that_are_given_are_what_is_measured(flags, contenders):
+    assert len(contenders(parse(flags, [], description=""))) >= 4
+    given = contenders(parse(flags, ["--k-bits", "4", "--v-group-size", "16"], description=""))
     ((name, options),) = given.items()
     assert "k_bits=4,v_group_size=16" in name
     assert options in ({"k_bits": 4, "v_group_size": 16}, KIVIOptions(k_bits=4, v_group_size=16))

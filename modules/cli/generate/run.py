@@ -15,6 +15,7 @@ from modules.cli.generate.flags import Generate
 from modules.cli.generate.loading import load_for
 from modules.cli.generate.stats import answer_figures, cache_figures, stats_table
 from modules.cli.generate.streaming import Answer, drawn
+from modules.cli.generate.warm import warm_up
 from modules.cli.status import UsageError, UserError
 from modules.evaluation.candidates import changes
 from modules.kivi_cache_general import KIVICache
@@ -154,6 +155,7 @@ def start(command: Generate) -> Conversation:
     """The model and an empty conversation, or the one that was saved."""
     model, tokenizer = load_for(command, command.model, gguf_file=command.gguf_file)
     model.prefill_chunk = command.prefill_chunk
+    warm_up(model, model.create_kivi_cache())
     if command.load_cache is None:
         return Conversation(model, tokenizer, model.create_kivi_cache(), system=command.system, raw=command.raw)
     cache = KIVICache.load(command.load_cache, model, **changes(command.cache))
