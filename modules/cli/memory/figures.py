@@ -90,26 +90,24 @@ class Plan:
             "bytes": size,
         }
 
-    def fit(self, options: KIVIOptions, room: int, lengths: list[int], batch: int) -> dict[str, Any]:
+    def fit(self, options: KIVIOptions | None, room: int, lengths: list[int], batch: int) -> dict[str, Any]:
         """The longest context of `batch` sequences, and the largest batch at each length, in `room` bytes.
 
         For prompts that come at once. All tensors of a cache have the batch as a dimension, so its bytes are `batch` times
         those of one sequence.
+
+        Args:
+            options: of the cache; None for float16.
         """
         at_once = dataclasses.replace(self, chunk=None)
 
-        def stored(tokens: int) -> int:
-            return at_once.row(options, tokens)["stored"]["bytes"]
-
-        def float16(tokens: int) -> int:
-            return at_once.row(options, tokens)["float16_bytes"]
+        def size(tokens: int) -> int:
+            row = at_once.row(options or KIVIOptions(use_kivi=False), tokens)
+            return row["stored"]["bytes"] if options else row["float16_bytes"]
 
         return {
-            count.__name__: {
-                "longest_context": _largest(lambda tokens, count=count: count(tokens) * batch <= room),  # type: ignore[misc]
-                "largest_batch": {tokens: max(0, room) // count(tokens) for tokens in lengths},
-            }
-            for count in (stored, float16)
+            "longest_context": _largest(lambda tokens: size(tokens) * batch <= room),
+            "largest_batch": {tokens: room // size(tokens) for tokens in lengths},
         }
 
 
