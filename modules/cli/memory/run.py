@@ -100,14 +100,14 @@ def bytes_table(result: dict[str, Any]) -> Table:
     table = Table(
         title=f"{result['model']}: {shape['layers']} layers, {shape['kv_heads']} KV heads of {shape['head_dim']}; {sequences}",
         caption=f"group_size={options['group_size']} residual_length={options['residual_length']} "
-        f"sink_length={options['sink_length']}; the model in {result['dtype']}; against float16.\n"
+        f"sink_length={options['sink_length']}; a model in {result['dtype']}. K, V: bits of keys and values.\n"
         "Nominal: codes, and the window at 16 bits. Stored: also scales, minima, sinks, the window's whole ring "
         "and room for growth.",
         caption_justify="left",
         box=SIMPLE_HEAD,
         padding=(0, 0, 0, 1),
     )
-    columns = ("tokens", "bits K, V", "nominal bits", "ratio", "share", "stored bits", "ratio", "MB", "float16 MB")
+    columns = ("tokens", "K, V", "nominal bits", "ratio", "share", "stored bits", "ratio", "MB", "float16 MB")
     for column in columns:
         table.add_column(column, justify="right")
     for row in rows:
@@ -129,7 +129,7 @@ def fit_table(result: dict[str, Any]) -> Table:
         box=SIMPLE_HEAD,
     )
     columns = {_bits(fit): fit for fit in gpu["fits"]} | {"float16": gpu["float16"]}
-    table.add_column("bits K, V")
+    table.add_column("K, V")
     for name in columns:
         table.add_column(name, justify="right")
     longest = [column["longest_context"] for column in columns.values()]
