@@ -18,6 +18,7 @@ In a chat: /help lists the commands; Ctrl-D ends it.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 
 from modules.cli.command import argument, check_least, group
@@ -72,6 +73,8 @@ class Generate(RunFlags):
             check_least(self.prefill_chunk, 1, "--prefill-chunk")
         if any(not prompt.strip() for prompt in self.prompt):
             raise ValueError("--prompt must not be empty.")
+        if not (self.prompt or self.chat) and sys.stdin.isatty():
+            raise ValueError("there is nothing to answer: give --prompt TEXT, --chat, or a text on stdin.")
         if self.json and self.chat:
             raise ValueError("--json is for --prompt; a --chat is for a terminal.")
         if self.system is not None and (self.raw or self.load_cache):

@@ -143,8 +143,6 @@ def prompts(command: Generate) -> list[str]:
     """
     if command.prompt or command.chat:
         return list(command.prompt)
-    if sys.stdin.isatty():
-        raise UsageError("there is nothing to answer: give --prompt TEXT, --chat, or a text on stdin.")
     text = sys.stdin.read().strip()
     if not text:
         raise UsageError("stdin is empty; give --prompt TEXT, --chat, or a text on stdin.")

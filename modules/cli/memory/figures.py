@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from modules.cache.plan import planned_cache
 from modules.cli.presets import PRESETS
 from modules.cli.source import source_of
+from modules.cli.status import UserError
 from modules.options import MOST_TOKENS, KIVIOptions, head_dim_of
 
 FLOAT16_BYTES = 2
@@ -25,7 +27,11 @@ def model_config(model: str) -> PreTrainedConfig:
         return AutoConfig.for_model(fields.pop("model_type"), **fields)
     if Path(model).suffix == ".json" and Path(model).expanduser().is_file():
         return AutoConfig.from_pretrained(str(Path(model).expanduser()))
-    name, source = source_of(model)
+    try:
+        name, source = source_of(model)
+    except UserError as error:
+        near = difflib.get_close_matches(model.lower(), PRESETS, n=3, cutoff=0.5)
+        raise UserError(f"{error}" + (f" Names that are known: {', '.join(near)}, …" if near else "")) from error
     return AutoConfig.from_pretrained(name, **source)
 
 
