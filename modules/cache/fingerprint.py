@@ -45,29 +45,34 @@ def config_values(config: PreTrainedConfig) -> dict[str, Any]:
     return json.loads(json.dumps(values, default=str))
 
 
-def check_config(saved: Mapping[str, Any], config: PreTrainedConfig) -> None:
-    """Raise `ValueError` where a config differs in a value from the one saved; those that only one has are not compared, as
-    versions of transformers add some."""
+def check_config(known: Mapping[str, Any], config: PreTrainedConfig, where: str) -> None:
+    """Raise `ValueError` where a config differs in a value from the ones that are known from `where`; those that only one has
+    are not compared, as versions of transformers add some."""
     here = config_values(config)
-    _refuse("the config of the model", {name: (saved[name], here[name]) for name in saved if name in here}, "")
+    differing = _differing({name: (known[name], here[name]) for name in known if name in here}, where)
+    if differing:
+        raise ValueError(
+            f"this is not the model that filled the cache: {differing}. Use that model, or prefill again with this one."
+        )
 
 
 def check_options(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raise `ValueError` where an option is wanted to be another than it was saved with."""
     pairs = {name: (saved.get(name), json.loads(json.dumps(value))) for name, value in wanted.items()}
-    _refuse(
-        "the options of the cache",
-        pairs,
-        " What is stored cannot be stored anew: leave the option out, or prefill again.",
-    )
-
-
-def _refuse(what: str, pairs: Mapping[str, tuple[Any, Any]], advice: str) -> None:
-    differing = [
-        f"{name} is {saved!r} in the file and {here!r} here" for name, (saved, here) in pairs.items() if saved != here
-    ]
+    differing = _differing(pairs, "the file")
     if differing:
-        raise ValueError(f"{what} is not that of the file: {'; '.join(differing[:6])}.{advice}")
+        raise ValueError(
+            f"the cache was saved with other options: {differing}. What is packed stays as it is: leave the options out, or "
+            "prefill again."
+        )
+
+
+def _differing(pairs: Mapping[str, tuple[Any, Any]], where: str) -> str:
+    """In words, the first few values that are not the same; "" where all are."""
+    found = [
+        f"{name} is {there!r} in {where} and {here!r} here" for name, (there, here) in pairs.items() if there != here
+    ]
+    return "; ".join(found[:6]) + (f"; and {len(found) - 6} more" if len(found) > 6 else "")
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -111,25 +116,22 @@ def check_weights(saved: Weights, model: PreTrainedModel) -> None:
     In the same dtype they must be equal; in another they may differ by its rounding.
     """
     here = sample_weights(model)
-    names = [name for name in saved.dtypes if name in here.dtypes]
     others = sorted(saved.dtypes.keys() ^ here.dtypes.keys())
     if others:
         raise ValueError(
             f"the model has other parameters than the one that filled the file, {others[0]} for instance ({len(others)} in "
             "all): load the file with that model."
         )
-    places = {name: row for row, name in enumerate(here.dtypes)}
-    differing = [
-        (name, *pair)
-        for name, then in zip(names, saved.values)
-        for now in [here.values[places[name]]]
-        for pair in [_first_difference(then, now, _tolerance(saved.dtypes[name], here.dtypes[name]))]
-        if pair is not None
-    ]
+    values = dict(zip(here.dtypes, here.values))
+    differing = []
+    for name, then in zip(saved.dtypes, saved.values):
+        pair = _first_difference(then, values[name], _tolerance(saved.dtypes[name], here.dtypes[name]))
+        if pair is not None:
+            differing.append((name, *pair))
     if differing:
         name, then, now = differing[0]
         raise ValueError(
-            f"the weights are not those of the model that filled the file: {len(differing)} of {len(names)} parameters differ, "
+            f"the weights are not those of the model that filled the file: {len(differing)} of {len(values)} parameters differ, "
             f"{name} for instance has {then:.6g} in the file and {now:.6g} here. Load the file with that model, or prefill "
             "again with this one."
         )

@@ -69,7 +69,7 @@ def write(cache: Any, path: Path, tokens: torch.Tensor | None, model: Model) -> 
     if not ledger.columns:
         raise ValueError("the cache holds no tokens, so there is nothing to save; run a forward over it first.")
     if cache.config is not None:
-        check_config(config_values(cache.config), config)
+        check_config(config_values(cache.config), config, "the cache")
     tensors: dict[str, torch.Tensor] = {}
     if tokens is not None:
         tensors["tokens"] = _checked_tokens(tokens, ledger)
@@ -114,10 +114,11 @@ def read(
     config = _config_of(model)
     with open_checked(path, KIND, "a saved KIVI cache") as file:
         state = _state_of(file, path)
-        check_config(state.config, config)
+        check_config(state.config, config, "the file")
         if isinstance(model, PreTrainedModel) and state.parameters is not None:
             check_weights(Weights(state.parameters, file.tensor("weights")), model)
         check_options(state.options, {name: value for name, value in options.items() if name not in _FREE})
+        reject_unknown(state.options, KIVIOptions.names(), "A KIVI cache of this version")
         chosen = KIVIOptions(**{**state.options, **options})
         cache = make(config, chosen, **more)
         devices = _devices(model, device, len(cache.layers))
@@ -130,6 +131,8 @@ def read(
             _fill_layer(layer, entry, file, f"layers.{index}.", place, to_dtype)
             if cache.offloading:
                 layer.offload()
+        if isinstance(model, PreTrainedModel):
+            cache.ran(model)
     return cache
 
 
