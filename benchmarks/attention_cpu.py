@@ -1,11 +1,12 @@
-"""Time of one decode step's attention in one layer on the CPU: packed caches against `DynamicCache` and SDPA.
+"""Time of one decode step's attention in one layer on the CPU: packed caches against transformers' own and SDPA.
 
     python benchmarks/attention_cpu.py --shapes llama-3.1-8b --lengths 8192 32768 --threads 1
     python benchmarks/attention_cpu.py --k-bits 4 --v-bits 2    # only the cache of these options
 
 All contenders of a row take turns within the same loop, so that what else the machine does hits them alike. Each does what
-its model does a layer and step: the baseline appends to a `DynamicCache`, which concatenates everything, then SDPA; ours
-checks and rotates the new token, attends, rotates back and stores the token. No step here fills a group, as one in 32 does;
+its model does a layer and step: a `StaticCache`, the baseline, writes the token in place, a `DynamicCache` concatenates
+everything, then both attend as transformers does under "sdpa"; ours checks and rotates the new token, attends, rotates back
+and stores the token. No step here fills a group, as one in 32 does;
 packing is in the times of whole steps (`decode_cpu.py`).
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from typing import Any
 import torch
 from paths import RESULTS  # which puts the project's folder on the path
 from transformers import DynamicCache
+from transformers.cache_utils import StaticLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from modules.cache.layer import KIVICacheLayer
 from modules.cli.command import argument, check_least, group, parse
@@ -86,9 +90,9 @@ def packed_step(
     return lambda: layer.attend(query, key, value, query.shape[-1] ** -0.5, one)
 
 
-def dense_step(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, past: Past) -> Callable[[], torch.Tensor]:
+def dynamic_step(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, past: Past) -> Callable[[], torch.Tensor]:
     """A function that appends one token to a `DynamicCache` holding `past`, attends, and forgets it."""
-    cache = DynamicCache()
+    cache, module = DynamicCache(), _attention_module(query, key)
     cache.update(*past, 0)
     layer = cache.layers[0]
     kept = layer.keys, layer.values
@@ -96,9 +100,29 @@ def dense_step(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, past
     def step() -> torch.Tensor:
         keys, values = cache.update(key, value, 0)
         layer.keys, layer.values = kept
-        return torch.nn.functional.scaled_dot_product_attention(query, keys, values, enable_gqa=True)
+        return sdpa_attention_forward(module, query, keys, values, None)[0]
 
     return step
+
+
+def static_step(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, past: Past) -> Callable[[], torch.Tensor]:
+    """A function that writes one token into the layer of a `StaticCache` just large enough, attends, and forgets it."""
+    tokens = past[0].shape[2] + 1
+    layer, module = StaticLayer(tokens), _attention_module(query, key)
+    layer.update(*past)
+    mask = torch.ones(1, 1, 1, tokens, dtype=torch.bool)
+
+    def step() -> torch.Tensor:
+        keys, values = layer.update(key, value)
+        layer.cumulative_length.sub_(1)
+        return sdpa_attention_forward(module, query, keys, values, mask)[0]
+
+    return step
+
+
+def _attention_module(query: torch.Tensor, key: torch.Tensor) -> Any:
+    """What transformers' function asks of the layer it attends for."""
+    return types.SimpleNamespace(num_key_value_groups=query.shape[1] // key.shape[1], is_causal=True)
 
 
 def rows_of(shape: str, length: int, dtype: str, flags: Flags) -> list[dict[str, Any]]:
@@ -111,7 +135,7 @@ def rows_of(shape: str, length: int, dtype: str, flags: Flags) -> list[dict[str,
 
     past = states(kv_heads, length), states(kv_heads, length)
     token = states(heads, 1), states(kv_heads, 1), states(kv_heads, 1)
-    steps = {"DynamicCache+SDPA": dense_step(*token, past)}
+    steps = {"StaticCache+SDPA": static_step(*token, past), "DynamicCache+SDPA": dynamic_step(*token, past)}
     steps |= {name: packed_step(options, *token, past) for name, options in flags.contenders().items()}
     times = take_turns(steps, flags.rounds, flags.seconds)
     rows = []

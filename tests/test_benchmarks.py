@@ -9,10 +9,9 @@ import decode_cpu
 import gpu_bench
 import pytest
 import report
-import saved_cpu
 import torch
 from conftest import make_pair, relative_error, tokens
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from modules.cli.benchmark import run as benchmark
 from modules.cli.command import parse
@@ -35,13 +34,14 @@ def states(heads: int, count: int, seed: int) -> torch.Tensor:
 def test_a_packed_step_is_attention_and_the_same_each_time():
     """At 16 bits it is the dense step; at 2 it is not, and no call leaves anything behind."""
     token, past = (states(4, 1, 0), states(2, 1, 1), states(2, 1, 2)), (states(2, 200, 3), states(2, 200, 4))
-    dense = attention_cpu.dense_step(*token, past)().transpose(1, 2)
+    dense, static = attention_cpu.dynamic_step(*token, past)(), attention_cpu.static_step(*token, past)
     exact = attention_cpu.packed_step(KIVIOptions(k_bits=16, v_bits=16, backend="torch"), *token, past)
     coded = attention_cpu.packed_step(KIVIOptions(backend="torch"), *token, past)
     assert relative_error(exact(), dense) < 1e-5
     first = coded()
     assert 1e-3 < relative_error(first, dense) < 0.5
     assert torch.equal(coded(), first) and relative_error(exact(), dense) < 1e-5
+    assert relative_error(static(), dense) < 1e-6 and relative_error(static(), dense) < 1e-6
 
 
 def test_a_length_whose_next_step_packs_is_refused():
@@ -53,22 +53,15 @@ def test_a_length_whose_next_step_packs_is_refused():
 def test_filled_caches_hold_the_same_tokens():
     model = make_pair("llama")[1]
     options = {"k_bits": 16, "v_bits": 16, "backend": "torch"}
-    caches = {"dense": DynamicCache(), "exact": model.create_kivi_cache(**options), "coded": model.create_kivi_cache()}
+    caches = {"dense": DynamicCache(), "static": StaticCache(model.config, max_cache_len=120)}
+    caches |= {"exact": model.create_kivi_cache(**options), "coded": model.create_kivi_cache()}
     with torch.inference_mode():
         decoding.fill(caches, model.config, 100, torch.float32)
-        assert [cache.get_seq_length() for cache in caches.values()] == [100] * 3
-        dense, exact, coded = (model(tokens(1, 1), past_key_values=cache).logits for cache in caches.values())
+        assert [cache.get_seq_length() for cache in caches.values()] == [100] * 4
+        dense, static, exact, coded = (model(tokens(1, 1), past_key_values=cache).logits for cache in caches.values())
+    assert relative_error(static, dense) < 1e-5
     assert relative_error(exact, dense) < 1e-5 and relative_error(coded, dense) > 1e-5
     assert caches["coded"].get_cache_info()["tokens"]["packed"] == 64
-
-
-def test_a_saved_prompt_is_measured():
-    flags = parse(saved_cpu.Flags, ["--rounds", "1", "--k-bits", "4", "--backend", "torch"], description="")
-    row = saved_cpu.measure(make_pair("llama")[1], 300, flags)
-    assert 0 < row["alive_bytes"] < row["allocated_bytes"] < row["dense_bytes"]
-    assert (
-        0 < row["file_bytes"] - row["alive_bytes"] < 25_000 and min(row["save_ms"], row["load_ms"], row["feed_s"]) > 0
-    )
 
 
 def test_layers_of_the_gpu_benchmark_hold_what_they_say(monkeypatch):
@@ -112,7 +105,6 @@ def test_options_that_are_given_are_what_is_measured(flags, contenders):
         (attention_cpu, ["--bits", "3"]),
         (decode_cpu, ["--tokens", "512", "0"]),
         (decode_cpu, ["--threads", "0"]),
-        (saved_cpu, ["--tokens", "0"]),
         (gpu_bench, ["--minutes", "-1"]),
         (compile_report, ["--jobs", "0"]),
         (compile_report, ["--arch", "91"]),

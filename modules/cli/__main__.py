@@ -42,7 +42,7 @@ COMMANDS = {
     "evaluate": Entry("what quantization costs: perplexity, KL, passkeys", "modules.evaluation.__main__"),
     "calibrate": Entry("fixed INT8 ranges from a YAML file and texts", "modules.calibration.__main__"),
     "benchmark": Entry(
-        "the time of a decode step beside transformers' own cache",
+        "the time of a decode step beside transformers' own caches",
         "modules.cli.benchmark.run",
         "modules.cli.benchmark.flags",
     ),

@@ -1,7 +1,8 @@
-"""One decode step of a whole model on the CPU: `DynamicCache` against KIVI caches, in turns within one run.
+"""One decode step of a whole model on the CPU: transformers' caches against KIVI caches, in turns within one run.
 
 The caches are filled with random keys and values of the model's shapes (the time of a step does not depend on them); each
-round then takes one step with every cache, so that what else the machine does hits them alike.
+round then takes one step with every cache, so that what else the machine does hits them alike. A `StaticCache` is just large
+enough for all rounds; "compiled" is the stock model's forward under `torch.compile` with one.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 
-from modules.evaluation.timing import percentiles, take_turns
+from modules.evaluation.timing import WARM_UP, percentiles, take_turns
 from modules.kivi_cache_general import KIVICache
 from modules.options import head_dim_of
 from modules.store.step import Step
 
+COMPILED = "StaticCache, compiled"
 CONTENDERS: dict[str, dict[str, Any]] = {
     "KIVI 2 bits, torch": {"backend": "torch"},
     "KIVI 2 bits, numba": {"backend": "numba"},
@@ -44,18 +46,31 @@ def fill(caches: dict[str, Cache], config: PreTrainedConfig, tokens: int, dtype:
 
 
 def measure_steps(
-    model: PreTrainedModel, tokens: int, contenders: Mapping[str, dict[str, Any]], rounds: int
+    model: PreTrainedModel,
+    tokens: int,
+    contenders: Mapping[str, dict[str, Any]],
+    rounds: int,
+    stock: PreTrainedModel | None = None,
 ) -> list[dict[str, Any]]:
-    """p20, p50 and p80 of a step in milliseconds at `tokens` tokens of context, of `DynamicCache` and KIVI caches.
+    """p20, p50 and p80 of a step in milliseconds at `tokens` tokens of context, of transformers' caches and KIVI caches.
 
     Args:
         contenders: options of the KIVI caches, by name.
         rounds: steps of each.
+        stock: the stock model, which is compiled; None leaves that out.
     """
-    caches: dict[str, Cache] = {"DynamicCache": DynamicCache()}
+    room = tokens + rounds + 2 * WARM_UP
+    caches: dict[str, Cache] = {
+        "StaticCache": StaticCache(model.config, max_cache_len=room),
+        "DynamicCache": DynamicCache(),
+    }
     caches |= {name: model.create_kivi_cache(**options) for name, options in contenders.items()}
     token = torch.tensor([[100]])
     steps = {name: functools.partial(model, token, past_key_values=cache) for name, cache in caches.items()}
+    if stock is not None:
+        caches[COMPILED] = StaticCache(model.config, max_cache_len=room)
+        torch._dynamo.reset()  # each length is a program of its own, as for a user who has one length
+        steps[COMPILED] = functools.partial(torch.compile(stock.forward), token, past_key_values=caches[COMPILED])
     with torch.inference_mode():
         fill(caches, model.config, tokens, model.dtype)
         times = take_turns(steps, rounds)

@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 
-_WARM_UP = 2
+WARM_UP = 2  # rounds
 _LEAST_ROUNDS = 5
 
 
@@ -22,7 +22,7 @@ def take_turns(
     orders = itertools.cycle(balanced_orders(list(steps)))
     times: dict[str, list[float]] = {name: [] for name in steps}
     end = time.perf_counter() + seconds
-    for number in range(-_WARM_UP, max(rounds, _LEAST_ROUNDS)):
+    for number in range(-WARM_UP, max(rounds, _LEAST_ROUNDS)):
         if number >= _LEAST_ROUNDS and time.perf_counter() > end:
             break
         for name in next(orders):

@@ -1,4 +1,4 @@
-"""The time of one decode step of a whole model on the CPU: KIVI caches against transformers' DynamicCache, in turns.
+"""The time of one decode step of a whole model on the CPU: KIVI caches against transformers' own, in turns.
 
 A step's time is the median of the rounds, beside the 20th and the 80th percentile. Leave the machine alone meanwhile. GPUs,
 single layers and what the kernels compile to are measured by the scripts in benchmarks/ of the project's folder.
@@ -28,6 +28,7 @@ class StepFlags:
     tokens: tuple[int, ...] = argument((512, 8000), "of context")
     dtypes: tuple[str, ...] = argument(DTYPES, "of the weights", DTYPES)
     rounds: int = argument(60, "repetitions")
+    compiled: bool = argument(False, "also the stock model under torch.compile, which takes minutes to compile")
     threads: int | None = argument(None, "of torch and of Numba; None: as torch has it")
     cache: KIVIOptions = group(KIVIOptions)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -46,22 +45,22 @@ def measure(flags: StepFlags, model: str) -> BenchmarkResult:
     """Every dtype and length, with a bar."""
     if flags.threads:
         torch.set_num_threads(flags.threads)
-    pairs = list(itertools.product(flags.dtypes, flags.tokens))
-    loaded: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
-    with progress("Measuring", len(pairs), unit="lengths") as update:
-        for done, (dtype, tokens) in enumerate(pairs, 1):
-            if dtype not in loaded:
-                loaded = {dtype: load(model, dtype=getattr(torch, dtype))[0]}  # one at a time
-            rows += measure_steps(loaded[dtype], tokens, contenders(flags), flags.rounds)
-            update(done)
+    with progress("Measuring", len(flags.dtypes) * len(flags.tokens), unit="lengths") as update:
+        for dtype in flags.dtypes:
+            weights = getattr(torch, dtype)
+            loaded = load(model, dtype=weights)[0]
+            stock = load(model, stock=True, dtype=weights)[0].eval() if flags.compiled else None
+            for number, tokens in enumerate(flags.tokens, 1):
+                rows += measure_steps(loaded, tokens, contenders(flags), flags.rounds, stock)
+                update(flags.dtypes.index(dtype) * len(flags.tokens) + number)
     return BenchmarkResult("decode", rows, Environment.here(), {"model": Path(model).name})
 
 
 def show(result: BenchmarkResult) -> None:
     """A row a cache, length and dtype."""
     title = f"{result.settings['model']}: {result.environment.machine}; {result.environment.versions}"
-    names = ("dtype", "tokens", "cache", "p20 ms", "p50 ms", "p80 ms", "speedup")
+    names = ("dtype", "tokens", "cache", "p20 ms", "p50 ms", "p80 ms", "against StaticCache")
     table = Table(*names, title=title, box=SIMPLE_HEAD)
     for row in result.rows:
         figures = [f"{row[name]:.1f}" for name in ("p20_ms", "p50_ms", "p80_ms")]

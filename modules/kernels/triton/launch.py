@@ -27,6 +27,7 @@ WIDE_PIPELINE_OF_16_ROWS = (3, 32)
 CROWDED_PIPELINE = (2, 32)  # of heads that leave few registers
 MOST_REGISTERS = {8: 255, 16: None}  # by query rows, see `attention_options`
 FULL_SEGMENT = 32  # channels of a full-precision tile where a whole head would spill
+FULL_SEGMENT_OF_FLOAT32 = 16  # the same where 32 would
 FULL_TOKENS = 16  # the least a product takes
 PACK_BYTES = 16  # of a token that are packed at a time
 PACK_TOKENS = 32  # whose values are packed at a time
@@ -161,8 +162,10 @@ def _pipeline(shape: Shape, n: int, warps: int, item: int, shared: int) -> tuple
 
 def _full_segment(head_dim: int, k_bits: int, item: int) -> int:
     """Channels of a full-precision tile: a power of two, the whole head where that does not spill."""
-    crowded = head_dim == 256 and (item == 4 or k_bits in (4, 8))
-    return FULL_SEGMENT if crowded or head_dim == 96 or (head_dim == 64 and item == 2) else head_dim
+    if item == 4:
+        return FULL_SEGMENT_OF_FLOAT32 if head_dim in (96, 256) else head_dim
+    crowded = head_dim == 256 and k_bits in (4, 8)
+    return FULL_SEGMENT if crowded or head_dim in (64, 96) else head_dim
 
 
 @functools.cache
@@ -240,9 +243,10 @@ def attention_options(tile: AttentionTile) -> dict[str, int | bool | None]:
     """What the compiler is told of `attend_splits` beside its tile.
 
     Without a limit on the registers it spills some to fit a third program on a multiprocessor, which the shared memory has
-    no room for; at 16 query rows, and with heads of 256 at 4 and 8 bits, it is the limit that spills some.
+    no room for; at 16 query rows, with heads of 256 at 4 and 8 bits, and in float32 where registers are scarce, it is
+    the limit that spills some.
     """
-    crowded = tile.D == 256 and min(tile.K_BITS, tile.V_BITS) >= 4
+    crowded = (tile.D == 256 and min(tile.K_BITS, tile.V_BITS) >= 4) or tile.FULL_SEG == FULL_SEGMENT_OF_FLOAT32
     return OPTIONS | {"maxnreg": None if crowded else MOST_REGISTERS[tile.N]}
 
 
