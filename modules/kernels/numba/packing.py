@@ -10,7 +10,6 @@ import torch
 
 from modules.codecs.codec import Packed
 from modules.codecs.grouped import FLOAT16_MAX, refuse_unrepresentable
-from modules.codecs.kivi import GROUPED
 from modules.kernels.checks import check_groups
 from modules.kernels.numba.compiling import Kernel, compiled
 from modules.kernels.numba.fields import PackingFields
@@ -30,7 +29,7 @@ def pack(side: PackedSide, rows: slice, start: int, states: torch.Tensor) -> Non
         ValueError: for states that do not fit the side, and for NaN, infinite or too large ones.
     """
     check_groups(side, rows, start, states)
-    spec = _spec(side) if side.codec.layout == GROUPED else None
+    spec = _spec(side) if side.grouped else None
     if spec is None:
         side.write(rows, start, side.codec.encode(states, None if side.order is None else side.order[rows]))
         return
@@ -43,7 +42,7 @@ def pack(side: PackedSide, rows: slice, start: int, states: torch.Tensor) -> Non
 
 def pack_window(side: PackedSide, group_size: int, rows: list[int], slots: list[int], starts: list[int]) -> None:
     """Pack the group in the ring's `slots[i]…` of each sequence `rows[i]` as packed tokens `starts[i]…`."""
-    spec = _spec(side) if side.codec.layout == GROUPED else None
+    spec = _spec(side) if side.grouped else None
     if spec is None:
         for row, slot, start in zip(rows, slots, starts):
             pack(side, slice(row, row + 1), start, side.window[row : row + 1, :, slot : slot + group_size])
