@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 import os
 import random
@@ -23,14 +22,10 @@ from safetensors.torch import save_file
 
 import modules.models.attention  # noqa: F401 - registers "kivi"
 from modules import files
-from modules.codecs.codec import Packed, Part, own_tensors
-from modules.kernels.registry import backend
-from modules.kivi_cache_general import KIVICache
+from modules.codecs.static import ChannelScales, StaticParameters, model_facts
+from modules.kivi_cache_general import KIVICache, StaticInt8Cache
 from modules.models.families import load_any
-from modules.store.layer import PackedLayer
-from modules.store.ledger import Geometry, Ledger
-from modules.store.live import fill, live_tensors
-from modules.store.step import Step
+from modules.store.live import live_tensors
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "saved-prompts.md"
@@ -501,65 +496,36 @@ def test_the_last_token_of_an_answer_is_saved_with_it(model, path):
     assert model.load_kivi_cache(path).tokens is None  # the cache has moved on from those that are known
 
 
-# a codec with tensors of its own
+# static INT8
 
 
-@dataclasses.dataclass(frozen=True)
-class Scales:
-    scale: torch.Tensor  # float32 [H, 1, D]
+def static_parameters(model) -> StaticParameters:
+    """Scales of random ranges for all layers but the first."""
+    facts = model_facts(model.config)
+    spread = (
+        torch.rand(4, facts["num_key_value_heads"], facts["head_dim"], generator=torch.Generator().manual_seed(5)) / 10
+    )
+    ranges = (-spread[0], spread[1], -spread[2], spread[3])
+    sides = ChannelScales.from_range(*ranges[:2], True), ChannelScales.from_range(*ranges[2:], False)
+    layers = range(1, facts["num_hidden_layers"])
+    return StaticParameters(dict.fromkeys(layers, sides), facts, {"made": "here"}, dict.fromkeys(layers, ranges), 9)
 
 
-@dataclasses.dataclass(frozen=True)
-class ScaledCodec:
-    """Int8 codes of fixed scales a channel, which no option says."""
-
-    scales: Scales
-    group_size: int = 16
-    bits: int = 8
-    wide: int = 0
-    method: str = "static"
-    layout: str = "scaled"
-    limit: float = 1e9
-
-    def parts(self, head_dim, dtype):
-        return {"codes": Part(head_dim, torch.int8)}
-
-    def encode(self, states, order):
-        return Packed((states / self.scales.scale).round().clamp(-127, 127).to(torch.int8))
-
-    def decode(self, packed, order, dtype):
-        return (packed.codes * self.scales.scale).to(dtype)
-
-
-def test_what_a_codec_holds_itself_is_saved():
-    lengths = [100, 60]
-
-    def layer(scale: torch.Tensor) -> PackedLayer:
-        made = PackedLayer.empty(
-            torch.empty(2, 2, 0, 32), (ScaledCodec(Scales(scale)),) * 2, Ledger(Geometry(16, 32, 4)), False
-        )
-        made.ledger.clear([0, 0])
-        return made
-
-    saved = layer(torch.rand(2, 1, 32) / 30 + 0.01)
-    step = Step.of_lengths(lengths, 100)
-    saved.make_room(step)
-    backend("torch").append(saved, *random_states((2, 2, 100, 32)), step)
-    saved.ledger.commit(step)
-    tensors = {name: t.clone() for name, t in live_tensors(saved).items()}
-    assert {"key.codec.scales.scale", "value.codec.scales.scale"} < tensors.keys()
-    loaded = layer(torch.ones(2, 1, 32))
-    loaded.ledger.restore(saved.ledger.save())
-    fill(loaded, set(tensors), tensors.__getitem__)
-    assert own_tensors(loaded.key.codec).keys() == {"scales.scale"}
-    for row in range(2):
-        rows = slice(row, row + 1)
-        for side, other in zip(loaded.sides, saved.sides):
-            assert torch.equal(loaded.read(side, rows, torch.float32), saved.read(other, rows, torch.float32))
-    with pytest.raises(ValueError, match="sinks: expected the shape|sinks.*expected"):
-        fill(loaded, set(tensors), {**tensors, "key.sinks": torch.zeros(2, 3, 32)}.__getitem__)
-    with pytest.raises(ValueError, match="the layer has the tensors"):
-        fill(loaded, {*tensors, "more"}, tensors.__getitem__)
+def test_static_int8_takes_its_scales_along(model, path):
+    cache = model.create_kivi_cache(static=static_parameters(model), backend="torch")
+    run(model, cache, [tokens(2, 60)])
+    loaded = through_file(cache, path, model)
+    assert_same(loaded, cache)
+    more = tokens(2, 5, seed=3)
+    assert torch.equal(run(model, loaded, [more]), run(model, cache, [more]))
+    assert loaded.static.spec == {"made": "here"} and loaded.get_cache_info()["saturated"]["total"] > 0
+    assert StaticInt8Cache.load(path, model).get_seq_length() == 60
+    with pytest.raises(ValueError, match="other options: k_bits is"):
+        KIVICache.load(path, model, k_bits=2)
+    run_and_save = filled(model)
+    run_and_save.save(path)
+    with pytest.raises(ValueError, match="static must be calibrated parameters"):
+        StaticInt8Cache.load(path, model)
 
 
 # a real model, and the page

@@ -619,7 +619,7 @@ class StaticInt8Cache(KIVICache):
 
     Args:
         config: of the model.
-        parameters: what calibration gave, or its file.
+        static: parameters that calibration gave, or the path of their file.
         more: `max_length`, `offloading` and `backend` of `KIVICache`.
 
     Raises:
@@ -630,8 +630,10 @@ class StaticInt8Cache(KIVICache):
         >>> model.generate(**inputs, past_key_values=cache)
     """
 
-    def __init__(self, config: PreTrainedConfig, parameters: StaticParameters | str | os.PathLike, **more: Any) -> None:
-        super().__init__(config, static=parameters, **more)
+    def __init__(self, config: PreTrainedConfig, static: StaticParameters | str | os.PathLike, **more: Any) -> None:
+        super().__init__(config, static=static, **more)
+        if self.static is None:
+            raise ValueError(f"static must be calibrated parameters or the path of their file; got {static!r}.")
 
 
 def _whole_number(what: str, value: Any) -> int:

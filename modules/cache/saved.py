@@ -23,6 +23,7 @@ from modules.cache.fingerprint import (
 )
 from modules.cache.layer import KIVICacheLayer
 from modules.cache.other_layers import dtype_in, restore, state_of
+from modules.codecs.static import StaticParameters
 from modules.files import CheckedFile, check_target, open_checked, write_checked
 from modules.options import KIVIOptions, reject_unknown
 from modules.store.ledger import Ledger, Saved
@@ -30,6 +31,7 @@ from modules.store.live import fill, live_tensors
 
 KIND, VERSION = "kivi-cache", 1
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # those that states can be loaded in
+_STATIC = "static."  # before the names of its tensors
 _FREE = frozenset({"backend"})  # options that do not say what is stored
 
 Model: TypeAlias = PreTrainedModel | PreTrainedConfig
@@ -46,6 +48,7 @@ class State:
         config: what of the model's config decides keys and values.
         model_dtype: of the model; None where only its config was known.
         parameters: the dtypes of the model's parameters, by name; their samples are a tensor. None likewise.
+        static: of static INT8 what of its parameters is no tensor; else None.
         layers: of each layer the name of its class and what makes one like it.
     """
 
@@ -58,6 +61,7 @@ class State:
     config: dict[str, Any]
     model_dtype: str | None
     parameters: dict[str, str] | None
+    static: dict[str, Any] | None
     layers: list[dict[str, Any]]
 
 
@@ -78,6 +82,8 @@ def write(cache: Any, path: Path, tokens: torch.Tensor | None, model: Model) -> 
     parameters = None
     if isinstance(model, PreTrainedModel):
         parameters, tensors["weights"] = sample_weights(model)
+    if cache.static is not None:
+        tensors |= {_STATIC + name: t for name, t in cache.static.tensors().items()}
     layers = []
     for index, layer in enumerate(cache.layers):
         described, held = _described(layer)
@@ -93,6 +99,7 @@ def write(cache: Any, path: Path, tokens: torch.Tensor | None, model: Model) -> 
         config=config_values(config),
         model_dtype=dtype_name(model.dtype) if isinstance(model, PreTrainedModel) else None,
         parameters=parameters,
+        static=None if cache.static is None else cache.static.about(),
         layers=layers,
     )
     write_checked(path, KIND, tensors, {"version": str(VERSION), "state": json.dumps(dataclasses.asdict(state))})
@@ -107,7 +114,7 @@ def read(
     options: dict[str, Any],
     **more: Any,
 ) -> Any:
-    """The cache in a file, made by `make(config, options, **more)`; see `KIVICache.load`."""
+    """The cache in a file, made by `make(config, options=…, static=…, **more)`; see `KIVICache.load`."""
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(dtype_name, DTYPES))}, or None; got {dtype!r}.")
     reject_unknown(options, KIVIOptions.names(), "A KIVI cache")
@@ -119,8 +126,10 @@ def read(
             check_weights(Weights(state.parameters, file.tensor("weights")), model)
         check_options(state.options, {name: value for name, value in options.items() if name not in _FREE})
         reject_unknown(state.options, KIVIOptions.names(), "A KIVI cache of this version")
-        chosen = KIVIOptions(**{**state.options, **options})
-        cache = make(config, chosen, **more)
+        chosen = {**state.options, **options}
+        static = _static_of(state, file)
+        what = {"options": KIVIOptions(**chosen)} if static is None else {"backend": chosen["backend"]}
+        cache = make(config, static=static or False, **what, **more)
         devices = _devices(model, device, len(cache.layers))
         _fill_ledger(cache.ledger, state, file, devices[0])
         kinds = [type(layer).__name__ for layer in cache.layers], [entry["kind"] for entry in state.layers]
@@ -188,6 +197,13 @@ def _state_of(file: CheckedFile, path: Path) -> State:
             "prefill again."
         )
     return State(**json.loads(file.metadata["state"]))
+
+
+def _static_of(state: State, file: CheckedFile) -> StaticParameters | None:
+    if state.static is None:
+        return None
+    named = {name.removeprefix(_STATIC): file.tensor(name).clone() for name in file.names if name.startswith(_STATIC)}
+    return StaticParameters.of(named, state.static)
 
 
 def _devices(model: Model, device: torch.device | str | None, count: int) -> list[torch.device]:

@@ -15,16 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
+from modules.files import open_checked, write_checked
 from modules.options import head_dim_of
 
 LARGEST_CODE = 127  # of what lies beyond the range
 LARGEST_WITHIN = 126
 SMALLEST_SCALE = 1e-8  # of a channel that never moved: what does then saturates
-FORMAT = "kivi-static-int8"
-FORMAT_VERSION = 1
+KIND, VERSION = "kivi-static-int8", 1  # of the file
 _SLICE_ELEMENTS = 1 << 21  # rounded at a time: bounds the float32 temporaries of a long prompt
 _SIDES = ("key", "value")
 
@@ -180,54 +178,61 @@ class StaticParameters:
                         f"{(heads, head_dim)}. Calibrate this model."
                     )
 
-    def save(self, path: str | os.PathLike) -> None:
-        """Write one safetensors file, with the spec, the model and the number of tokens as JSON in its metadata.
-
-        The file appears whole or not at all: it is written beside `path` and then takes its place.
-        """
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Scales, offsets and ranges by a dotted name, on the CPU."""
         tensors: dict[str, torch.Tensor] = {}
         for index, sides in self.layers.items():
             for number, (what, scales) in enumerate(zip(_SIDES, sides)):
                 low, high = self.ranges[index][2 * number : 2 * number + 2]
                 named = {"scale": scales.scale, "offset": scales.offset, "low": low, "high": high}
-                tensors |= {f"{index}.{what}.{name}": t.detach().cpu().contiguous() for name, t in named.items()}
-        about = {"model": dict(self.model), "spec": dict(self.spec), "tokens": self.tokens}
-        metadata = {"format": FORMAT, "version": str(FORMAT_VERSION)}
-        _write_whole(Path(path), save(tensors, metadata | {name: json.dumps(value) for name, value in about.items()}))
+                tensors |= {f"{index}.{what}.{name}": t.detach().cpu().clone() for name, t in named.items()}
+        return tensors
+
+    def about(self) -> dict[str, Any]:
+        """What is no tensor: plain data."""
+        return {"model": dict(self.model), "spec": dict(self.spec), "tokens": self.tokens}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, torch.Tensor], about: Mapping[str, Any]) -> StaticParameters:
+        """From what `tensors` and `about` gave.
+
+        Raises:
+            KeyError: where something is missing.
+            ValueError: for scales that are not finite and above zero.
+        """
+        indices = sorted({int(name.split(".")[0]) for name in tensors})
+        layers = {index: _sides_of(tensors, index) for index in indices}
+        ranges = {index: _ranges_of(tensors, index) for index in indices}
+        return cls(layers, about["model"], about["spec"], ranges, about["tokens"])
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write one safetensors file, with `about` as JSON in its metadata; it appears whole or not at all.
+
+        Raises:
+            ValueError: where no file can be written at `path`.
+            OSError: as the disk has it.
+        """
+        metadata = {"version": str(VERSION), "about": json.dumps(self.about())}
+        write_checked(Path(path), KIND, self.tensors(), metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> StaticParameters:
         """What `save` wrote.
 
         Raises:
-            ValueError: for a file that is not there, broken off, of another kind or of a later version.
+            ValueError: for a file that is not there, truncated, altered, of another kind or of another version.
         """
-        try:
-            with safe_open(os.fspath(path), framework="pt") as file:
-                metadata = file.metadata() or {}
-                names = list(file.keys())
-                tensors = {name: file.get_tensor(name) for name in names}
-        except (OSError, SafetensorError) as error:
-            raise ValueError(
-                f"{os.fspath(path)} cannot be read as static parameters ({error}); give the file that calibration wrote."
-            ) from error
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"{os.fspath(path)} is a safetensors file, and not one of static parameters.")
-        if metadata.get("version") != str(FORMAT_VERSION):
-            raise ValueError(
-                f"{os.fspath(path)} has the format version {metadata.get('version')!r}; this version reads "
-                f"{FORMAT_VERSION!r}. Calibrate again."
-            )
-        try:
-            about = {name: json.loads(metadata[name]) for name in ("model", "spec", "tokens")}
-            layers = {index: _sides_of(tensors, index) for index in sorted({int(name.split(".")[0]) for name in names})}
-            ranges = {index: _ranges_of(tensors, index) for index in layers}
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"{os.fspath(path)} is damaged: {error}. Calibrate again.") from error
-        return cls(layers, ranges=ranges, **about)
+        with open_checked(Path(path), KIND, "a file of static INT8 parameters") as file:
+            version = file.metadata.get("version")
+            if version != str(VERSION):
+                raise ValueError(
+                    f"{os.fspath(path)} has version {version} of the format and this code reads version {VERSION}; calibrate again."
+                )
+            tensors = {name: file.tensor(name).clone() for name in file.names}
+            return cls.of(tensors, json.loads(file.metadata["about"]))
 
 
-def _sides_of(tensors: dict[str, torch.Tensor], index: int) -> tuple[ChannelScales, ChannelScales]:
+def _sides_of(tensors: Mapping[str, torch.Tensor], index: int) -> tuple[ChannelScales, ChannelScales]:
     key, value = (ChannelScales(tensors[f"{index}.{what}.scale"], tensors[f"{index}.{what}.offset"]) for what in _SIDES)
     for what, scales in zip(_SIDES, (key, value)):
         usable = torch.isfinite(scales.scale) & (scales.scale > 0) & torch.isfinite(scales.offset)
@@ -237,23 +242,9 @@ def _sides_of(tensors: dict[str, torch.Tensor], index: int) -> tuple[ChannelScal
 
 
 def _ranges_of(
-    tensors: dict[str, torch.Tensor], index: int
+    tensors: Mapping[str, torch.Tensor], index: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     low, high, value_low, value_high = (
         tensors[f"{index}.{what}.{name}"] for what in _SIDES for name in ("low", "high")
     )
     return low, high, value_low, value_high
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """`content` as the file `path`, whole or not at all."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(beside, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from modules.codecs.codec import Packed, own_tensors, with_own_tensors
+from modules.codecs.codec import Packed
 from modules.store.layer import PackedLayer
 from modules.store.ledger import Ledger
 from modules.store.side import PackedSide
@@ -45,7 +45,7 @@ def live_tensors(layer: PackedLayer) -> dict[str, torch.Tensor]:
     """The tensors of a layer, on the CPU and contiguous, by a dotted name.
 
     Of each side: the packed parts `[H, Σ packed tokens / every, width]`, `sinks` and `window` `[H, Σ tokens, D]`, `order` as
-    it is, and `codec.*`, what its codec holds itself. Of the queries: `query_energy` as it is, and `newest_energy`
+    it is. Of the queries: `query_energy` as it is, and `newest_energy`
     `[n, B, H, D]` with `newest_tokens` `[n]`.
     """
     tensors: dict[str, torch.Tensor] = {}
@@ -104,7 +104,7 @@ def _live_of_side(side: PackedSide, layer: PackedLayer) -> dict[str, torch.Tenso
     tensors["window"] = torch.cat(slots or [side.window[0, :, :0]], dim=1)
     if side.order is not None:
         tensors["order"] = side.order
-    return tensors | {f"codec.{name}": t for name, t in own_tensors(side.codec).items()}
+    return tensors
 
 
 def _fill_side(side: PackedSide, layer: PackedLayer, tensor: Tensors) -> list[str]:
@@ -136,12 +136,7 @@ def _fill_side(side: PackedSide, layer: PackedLayer, tensor: Tensors) -> list[st
     if side.order is not None:
         taken.append("order")
         side.order.copy_(_fitting("order", tensor("order"), side.order))
-    own = own_tensors(side.codec)
-    if own:
-        device = side.window.device
-        held = {name: _fitting(name, tensor(f"codec.{name}"), t).to(device, copy=True) for name, t in own.items()}
-        side.codec = with_own_tensors(side.codec, held)
-    return taken + [f"codec.{name}" for name in own]
+    return taken
 
 
 def _fitting(name: str, given: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
