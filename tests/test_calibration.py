@@ -16,6 +16,7 @@ from modules.calibration import (
     deploy,
     load_spec,
 )
+from modules.calibration.calibrate import spread
 from modules.kivi_cache_general import KIVICache
 
 ALL = [{"type": "dynamic_cache", "qconfig": {}}]
@@ -220,7 +221,7 @@ def test_ranges_are_those_of_the_states_in_the_cache(family, kind):
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model(ids, past_key_values=cache)
-    parameters = run(model, ALL, [ids])
+    parameters = run(model, ALL, [ids], context=0)
     assert list(parameters.layers) == [0, 1, 2] and parameters.tokens == 120
     for index, ranges in parameters.ranges.items():
         layer = cache.layers[index]
@@ -412,17 +413,40 @@ def test_states_that_are_not_finite(bad):
 
 
 def test_an_interruption_leaves_the_model_as_it_was(llama):
-    def batches():
-        yield tokens(1, 8)
+    def interrupted():
         assert hooks(llama) == 3
         raise KeyboardInterrupt
 
     before = llama(tokens(1, 8)).logits
     llama.train()
     with pytest.raises(KeyboardInterrupt):
-        run(llama, ALL, batches())
+        run(llama, ALL, [tokens(1, 8)], make_cache=interrupted)
     assert llama.training and not hooks(llama)
     assert torch.equal(llama.eval()(tokens(1, 8)).logits, before)
+
+
+def test_texts_are_spread_over_the_context():
+    """Keys of all positions are within the range, those of slow channels too; values do not know positions."""
+    model = make_pair("qwen2")[0]  # its biases give every key a direction, which positions turn
+    texts, other = [tokens(1, 40, seed) for seed in range(8)], tokens(1, 600)
+    assert [first for _, first in spread(texts, 740)] == [0, 100, 200, 300, 400, 500, 600, 700]
+    assert [first for _, first in spread(texts[:1], 740)] == [0] and {first for _, first in spread(texts, 0)} == {0}
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(other, past_key_values=cache)
+    near, far = (run(model, ALL, texts, context=context) for context in (0, 740))
+    assert same(run(model, ALL, texts), run(model, ALL, texts, context=2048))
+
+    def beyond(parameters: StaticParameters) -> float:
+        enters = [parameters.layers[index][0].enter(cache.layers[index].keys).saturated for index in range(3)]
+        return torch.stack(enters).float().mean().item()
+
+    assert beyond(near) > 3 * beyond(far) > 0
+    for index in range(3):
+        for one, two in zip(near.ranges[index][2:], far.ranges[index][2:]):
+            torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
+    with pytest.raises(ValueError, match="context"):
+        run(model, ALL, texts, context=-1)
 
 
 # --- the quantizers ------------------------------------------------------------
@@ -450,7 +474,7 @@ def test_the_quantizers_of_the_document(symmetric):
 
     quantizer(2 * x)
     assert torch.equal(quantizer.high.flatten(), torch.maximum(high, 2 * high))
-    wide = fixed(10 * x)  # beyond the range: saturated
+    wide = fixed(10 * x)  # beyond the range: saturates
     assert (wide.amax((0, 2)) <= quantizer.high.clamp_min(0) + 1e-5).all()
     assert fixed(x.to(torch.bfloat16)).dtype == torch.bfloat16
     assert not fixed(x.clone().requires_grad_()).requires_grad

@@ -20,6 +20,7 @@ from modules.calibration.interception import INTERFACE, Interception, attention_
 from modules.calibration.quantizers import DynamicCacheQuantizer
 from modules.calibration.spec import QuantizationConfig, Spec, load_spec
 from modules.codecs.static import StaticParameters, model_facts
+from modules.options import check_count
 
 SIDES = ("keys", "values")
 
@@ -29,6 +30,7 @@ def calibrate(
     spec: str | Path | Mapping[str, Any] | Sequence[Any] | Spec,
     batches: Iterable[Any],
     *,
+    context: int | None = None,
     make_cache: Callable[[], Any] | None = None,
     progress: bool = True,
 ) -> StaticParameters:
@@ -37,11 +39,17 @@ def calibrate(
     The states are observed as they are, in full precision, and each sequence runs alone without its padding. So the result is
     the same for one batch or ten, in any order, padded or not.
 
+    Rotary positions turn pairs of key channels, some of them by less than a circle in thousands of tokens: what such a channel
+    holds at position 3,000 is not to be seen at 500. So the texts are read at positions that are spread evenly over `context`.
+    Attention within a text depends on distances alone, so that its values stay what they are.
+
     Args:
         model: any whose attention modules are named `self_attn` and call `cache.update(key_states, value_states, layer_idx)`
             of a cache that is passed to their forward.
         spec: which layers, and how; a path, or what `load_spec` takes.
         batches: ids `[batch, tokens]`, or what a tokenizer gives (`input_ids`, `attention_mask`).
+        context: tokens that a cache is to hold; None for as many as the model's config allows. 0 reads every text from
+            position 0 on.
         make_cache: an empty cache for each sequence; None for a `DynamicCache`, or the model's own choice where it is not
             one of transformers.
         progress: show a bar on stderr.
@@ -57,17 +65,18 @@ def calibrate(
         raise ValueError(
             f"batches must be a list of batches, or another iterable; got a {type(batches).__name__}. Put it in a list."
         )
-    make_cache = make_cache or _default_cache(model)
-    observers = _Observers(chosen)
-    tokens = 0
-    with _evaluating(model), Interception({path: modules[path] for path in chosen}, observers) as interception:
-        shown = track(batches, "calibrating", console=Console(stderr=True), disable=not progress, transient=True)
-        for number, batch in enumerate(shown):
-            for ids in sequences(batch, f"batch {number}"):
-                _run(model, ids, make_cache)
-                tokens += ids.shape[1]
-    if not tokens:
+    if context is not None:
+        check_count("context", context, 0)
+    texts = [ids for number, batch in enumerate(batches) for ids in sequences(batch, f"batch {number}")]
+    if not texts:
         raise ValueError("there are no batches, so nothing was observed; give texts of some hundred tokens at least.")
+    observers = _Observers(chosen)
+    reader = _Reader(model, make_cache)
+    with _evaluating(model), Interception({path: modules[path] for path in chosen}, observers) as interception:
+        placed = list(spread(texts, _longest(model) if context is None else context))
+        shown = track(placed, "calibrating", console=Console(stderr=True), disable=not progress, transient=True)
+        for ids, first in shown:
+            reader.read(ids, first)
     observers.check_complete(interception.got_cache)
     layers = dict(sorted(observers.layers.items()))
     return StaticParameters(
@@ -75,7 +84,7 @@ def calibrate(
         model=model_facts(model.config),
         spec=spec.as_data(),
         ranges={index: (*key.range, *value.range) for index, (key, value) in layers.items()},
-        tokens=tokens,
+        tokens=sum(ids.shape[1] for ids in texts),
     )
 
 
@@ -122,19 +131,45 @@ class _Observers:
         )
 
 
-def _default_cache(model: nn.Module) -> Callable[[], Any] | None:
-    return (lambda: DynamicCache(config=model.config)) if isinstance(model, PreTrainedModel) else None
+def spread(texts: Sequence[torch.Tensor], context: int) -> Iterator[tuple[torch.Tensor, int]]:
+    """Texts `[1, tokens]`, each with its first position: spread evenly over `context`, in an order that only the texts give."""
+    ordered = sorted(texts, key=lambda ids: ids[0].tolist())
+    for number, ids in enumerate(ordered):
+        room = max(0, context - ids.shape[1])
+        yield ids, room * number // max(1, len(ordered) - 1)
 
 
-def _run(model: nn.Module, ids: torch.Tensor, make_cache: Callable[[], Any] | None) -> None:
-    """One forward of a sequence `[1, tokens]`, of which only the cache is of use."""
-    parameters = inspect.signature(model.forward).parameters
-    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    wanted: dict[str, Any] = {"use_cache": True} | ({"past_key_values": make_cache()} if make_cache else {})
-    given = {name: value for name, value in wanted.items() if anything or name in parameters}
-    if "logits_to_keep" in parameters:
-        given["logits_to_keep"] = 1  # a vocabulary is wide
-    model(input_ids=ids.to(next(model.parameters()).device), **given)
+def _longest(model: nn.Module) -> int:
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 0
+
+
+class _Reader:
+    """Forwards of a model for the sake of its cache alone."""
+
+    def __init__(self, model: nn.Module, make_cache: Callable[[], Any] | None) -> None:
+        self.model, self.make_cache = model, make_cache
+        if make_cache is None and isinstance(model, PreTrainedModel):
+            self.make_cache = lambda: DynamicCache(config=model.config)
+        parameters = inspect.signature(model.forward).parameters
+        self.takes = set(parameters)
+        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            self.takes |= {"use_cache", "past_key_values", "position_ids"}
+
+    def read(self, ids: torch.Tensor, first: int) -> None:
+        """A sequence `[1, tokens]` from position `first` on, where the model takes positions."""
+        positions = torch.arange(first, first + ids.shape[1]).unsqueeze(0)
+        wanted = {
+            "use_cache": True,
+            "past_key_values": self.make_cache and self.make_cache(),
+            "position_ids": positions.to(self.device),
+            "logits_to_keep": 1,  # a vocabulary is wide
+        }
+        given = {name: value for name, value in wanted.items() if name in self.takes and value is not None}
+        self.model(input_ids=ids.to(self.device), **given)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
 
 
 @contextlib.contextmanager
