@@ -1,6 +1,7 @@
-"""The public face of the cache: `KIVICache` and `print_kivi_stats`."""
+"""The public face of the cache: `KIVICache`, `StaticInt8Cache` and `print_kivi_stats`."""
 
-from modules.cache.cache import KIVICache, print_kivi_stats
+from modules.cache.cache import KIVICache, StaticInt8Cache, print_kivi_stats
 from modules.cache.layer import KIVICacheLayer
+from modules.codecs.static import StaticParameters
 
-__all__ = ["KIVICache", "KIVICacheLayer", "print_kivi_stats"]
+__all__ = ["KIVICache", "KIVICacheLayer", "StaticInt8Cache", "StaticParameters", "print_kivi_stats"]

@@ -233,11 +233,19 @@ class RunOptions:
     prefill_chunk: int | None = _option(
         None, "longest piece that goes through a KIVI cache at once; None for no limit (tokens)"
     )
+    static: str | None = _option(
+        None, "file of calibrated INT8 parameters, by which caches store instead of by the options of KIVI"
+    )
 
     def __post_init__(self) -> None:
         check_flag("use_kivi_cache", self.use_kivi_cache)
         if self.prefill_chunk is not None:
             check_count("prefill_chunk", self.prefill_chunk)
+        if not isinstance(self.static, (str, type(None))):
+            raise ValueError(
+                f"static must be the path of a file, which a config can name, or None; got {type(self.static).__name__}. Save the "
+                "parameters and give their path, or pass them to create_kivi_cache(static=…)."
+            )
 
 
 def config_fields() -> dict[str, tuple[str, Any]]:

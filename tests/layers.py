@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from modules.cache.static import GEOMETRY
 from modules.codecs.kivi import codecs_of
+from modules.codecs.static import ChannelScales
+from modules.codecs.static_codec import StaticCodec
 from modules.kernels.backend import Backend
 from modules.kernels.registry import backend as backend_named
 from modules.options import KIVIOptions
@@ -24,9 +27,17 @@ def random_states(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, se
     return keys.to(device, dtype), draw(*shape).to(device, dtype)
 
 
+def random_scales(kv_heads: int, head_dim: int, symmetric: bool, device="cpu") -> ChannelScales:
+    """Scales of channels that reach from about -6 to 6, somewhat beyond or less."""
+    generator = torch.Generator().manual_seed(head_dim)
+    low, high = (4 + 4 * torch.rand(kv_heads, head_dim, generator=generator) for _ in range(2))
+    return ChannelScales.from_range(-low, high, symmetric).to(device)
+
+
 def empty_layer(
     batch: int = 1,
     *,
+    static: str | None = None,
     bits: tuple[int, int] = (2, 2),
     kv_heads: int = 2,
     head_dim: int = 64,
@@ -35,12 +46,21 @@ def empty_layer(
     max_length: int | None = None,
     **options,
 ) -> PackedLayer:
-    """A layer without tokens, and its ledger (`layer.ledger`) of `batch` empty sequences; `options` are `KIVIOptions`'."""
+    """A layer without tokens, and its ledger (`layer.ledger`) of `batch` empty sequences; `options` are `KIVIOptions`'.
+
+    With `static` it is one of a static cache: "int8", or "full precision" as layers are there that are not calibrated.
+    """
+    if static is not None:
+        options, bits = {**options, "group_size": 1, "residual_length": 0, "sink_length": 0}, (16, 16)
     chosen = KIVIOptions(**options)
     geometry = Geometry(chosen.group_size, chosen.residual_length, chosen.sink_length)
-    ledger = Ledger(geometry, max_length)
+    ledger = Ledger(GEOMETRY if static else geometry, max_length)
     like = torch.empty(batch, kv_heads, 0, head_dim, dtype=dtype, device=device)
-    layer = PackedLayer.empty(like, codecs_of(chosen, bits, head_dim), ledger, chosen.rotates_values(bits[1]))
+    codecs = codecs_of(chosen, bits, head_dim)
+    if static == "int8":
+        key, value = (StaticCodec(random_scales(kv_heads, head_dim, symmetric, device)) for symmetric in (True, False))
+        codecs = key, value
+    layer = PackedLayer.empty(like, codecs, ledger, chosen.rotates_values(bits[1]))
     ledger.clear([0] * batch)
     return layer
 
@@ -67,7 +87,7 @@ def make_layer(lengths: list[int], *, backend: str = "torch", seed: int = 0, **m
 
 
 def put(layer: PackedLayer, backend: Backend, keys: torch.Tensor, values: torch.Tensor, counts: list[int]) -> None:
-    """Store the next `counts[b]` of the tokens `keys`, `values` `[B, H, T, D]`, values not rotated, and commit."""
+    """Store the next `counts[b]` of the tokens `keys`, `values` `[B, H, T, D]`, as a model gives them, and commit."""
     most = max(counts)
     if not most:
         return
@@ -79,7 +99,7 @@ def put(layer: PackedLayer, backend: Backend, keys: torch.Tensor, values: torch.
     ]
     step = Step.of_lengths(counts, most)
     layer.make_room(step)
-    backend.append(layer, new[0], layer.rotate(new[1]), step)
+    backend.append(layer, *layer.enter(*new), step)
     layer.ledger.commit(step)
 
 
@@ -92,16 +112,15 @@ def attend_and_store(
     scaling: float,
     counts: list[int] | None = None,
 ) -> torch.Tensor:
-    """One step of a cache with this one layer, the general way: attend, observe, append, commit. Values are not rotated."""
+    """One step of a cache with this one layer, the general way: attend, observe, append, commit. States are as a model gives them."""
     step = Step.of_lengths(counts or [query.shape[2]] * query.shape[0], query.shape[2])
-    value = layer.rotate(value)
-    layer.check_states(key, value)
+    key, value = layer.enter(key, value)
     layer.make_room(step)
-    out = backend.attend(query, key, value, layer, scaling, step)
+    out = backend.attend(layer.fold(query), key, value, layer, scaling, step)
     layer.observe(query, step)
     backend.append(layer, key, value, step)
     layer.ledger.commit(step)
-    return layer.rotate(out)
+    return layer.leave(out)
 
 
 def relative_error(out: torch.Tensor, ref: torch.Tensor) -> float:

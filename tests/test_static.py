@@ -46,20 +46,22 @@ def test_what_lies_in_the_range_is_off_by_half_a_step_at_most(symmetric):
     states = (low.unsqueeze(1) + share * (high - low).unsqueeze(1)).unsqueeze(0)
     codes = scales.encode(states)
     assert codes.dtype == torch.int8 and codes.shape == states.shape
-    assert codes.abs().max() == 127
+    assert codes.abs().max() == 126
+    assert scales.saturated(codes) == 0
     error = (scales.decode(codes, torch.float32) - states).abs()
     assert (error <= scales.scale.unsqueeze(1) * 0.5001).all()
-    assert not scales.enter(states).saturated.any()
     assert torch.equal(scales.round(states), scales.decode(codes, torch.float32))
 
 
 def test_what_lies_beyond_saturates():
     scales = ChannelScales.from_range(torch.tensor([[-1.0, 0.0]]), torch.tensor([[2.0, 0.0]]), False)
-    states = torch.tensor([[[[-5.0, 1.0], [2.001, 0.0]]]])
-    entered = scales.enter(states)
-    assert entered.codes.tolist() == [[[[-127, 127], [127, 0]]]]
-    assert entered.saturated.tolist() == [[[[True, True], [False, False]]]]
-    assert scales.round(states)[0, 0, 0].tolist() == pytest.approx([-1, 0], abs=1e-5)
+    states = torch.tensor([[[[-5.0, 1.0], [2.001, 0.0], [-1.0, 0.0]]]])
+    codes = scales.encode(states)
+    assert codes.tolist() == [[[[-127, 127], [126, 0], [-126, 0]]]]
+    assert scales.saturated(codes) == 2
+    assert scales.round(states)[0, 0, 0].tolist() == pytest.approx([-1, 0], abs=0.02)
+    beyond = torch.full((1, 2, 1, 16), torch.inf)
+    assert ChannelScales.from_range(*ranges(), True).enter(beyond).isnan().all()
 
 
 def test_long_states_are_rounded_in_slices(monkeypatch):

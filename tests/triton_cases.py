@@ -64,12 +64,13 @@ def known_to_the_device(counts: list[int]) -> Step:
 
 
 def new_states(layer, group=1, tokens=1):
-    """Queries of unit energy, keys and values of new tokens for `layer`."""
+    """Queries of unit energy, keys and values of new tokens for `layer`, as it stores them but for a rotation."""
     batch, heads, _, head_dim = layer.key.window.shape
     dtype, device = layer.key.window.dtype, layer.key.window.device
     query, _ = random_states((batch, heads * group, tokens, head_dim), torch.float32, 1, device)
     query = torch.nn.functional.normalize(query, dim=-1).mul(head_dim**0.5).to(dtype)
-    return query, *random_states((batch, heads, tokens, head_dim), dtype, 2, device)
+    key, value = random_states((batch, heads, tokens, head_dim), dtype, 2, device)
+    return (layer.fold(query), *(layer.enter(key, value) if layer.scales else (key, value)))
 
 
 def check_attention(layer, *, group=1, tokens=1, step=None, splits=None):
@@ -183,6 +184,47 @@ def test_packing_of_a_prompt(kernels, head_dim, group_size, bits, method):
         )
         assert error <= least * (1 + 1e-4)
         assert not side.codes[:, :, :group_size].any()
+
+
+@pytest.mark.parametrize("static", ["int8", "full precision"])
+@pytest.mark.parametrize("length", [1, 32, 33, 300])
+def test_tokens_that_are_packed_one_by_one(kernels, length, static):
+    layer = stored([length], static=static)
+    assert layer.packed == [length]
+    check_attention(layer)
+    check_attention(layer, group=3, tokens=5)
+
+
+@pytest.mark.parametrize(
+    "head_dim, dtype", [*((64, dtype) for dtype in TOLERANCE), *((d, torch.bfloat16) for d in (96, 128, 256))]
+)
+def test_static_int8_of_every_head_and_type(kernels, head_dim, dtype):
+    layer = stored([45, 2], kv_heads=2, head_dim=head_dim, dtype=dtype, static="int8")
+    check_attention(layer, group=7)
+    check_attention(layer, group=2, tokens=3, step=Step.of_lengths([1, 3], 3), splits=2)
+    check_attention(layer, group=8, step=known_to_the_device([1, 0]))
+
+
+@pytest.mark.parametrize("static", ["int8", "full precision"])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_append_one_by_one(kernels, static, dtype):
+    """Also those that only the device knows of; saturated ones among them, and one that is not finite is marked."""
+    layers = [stored([40, 3], static=static, dtype=dtype) for _ in range(2)]
+    keys, values = (3 * t for t in random_states((2, 1, 9, 64), dtype, 3, DEVICE))
+    for layer in layers:
+        layer.ledger.counts(keys.device)
+    for token in range(8):
+        new = layers[0].enter(*(t[:, :, token : token + 1] for t in (keys, values)))
+        append((kernels, backend("torch")), layers, *new, known_to_the_device([1, token % 2]))
+    assert layers[0].packed == layers[0].lengths == [48, 7]
+    assert_equal_layers(*layers)
+    assert layers[0].saturated() == layers[1].saturated()
+    if static == "int8":
+        assert min(layers[0].saturated()) > 0
+        keys[1] = torch.inf
+        new = layers[0].scales[0].enter(keys[:, :, :1]), values[:, :, :1].round()
+        append((kernels,), layers[:1], *new, Step.of(None, 2, 1))
+        assert layers[0].ledger.counts(keys.device)[MARK].tolist() == [0, 1]
 
 
 def append(backends, layers, key, value, step):

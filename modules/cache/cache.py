@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import functools
 import operator
+import os
 import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -18,11 +19,14 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from modules.cache.layer import KIVICacheLayer
 from modules.cache.modes import as_data
 from modules.cache.report import cache_report, format_report
+from modules.cache.static import GEOMETRY, check_alone, check_packed, options_beside, parameters_of
 from modules.cache.undo import Savepoint
+from modules.codecs.static import StaticParameters
 from modules.options import KIVIOptions, check_count, check_flag, head_dim_of
 from modules.store.ledger import Geometry, Ledger, OpenStep
 from modules.store.step import Step
 
+_WATCHED_TOKENS = 16  # marks of a GPU are copied once in so many steps, or a group where that is longer
 DRAFT_ROOM = 64  # tokens that can be taken back exactly while a cache records its past
 OVER_CODES = "kivi"  # attention implementations under which states are handed on, to be attended over the codes
 
@@ -45,10 +49,14 @@ class KIVICache(Cache):
         options: what is stored; None takes what the config carries.
         max_length: tokens a sequence may reach, allocated at once; None grows as needed.
         offloading: keep the packed layers on the CPU but for the one in use; of no effect for a model on the CPU.
-        overrides: single options by name.
+        static: calibrated INT8 parameters or their file: all tokens are then stored as int8 by their scales, from the
+            first one on, in the layers they are for, and other layers in full precision. None takes the file that the config
+            names, if it does; False does not.
+        overrides: single options by name; beside static parameters only `backend` has a meaning.
 
     Raises:
-        ValueError: for an option that is unknown or not allowed, or that does not fit the model's heads.
+        ValueError: for an option that is unknown or not allowed, or that does not fit the model's heads, and for static
+            parameters of another model.
 
     Example:
         >>> cache = KIVICache(model.config, k_bits=2, v_bits=2)
@@ -62,19 +70,24 @@ class KIVICache(Cache):
         *,
         max_length: int | None = None,
         offloading: bool = False,
+        static: StaticParameters | str | os.PathLike | bool | None = None,
         **overrides: Any,
     ) -> None:
         check_flag("offloading", offloading)
         if max_length is not None:
             check_count("max_length", max_length)
         config = config and config.get_text_config(decoder=True)
-        if options is None:
+        self.static = parameters_of(static, config)
+        if self.static is not None:
+            check_alone(options, overrides)
+            options = options_beside(self.static, config, overrides)
+        elif options is None:
             options = KIVIOptions.from_config(config, overrides)
         else:
             options = dataclasses.replace(options, **overrides)
         self.config, self.options = config, options
         geometry = Geometry(options.group_size, options.residual_length, options.sink_length)
-        self.ledger = Ledger(geometry, max_length)
+        self.ledger = Ledger(geometry if self.static is None else GEOMETRY, max_length)
         self._savepoint: Savepoint | None = None  # of the step of a model that opens none itself
         self._ended: Savepoint | None = None  # of the last such step, for a model that turns out to have more layers
         self._handed_on: set[int] = set()  # layers whose states are on their way to an attention function
@@ -90,7 +103,10 @@ class KIVICache(Cache):
         for index, layer in enumerate(layers):
             if type(layer) is DynamicLayer:
                 bits = self.options.bits_of_layer(index, len(layers))
-                layers[index] = KIVICacheLayer(self.options, bits, index, self.ledger)
+                static = None if self.static is None else self.static.layers.get(index)
+                layers[index] = KIVICacheLayer(self.options, bits, index, self.ledger, static)
+        if self.static is not None:
+            check_packed(self.static, layers)
         return layers
 
     def _layer(self, layer_idx: int) -> CacheLayerMixin:
@@ -195,7 +211,7 @@ class KIVICache(Cache):
     @as_data
     def _commit(self, step: Step, on_devices: bool = True) -> None:
         self.ledger.commit(step, on_devices)
-        if step.length == 1 and self.ledger.columns % self.ledger.geometry.group_size == 0:
+        if step.length == 1 and self.ledger.columns % max(_WATCHED_TOKENS, self.ledger.geometry.group_size) == 0:
             self.ledger.watch_marks()
 
     def _check_complete(self, opened: OpenStep) -> None:
@@ -389,7 +405,7 @@ class KIVICache(Cache):
         super().activate_past_recording()
         self._settle()
         ledger = self.ledger
-        if ledger.geometry.draft_room:
+        if ledger.geometry.draft_room or ledger.geometry.at_once:
             return
         geometry = ledger.make_draft_room(DRAFT_ROOM)
         for layer in self.kivi_layers:
@@ -482,18 +498,41 @@ class KIVICache(Cache):
         return twin
 
     def get_cache_info(self) -> dict[str, Any]:
-        """What is stored, counted from the tensors: tokens, bytes by part, bits an element as stored and nominal."""
+        """What is stored, counted from the tensors: tokens, bytes by part, bits an element as stored and nominal, and of static
+        INT8 how many values saturated."""
         self._settle()
         self.ledger.raise_if_marked()
         return cache_report(self)
 
     def __repr__(self) -> str:
         opt = self.options
+        if self.static is not None:
+            return f"{type(self).__name__}(layers={len(self.layers)}, tokens={self.get_seq_length()}, static INT8)"
         return (
             f"{type(self).__name__}(layers={len(self.layers)}, tokens={self.get_seq_length()}, k_bits={opt.k_bits}, "
             f"v_bits={opt.v_bits}, group_size={opt.group_size}, residual_length={opt.residual_length}, "
             f"sink_length={opt.sink_length})"
         )
+
+
+class StaticInt8Cache(KIVICache):
+    """A KV cache of static INT8: `KIVICache(config, static=parameters)` under a name of its own.
+
+    Args:
+        config: of the model.
+        parameters: what calibration gave, or its file.
+        more: `max_length`, `offloading` and `backend` of `KIVICache`.
+
+    Raises:
+        ValueError: for parameters that cannot be read or are of another model.
+
+    Example:
+        >>> cache = StaticInt8Cache(model.config, "int8.safetensors")
+        >>> model.generate(**inputs, past_key_values=cache)
+    """
+
+    def __init__(self, config: PreTrainedConfig, parameters: StaticParameters | str | os.PathLike, **more: Any) -> None:
+        super().__init__(config, static=parameters, **more)
 
 
 def _whole_number(what: str, value: Any) -> int:

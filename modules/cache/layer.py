@@ -10,7 +10,10 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from modules.cache.modes import as_data, autocasting
+from modules.codecs.codec import Codec
 from modules.codecs.kivi import codecs_of
+from modules.codecs.static import ChannelScales
+from modules.codecs.static_codec import StaticCodec
 from modules.kernels.backend import Backend
 from modules.kernels.registry import pick_backend
 from modules.options import KIVIOptions
@@ -28,14 +31,23 @@ class KIVICacheLayer(CacheLayerMixin):
         bits: `(k_bits, v_bits)` of this layer.
         layer_idx: its number.
         ledger: of the cache.
+        static: calibrated scales of keys and values, which are then stored by those; None for KIVI's own.
     """
 
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, options: KIVIOptions, bits: tuple[int, int], layer_idx: int, ledger: Ledger) -> None:
+    def __init__(
+        self,
+        options: KIVIOptions,
+        bits: tuple[int, int],
+        layer_idx: int,
+        ledger: Ledger,
+        static: tuple[ChannelScales, ChannelScales] | None = None,
+    ) -> None:
         super().__init__()
         self.options, self.bits, self.layer_idx, self.ledger = options, bits, layer_idx, ledger
+        self.static = static
         self.store: PackedLayer | None = None
         self.backend: Backend | None = None
 
@@ -50,13 +62,19 @@ class KIVICacheLayer(CacheLayerMixin):
         head_dim = key_states.shape[3]
         with self._located():
             self.options.check_head_dim(head_dim)
-            codecs = codecs_of(self.options, self.bits, head_dim)
+            codecs = self._codecs(head_dim)
             rotates = self.options.rotates_values(self.bits[1])
             store = PackedLayer.empty(key_states, codecs, self.ledger, rotates)
             self.backend = pick_backend(self.options.backend, store)
         if not self.ledger.columns and self.ledger.batch_size != key_states.shape[0]:
             self.ledger.clear([0] * key_states.shape[0])
         self.store, self.is_initialized = store, True
+
+    def _codecs(self, head_dim: int) -> tuple[Codec, Codec]:
+        if self.static is None:
+            return codecs_of(self.options, self.bits, head_dim)
+        key, value = self.static
+        return StaticCodec(key.to(self.device)), StaticCodec(value.to(self.device))
 
     @property
     def _stored(self) -> tuple[PackedLayer, Backend]:
@@ -159,11 +177,10 @@ class KIVICacheLayer(CacheLayerMixin):
     ) -> torch.Tensor:
         store, backend = self._stored
         query, key, value = (step.real_first(states.detach()) for states in (query, key, value))
-        value = store.rotate(value)
-        store.check_states(key, value)
-        out = backend.attend(query, key, value, store, scaling, step)
+        key, value = store.enter(key, value)
+        out = backend.attend(store.fold(query), key, value, store, scaling, step)
         _append(backend, store, key, value, query, step)
-        return step.as_given(store.rotate(out))
+        return step.as_given(store.leave(out))
 
     @as_data
     def append(self, key: torch.Tensor, value: torch.Tensor, step: Step, query: torch.Tensor | None = None) -> None:
@@ -175,8 +192,7 @@ class KIVICacheLayer(CacheLayerMixin):
         store, backend = self._admit(step, key, value, query)
         with self._located():
             key, value = (step.real_first(states.detach().to(self.dtype)) for states in (key, value))
-            value = store.rotate(value)
-            store.check_states(key, value)
+            key, value = store.enter(key, value)
             _append(backend, store, key, value, None if query is None else step.real_first(query.detach()), step)
 
     def update(
@@ -193,28 +209,23 @@ class KIVICacheLayer(CacheLayerMixin):
         This is transformers' contract, so any model can use the cache, at the cost of a full-size copy.
         """
         step = step or Step.of(None, key_states.shape[0], key_states.shape[2])
-        if not self.ledger.columns:
-            self.append(key_states, value_states, step, query)
-            return key_states, value_states
         store, _ = self._admit(step, key_states, value_states, query)
-        past = [self.dense(side) for side in store.sides]
+        past = [self.dense(side) for side in store.sides] if self.ledger.columns else []
         self.append(key_states, value_states, step, query)
-        return tuple(torch.cat([old, new], dim=2) for old, new in zip(past, (key_states, value_states)))
+        seen = store.seen(key_states, value_states)
+        return tuple(torch.cat([old, new], dim=2) for old, new in zip(past, seen)) if past else seen
 
     @as_data
     def dense(self, side: PackedSide) -> torch.Tensor:
         """All stored states of a side in the columns they came in, `[B, H, columns, D]`; zeros at padding."""
         store, _ = self._stored
-        dense = self._dense_as_stored(store, side)
-        return store.rotate(dense) if side is store.value else dense
-
-    def _dense_as_stored(self, store: PackedLayer, side: PackedSide) -> torch.Tensor:
         real, batch = self.ledger.column_is_real, store.batch_size
         if real is None:
-            return store.read(side, slice(None), self.dtype)
+            return store.given(side, store.read(side, slice(None), self.dtype))
         dense = side.window.new_zeros(batch, side.window.shape[1], self.ledger.columns, side.window.shape[3])
         for row in range(batch):
-            dense[row, :, real[row].to(dense.device)] = store.read(side, slice(row, row + 1), self.dtype)[0]
+            states = store.given(side, store.read(side, slice(row, row + 1), self.dtype))
+            dense[row, :, real[row].to(dense.device)] = states[0]
         return dense
 
     def get_seq_length(self) -> int:

@@ -64,6 +64,8 @@ def cache_report(cache: Any) -> dict[str, Any]:
         bits: an element's, `stored` (all bytes over all stored elements), `packed` (codes and metadata alone), `nominal`
             (the table's `(R*16 + (T-R)*bits)/T`).
         options: those of the cache, by name.
+        saturated: of static INT8, how many stored `keys`, `values` and, in `total`, of both lay beyond the range that
+            was calibrated; counted from the codes. Waits for a GPU.
     """
     layers = [layer.store for layer in cache.kivi_layers if layer.store is not None]
     backends = [layer.backend.name for layer in cache.kivi_layers if layer.backend is not None]
@@ -122,6 +124,9 @@ def cache_report(cache: Any) -> dict[str, Any]:
         "packed": 8 * packed_used / packed_elements if packed_elements else 0.0,
         "nominal": nominal_bits(stored, sum(bits) / len(bits), cache.options.residual_length) if bits else 0.0,
     }
+    if cache.static is not None:
+        keys, values = (sum(counts) for counts in zip(*[(0, 0), *(layer.saturated() for layer in layers)]))
+        info["saturated"] = {"keys": keys, "values": values, "total": keys + values}
     return info
 
 
@@ -151,5 +156,7 @@ def format_report(info: dict[str, Any]) -> str:
         ("bits an element, packed part", f"{bits['packed']:.2f}"),
         ("bits an element, nominal", f"{bits['nominal']:.2f}"),
     ]
+    if saturated := info.get("saturated"):
+        rows.append(("keys, values that saturated", f"{saturated['keys']}, {saturated['values']}"))
     width = max(len(name) for name, _ in rows)
     return "\n".join([f"{info['type']}"] + [f"  {name:<{width}}  {value}" for name, value in rows])

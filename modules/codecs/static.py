@@ -1,7 +1,8 @@
 """Static INT8: a scale and an offset for every channel of every head, calibrated beforehand and the same for all tokens.
 
-`x ≈ scale · code + offset`, a code being a whole number from -127 to 127. A symmetric side has no offsets; an asymmetric one
-has the middle of the calibrated range there, so that one rounding serves both. Values beyond the range saturate.
+`x ≈ scale · code + offset`. What lies in the calibrated range has the codes -126 to 126; what lies beyond saturates at ±127,
+so that the codes themselves say how many values did. A symmetric side has no offsets; an asymmetric one has the middle of the
+range there, so that one rounding serves both.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,7 +20,8 @@ from safetensors.torch import save
 
 from modules.options import head_dim_of
 
-LARGEST_CODE = 127
+LARGEST_CODE = 127  # of what lies beyond the range
+LARGEST_WITHIN = 126
 SMALLEST_SCALE = 1e-8  # of a channel that never moved: what does then saturates
 FORMAT = "kivi-static-int8"
 FORMAT_VERSION = 1
@@ -27,16 +29,9 @@ _SLICE_ELEMENTS = 1 << 21  # rounded at a time: bounds the float32 temporaries o
 _SIDES = ("key", "value")
 
 
-class Rounded(NamedTuple):
-    """States in code space: whole numbers from -127 to 127, and a bool tensor that says which of them saturated."""
-
-    codes: torch.Tensor
-    saturated: torch.Tensor
-
-
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class ChannelScales:
-    """Static INT8 of one side of one layer: `x ≈ scale · code + offset`.
+    """Static INT8 of one side of one layer: `x ≈ scale · code + offset`, a code from -127 to 127.
 
     Attributes:
         scale: float32 `[H, D]`, above zero, for `H` KV heads of `D` channels.
@@ -50,7 +45,7 @@ class ChannelScales:
     def from_range(cls, low: torch.Tensor, high: torch.Tensor, symmetric: bool) -> ChannelScales:
         """The scales whose codes span the range `[low, high]` of each channel, `[H, D]` both (min-max calibration).
 
-        Symmetric: `scale = max(|low|, |high|) / 127`. Else `scale = (high - low) / 254` about the middle of the range.
+        Symmetric: `scale = max(|low|, |high|) / 126`. Else `scale = (high - low) / 252` about the middle of the range.
 
         Raises:
             ValueError: for ranges of different shapes, and for one that is not finite or ends before it begins.
@@ -66,9 +61,9 @@ class ChannelScales:
                 "without NaN and infinity, and on at least one token."
             )
         if symmetric:
-            scale, offset = torch.maximum(low.abs(), high.abs()) / LARGEST_CODE, torch.zeros_like(low)
+            scale, offset = torch.maximum(low.abs(), high.abs()) / LARGEST_WITHIN, torch.zeros_like(low)
         else:
-            scale, offset = (high / 2 - low / 2) / LARGEST_CODE, high / 2 + low / 2
+            scale, offset = (high / 2 - low / 2) / LARGEST_WITHIN, high / 2 + low / 2
         return cls(scale.clamp_min(SMALLEST_SCALE), offset)
 
     @property
@@ -76,16 +71,14 @@ class ChannelScales:
         """`1 / scale`: rounding multiplies, here and in the kernels, so that both give the same codes."""
         return self.scale.reciprocal()
 
-    def enter(self, states: torch.Tensor) -> Rounded:
-        """States `[..., H, T, D]` in code space, in float32."""
-        offset, inverse = self.offset.unsqueeze(-2), self.inverse.unsqueeze(-2)
-        rounded = ((states.float() - offset) * inverse).round_()
-        codes = rounded.clamp(-LARGEST_CODE, LARGEST_CODE)
-        return Rounded(codes, codes != rounded)
+    def enter(self, states: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """States `[..., H, T, D]` in code space: whole numbers in `dtype`, None for that of the states, NaN where they are
+        not finite."""
+        return self._in_slices(states, dtype or states.dtype, self._enter)
 
     def encode(self, states: torch.Tensor) -> torch.Tensor:
-        """The codes of states `[..., H, T, D]`, int8 of that shape."""
-        return self._in_slices(states, torch.int8, lambda part: self.enter(part).codes)
+        """The codes of states `[..., H, T, D]`, which are finite; int8 of that shape."""
+        return self.enter(states, torch.int8)
 
     def decode(self, codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The states `[..., H, T, D]` that codes stand for, in `dtype`."""
@@ -93,7 +86,28 @@ class ChannelScales:
 
     def round(self, states: torch.Tensor) -> torch.Tensor:
         """States `[..., H, T, D]` as their codes give them back, in their dtype: what fake quantization makes of them."""
-        return self._in_slices(states, states.dtype, lambda part: self._leave(self.enter(part).codes))
+        return self._in_slices(states, states.dtype, lambda part: self._leave(self._enter(part)))
+
+    def fold(self, query: torch.Tensor) -> torch.Tensor:
+        """Queries `[B, heads, q, D]` to meet keys in code space, in their dtype; `heads` is a multiple of `H`."""
+        scale = self.scale.repeat_interleave(query.shape[1] // self.scale.shape[0], dim=0).unsqueeze(1)
+        return (query.float() * scale).to(query.dtype)
+
+    def unfold(self, attended: torch.Tensor) -> torch.Tensor:
+        """Weighted means `[B, q, heads, D]` of values in code space as means of the values, in their dtype."""
+        group = attended.shape[2] // self.scale.shape[0]
+        scale, offset = (t.repeat_interleave(group, dim=0) for t in (self.scale, self.offset))
+        return torch.addcmul(offset, attended.float(), scale).to(attended.dtype)
+
+    @staticmethod
+    def saturated(codes: torch.Tensor) -> torch.Tensor:
+        """How many of some codes, int8, stand for values beyond the calibrated range: an int64 scalar on their device."""
+        return (codes.abs() == LARGEST_CODE).sum()
+
+    def _enter(self, states: torch.Tensor) -> torch.Tensor:
+        states = states.float()
+        rounded = ((states - self.offset.unsqueeze(-2)) * self.inverse.unsqueeze(-2)).round_()
+        return rounded.clamp_(-LARGEST_CODE, LARGEST_CODE).add_(states - states)  # which is NaN for infinity
 
     def _leave(self, codes: torch.Tensor) -> torch.Tensor:
         return codes.float() * self.scale.unsqueeze(-2) + self.offset.unsqueeze(-2)
@@ -125,7 +139,7 @@ def model_facts(config: Any) -> dict[str, Any]:
     }
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class StaticParameters:
     """What calibration learnt of a model: the scales of each layer that is quantized. Other layers stay in full precision.
 

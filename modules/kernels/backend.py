@@ -11,6 +11,7 @@ import torch
 
 from modules.codecs.full_precision import FULL_PRECISION
 from modules.codecs.kivi import GROUPED
+from modules.codecs.static_codec import STATIC
 from modules.kernels.append import append_rows
 from modules.store.layer import PackedLayer
 from modules.store.side import PackedSide
@@ -28,7 +29,7 @@ class Backend(abc.ABC):
     """
 
     name: str
-    layouts: frozenset[str] = frozenset((GROUPED, FULL_PRECISION))
+    layouts: frozenset[str] = frozenset((GROUPED, FULL_PRECISION, STATIC))
 
     def __deepcopy__(self, memo: dict) -> Backend:
         return self
@@ -50,16 +51,15 @@ class Backend(abc.ABC):
         """Attend with new tokens over what `layer` stores and, causally, over the new tokens themselves.
 
         Args:
-            query: `[B, num_attention_heads, q, D]`, rotated by position.
-            key, value: states of the new tokens, `[B, num_key_value_heads, q, D]`, not yet in `layer`; values as they are
-                stored there, that is `layer.rotate(value)`.
+            query: `[B, num_attention_heads, q, D]`, rotated by position, as `layer.fold` gives it.
+            key, value: states of the new tokens, `[B, num_key_value_heads, q, D]`, not yet in `layer`, as they are stored
+                there, that is `layer.enter(key, value)`.
             layer: the stored past, `layer.lengths[b]` tokens of sequence `b`.
             scaling: factor on the scores.
             step: which of the new tokens are real; those come first in every sequence.
 
         Returns:
-            `[B, q, num_attention_heads, D]` in the dtype of `query`, in the basis of the stored values; zeros where a
-            token is not real.
+            `[B, q, num_attention_heads, D]` in the dtype of `query`, for `layer.leave`; zeros where a token is not real.
         """
 
     def pack(self, side: PackedSide, rows: slice, start: int, states: torch.Tensor) -> None:
@@ -67,7 +67,7 @@ class Backend(abc.ABC):
         side.write(rows, start, side.codec.encode(states, None if side.order is None else side.order[rows]))
 
     def append(self, layer: PackedLayer, key: torch.Tensor, value: torch.Tensor, step: Step) -> None:
-        """Store new tokens `[B, H, q, D]`, real ones first and values rotated, and pack the groups they fill.
+        """Store new tokens `[B, H, q, D]`, real ones first and as `layer.enter` gives them, and pack the groups they fill.
 
         The caller has checked states and shapes and made room.
         """
@@ -78,7 +78,8 @@ class Backend(abc.ABC):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: PackedLayer, scaling: float
     ) -> torch.Tensor | None:
         """One real token of every sequence: checked, observed, attended and stored by one call, sinks and groups to pack
-        included; None, with nothing done, where there is no such call for this layer. Values come, and results go, unrotated.
+        included; None, with nothing done, where there is no such call for this layer. States and results are as the model has
+        them.
 
         It calls `layer.observe` and `layer.make_room` itself: the wide channels of a sequence that packs for the first time
         are chosen with the queries of this step counted, as after `attend`.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from modules.cache.cache import KIVICache
+from modules.codecs.static import StaticParameters
 from modules.models.config import FIELD_DEFAULTS, as_kivi_config, check_config, check_fields
 from modules.models.graphs import DecodeGraphs
 from modules.options import reject_unknown
@@ -21,6 +23,8 @@ class KIVIForCausalLMMixin:
     Attributes:
         use_kivi_cache: True lets `generate()` and `forward()` create a KIVI cache by themselves.
         prefill_chunk: longest piece (tokens) that goes through a KIVI cache at once; None for no limit.
+        static: file of calibrated INT8 parameters that caches store by; None for the options of KIVI. `save_pretrained`
+            keeps the path, as it was given.
         use_cuda_graphs: False runs every step eagerly, also on a GPU.
     """
 
@@ -54,6 +58,14 @@ class KIVIForCausalLMMixin:
     def prefill_chunk(self, value: int | None) -> None:
         self._set_checked("prefill_chunk", value)
 
+    @property
+    def static(self) -> str | None:
+        return self.config.static
+
+    @static.setter
+    def static(self, value: str | None) -> None:
+        self._set_checked("static", value)
+
     def _set_checked(self, name: str, value: Any) -> None:
         """Set a field of the config, or leave it and raise the `ValueError` of a value that is not allowed."""
         previous = getattr(self.config, name)
@@ -65,19 +77,27 @@ class KIVIForCausalLMMixin:
             raise
 
     def create_kivi_cache(
-        self, *, max_length: int | None = None, offloading: bool = False, **overrides: Any
+        self,
+        *,
+        max_length: int | None = None,
+        offloading: bool = False,
+        static: StaticParameters | str | os.PathLike | bool | None = None,
+        **overrides: Any,
     ) -> KIVICache:
         """An empty `KIVICache` for this model, with the options of its config.
 
         Args:
             max_length: tokens a sequence may reach, allocated at once; None grows as needed.
             offloading: keep layers on the CPU but for the one in use.
+            static: calibrated INT8 parameters, or their file, that say what is stored; None for the file that the config
+                names, if it does; False for none.
             overrides: options of `KIVIOptions` by name.
 
         Raises:
-            ValueError: for an option that is unknown or not allowed.
+            ValueError: for an option that is unknown or not allowed, or has no meaning beside static parameters, and for
+                parameters of another model.
         """
-        return KIVICache(self.config, max_length=max_length, offloading=offloading, **overrides)
+        return KIVICache(self.config, max_length=max_length, offloading=offloading, static=static, **overrides)
 
     def forward(
         self,

@@ -9,12 +9,15 @@ import torch
 from modules.codecs.codec import Codec
 from modules.codecs.grouped import choose_order
 from modules.codecs.rotation import rotate
+from modules.codecs.static import ChannelScales
+from modules.codecs.static_codec import StaticCodec
 from modules.store.ledger import Geometry, Ledger
 from modules.store.side import PackedSide
 from modules.store.step import Step
 
 _SLACK = 64  # capacity grows by a sixty-fourth: at most 1.6 % of the packed part is unused
-_LEAST_SLACK = 256  # tokens, on a GPU: a graph is recorded again each time memory moves
+_LEAST_SLACK = 32  # tokens, where no group is longer
+_LEAST_SLACK_ON_GPU = 256  # a graph is recorded again each time memory moves
 _CAST_TOKENS = 1024  # codes are dequantized this many tokens at a time
 _SLICE_ELEMENTS = 1 << 21  # queries squared at a time
 
@@ -102,6 +105,59 @@ class PackedLayer:
         named |= {f"value.{name}": t for name, t in self.value.tensors().items()}
         return named if self.query_energy is None else named | {"query_energy": self.query_energy}
 
+    @property
+    def scales(self) -> tuple[ChannelScales, ChannelScales] | None:
+        """Those of keys and values where they are in code space, else None."""
+        key, value = self.key.codec, self.value.codec
+        return (key.scales, value.scales) if isinstance(key, StaticCodec) and isinstance(value, StaticCodec) else None
+
+    def enter(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """New states `[B, H, T, D]` as they are stored: values rotated, or both in code space.
+
+        Raises:
+            ValueError: for states that are NaN, infinite or too large.
+        """
+        if self.scales is None:
+            value = self.rotate(value)
+        self.check_states(key, value)
+        if self.scales is None:
+            return key, value
+        return self.scales[0].enter(key), self.scales[1].enter(value)
+
+    def fold(self, query: torch.Tensor) -> torch.Tensor:
+        """Queries `[B, heads, q, D]` as they are to meet stored keys."""
+        return query if self.scales is None else self.scales[0].fold(query)
+
+    def leave(self, attended: torch.Tensor) -> torch.Tensor:
+        """What was attended over stored values, `[B, q, heads, D]`, as the model has its values."""
+        return self.rotate(attended) if self.scales is None else self.scales[1].unfold(attended)
+
+    def given(self, side: PackedSide, states: torch.Tensor) -> torch.Tensor:
+        """Stored states `[b, H, T, D]` of a side as the model has them."""
+        if isinstance(side.codec, StaticCodec):
+            return side.codec.scales.decode(states, states.dtype)
+        return self.rotate(states) if side is self.value else states
+
+    def seen(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """New states `[B, H, T, D]` as attention sees them: rounded where they enter code space."""
+        if self.scales is None:
+            return key, value
+        return self.scales[0].round(key), self.scales[1].round(value)
+
+    def saturated(self) -> tuple[int, int]:
+        """How many of the stored keys and values lay beyond the range their scales were calibrated for."""
+        if self.scales is None:
+            return 0, 0
+        keys, values = (
+            sum(
+                int(ChannelScales.saturated(side.codes[row, :, start : min(start + _CAST_TOKENS, packed)]))
+                for row, packed in enumerate(self.packed)
+                for start in range(0, packed, _CAST_TOKENS)
+            )
+            for side in self.sides
+        )
+        return keys, values
+
     def rotate(self, states: torch.Tensor) -> torch.Tensor:
         """Values `[B, H, T, D]` as they are stored; attended values back from there (the rotation is its own inverse)."""
         return rotate(states) if self.rotates else states
@@ -157,7 +213,7 @@ class PackedLayer:
         )
 
     def check_states(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Raise `ValueError` for new states, values rotated, that are NaN, infinite or too large.
+        """Raise `ValueError` for new states, values rotated if they are to be, that are NaN, infinite or too large.
 
         A single token on a GPU is not looked at, since that would stop the device at every step; packing checks it.
         """
@@ -171,7 +227,7 @@ class PackedLayer:
         need = self.ledger.capacity_for(step)
         if need <= self.key.capacity:
             return
-        least = _LEAST_SLACK if self.key.window.device.type == "cuda" else 0
+        least = _LEAST_SLACK_ON_GPU if self.key.window.device.type == "cuda" else _LEAST_SLACK
         slack = max(need // _SLACK, self.group_size, least)
         capacity = max((need + slack) // self.group_size * self.group_size, self._expected())
         for side in self.sides:

@@ -29,13 +29,15 @@ class Geometry:
     """Where tokens go, the same in every layer: `group_size`, `residual_length` and `sink_length` in tokens.
 
     `draft_room` is slots of the window beyond those it needs, a multiple of `group_size`: what is packed stays there in
-    full precision until that many more tokens have come, so that taking tokens back unpacks exactly.
+    full precision until that many more tokens have come, so that taking tokens back unpacks exactly. `at_once` says that
+    there is no need of it, nor of a window: tokens come as they are packed, one by one, and every one is.
     """
 
     group_size: int
     residual_length: int
     sink_length: int
     draft_room: int = 0
+    at_once: bool = False
 
     @property
     def window(self) -> int:
@@ -172,9 +174,9 @@ class Ledger:
         """Raise `ValueError` where a step of one token packed states that cannot be stored. Waits for the device."""
         if self.marked():
             raise ValueError(
-                f"states to quantize must be finite and at most {FLOAT16_MAX:.0f} in magnitude (their scale and minimum "
-                "are float16); a decode step packed larger ones. Keep this side in full precision with bits 16, or look "
-                "for the overflow upstream."
+                f"states to quantize must be finite and, unless their scales are static, at most {FLOAT16_MAX:.0f} in magnitude "
+                "(their scale and minimum are float16); a decode step packed others. Keep this side in full precision with "
+                "bits 16, or look for the overflow upstream."
             )
 
     def watch_marks(self) -> None:
@@ -351,7 +353,7 @@ class Ledger:
                 by one: a piece ends where a group would be packed, and where the first tokens of an empty cache end.
         """
         cuts = set(range(0, length, chunk or length))
-        if drafts and len(set(self.lengths)) <= 1:
+        if drafts and not self.geometry.at_once and len(set(self.lengths)) <= 1:
             stored, packed = max(self.lengths, default=0), max(self.packed, default=0)
             seen = [self.geometry.packed_after(stored + i, packed) for i in range(length)]
             cuts |= {i for i in range(max(1, length - drafts), length) if seen[i] != seen[i - 1]}

@@ -70,6 +70,11 @@ class PackedSide:
         return self.codec.group_size
 
     @property
+    def grouped(self) -> bool:
+        """Whether packed tokens have scales and minima; else they are rows of numbers, one a channel."""
+        return "scale" in self.parts
+
+    @property
     def method(self) -> str:
         """How the range of a group is found, as the codec names it."""
         return self.codec.method

@@ -13,6 +13,8 @@ import weakref
 
 import torch
 
+from modules.codecs.full_precision import FULL_PRECISION
+from modules.codecs.static_codec import STATIC
 from modules.kernels.checks import check_layer, check_new_states
 from modules.kernels.numba import packing
 from modules.kernels.numba.compiling import Kernel, compiled
@@ -23,6 +25,7 @@ from modules.kernels.numba.plan import MAX_ROWS, Plan, plan_of
 from modules.kernels.numba.threads import allowed_threads, buffer, check_pool, run
 from modules.kernels.reference.attention import attend as attend_in_torch
 from modules.store.layer import PackedLayer
+from modules.store.side import PackedSide
 from modules.store.step import Step
 
 _MANY_ROWS = 1 << 12  # query rows a KV head above which torch attends: the shares would take too much memory
@@ -85,6 +88,9 @@ def decode(
     Raises:
         ValueError: for states that do not fit the layer, and for NaN, infinite or too large ones; nothing is stored then.
     """
+    at_once = layer.ledger.geometry.at_once
+    if at_once and max(layer.packed) >= layer.key.capacity:
+        _make_room(layer)  # the call itself stores behind what is packed
     memory = _memory(query, key, value, layer)
     bound = _decoding.get(layer)
     if bound is None or bound[0] != memory:
@@ -98,7 +104,7 @@ def decode(
     out = call.run(query, key, value, layer, scaling, call.one_each)
     layer.key.check_magnitude(call.fields.k_largest)
     layer.value.check_magnitude(call.fields.v_largest)
-    full = _full_windows(layer)
+    full = [] if at_once else _full_windows(layer)
     if full or layer.observes:
         _observe_and_pack(layer, query, full, call.step)
     return out
@@ -112,6 +118,11 @@ def _full_windows(layer: PackedLayer) -> list[int]:
     geometry = layer.ledger.geometry
     most = geometry.sink_length + geometry.window - 1
     return [row for row, (length, packed) in enumerate(zip(layer.lengths, layer.packed)) if length - packed >= most]
+
+
+@torch.inference_mode(False)
+def _make_room(layer: PackedLayer) -> None:
+    layer.make_room(Step(1, counted=[1] * len(layer.lengths)))
 
 
 @torch.inference_mode(False)  # what it stores serves steps in every mode
@@ -178,6 +189,7 @@ class _Call:
         self.tiles, self.work = batch * kv_heads * row_tiles, batch * heads * queries * head_dim
         self.one_each = [1] * batch
         self.step = Step(1, counted=self.one_each)
+        self.static = _static_of(layer) if stores else None
         self.lengths = (ctypes.c_int64 * (3 * batch))()
         self.fields = AttentionFields(
             batch=batch,
@@ -191,6 +203,8 @@ class _Call:
             lengths=ctypes.addressof(self.lengths),
             stores=stores,
             rotates=layer.rotates,
+            at_once=stores and layer.ledger.geometry.at_once,
+            **({} if self.static is None else dict(zip(("k_static", "v_static"), (t.data_ptr() for t in self.static)))),
             k_limit=layer.key.codec.limit,
             v_limit=layer.value.codec.limit,
             **_strides("query", query, 3),
@@ -234,6 +248,13 @@ class _Call:
         return out if query.dtype == torch.float32 else out.to(query.dtype)
 
 
+def _static_of(layer: PackedLayer) -> list[torch.Tensor] | None:
+    """`k_static` and `v_static` of `AttentionFields`; None where a layer is not in code space."""
+    if layer.scales is None:
+        return None
+    return [torch.stack([scales.scale, scales.inverse, scales.offset]) for scales in layer.scales]
+
+
 def _strides(name: str, t: torch.Tensor, count: int) -> dict[str, int]:
     """The first strides of new states, in bytes, by the names of `ATTENTION`."""
     size = t.element_size()
@@ -253,9 +274,15 @@ def _rows(query: torch.Tensor, key: torch.Tensor) -> int:
 
 def _plan(layer: PackedLayer, rows: int) -> Plan | None:
     """The plan for a layer, None where there is none."""
-    bits, groups = (layer.key.bits, layer.value.bits), (layer.group_size, layer.value.group_size)
-    window = layer.key.window
-    return plan_of(bits, window.dtype, rows, window.shape[3], groups, layer.key.wide)
+    window, groups = layer.key.window, (layer.group_size, layer.value.group_size)
+    formats = _format(layer.key), _format(layer.value)
+    return plan_of(formats, window.dtype, rows, window.shape[3], groups, layer.key.wide)
+
+
+def _format(side: PackedSide) -> int | str:
+    """What its packed tokens are, see `Plan`."""
+    rows_of_numbers = {FULL_PRECISION: FLOAT_NAMES.get(side.window.dtype, ""), STATIC: "int8"}
+    return rows_of_numbers.get(side.codec.layout, side.bits)
 
 
 def _splits(units: int, shares: int, threads: int) -> int:

@@ -11,10 +11,19 @@ import numpy as np
 from numba import carray, njit
 
 from modules.kernels.numba.compiling import COMBINE, TAKE_IN, UNITS, as_pointer
-from modules.kernels.numba.emit_rows import copy_row, rotate_row, store_row
+from modules.kernels.numba.emit_rows import (
+    copy_row,
+    fold_row,
+    rotate_row,
+    round_row,
+    scale_row,
+    store_key,
+    store_row,
+    store_value,
+)
 from modules.kernels.numba.emit_scores import fold_keys, place_query, score_dense, score_packed, softmax, sum_total
 from modules.kernels.numba.emit_values import accumulate_dense, accumulate_packed, spread
-from modules.kernels.numba.fields import ATTENTION, LENGTH, NEW, PACKED
+from modules.kernels.numba.fields import ATTENTION, INVERSE, LENGTH, NEW, OFFSET, PACKED, SCALE
 
 DENSE_TILES = 2  # what the full-precision tokens count for when tiles are shared out
 
@@ -28,7 +37,7 @@ def _dense_segment(call, lengths, b, h, bytes_, visible, segment):
     if segment == 0:
         key = call.new_key + b * call.new_key_batch + h * call.new_key_head
         value = call.new_value + b * call.new_value_batch + h * call.new_value_head
-        count = visible
+        count = 0 if call.at_once else visible  # a token that is stored already is among the packed ones
     elif segment == 1:
         place = head * call.sinks * bytes_
         key, value, count = call.k_sinks + place, call.v_sinks + place, min(length, call.sinks)
@@ -103,6 +112,12 @@ def _attend_packed_tile(plan, call, head, first, count, sums, base):
 
 
 @njit(inline="always")
+def _static(plan, call, base, kind, h):
+    """The address of a head's row of `k_static` or `v_static`, which begin at `base`."""
+    return base + (kind * call.kv_heads + h) * plan.head_dim * 4
+
+
+@njit(inline="always")
 def _load_queries(plan, call, b, h, row_tile, rows, base):
     """The rows of a tile into scratch, scaled; the last one again where there are fewer."""
     for row in range(plan.rows):
@@ -110,7 +125,10 @@ def _load_queries(plan, call, b, h, row_tile, rows, base):
         source = (
             call.query + b * call.query_batch + (h * call.group + head) * call.query_head + token * call.query_token
         )
-        copy_row(plan, source, base + (plan.at_query + row * plan.head_dim) * 4, call.scaling)
+        target = base + (plan.at_query + row * plan.head_dim) * 4
+        copy_row(plan, source, target, call.scaling)
+        if call.k_static:
+            fold_row(plan, target, _static(plan, call, call.k_static, SCALE, h))
     if plan.wide:
         order = call.k_order + (b * call.kv_heads + h) * plan.head_dim * 8
         place_query(plan, base + plan.at_query * 4, order, base + plan.at_placed * 4)
@@ -224,6 +242,37 @@ def _store_tokens(plan, call, lengths, place):
             store_row(plan, place, (call.v_sinks if to_sinks else call.v_window) + target)
 
 
+@njit(inline="always")
+def _store_at_once(plan, call, lengths, place):
+    """One new token of each sequence behind its packed ones, in code space where the sides are: it counts as packed then."""
+    for b in range(call.batch):
+        for h in range(call.kv_heads):
+            token = (b * call.kv_heads + h) * call.capacity + lengths[PACKED, b]
+            copy_row(plan, call.new_key + b * call.new_key_batch + h * call.new_key_head, place, np.float32(1.0))
+            if call.k_static:
+                inverse = _static(plan, call, call.k_static, INVERSE, h)
+                round_row(plan, place, inverse, _static(plan, call, call.k_static, OFFSET, h))
+            store_key(plan, place, call.k_codes + token * plan.k_bytes)
+            source = call.new_value + b * call.new_value_batch + h * call.new_value_head
+            copy_row(plan, source, place, np.float32(1.0))
+            if call.v_static:
+                inverse = _static(plan, call, call.v_static, INVERSE, h)
+                round_row(plan, place, inverse, _static(plan, call, call.v_static, OFFSET, h))
+            store_value(plan, place, call.v_codes + token * plan.v_bytes)
+        lengths[LENGTH, b] += 1
+        lengths[PACKED, b] += 1
+
+
+@njit(inline="always")
+def _leave_code_space(plan, call, out):
+    """What was attended, weighted means of codes, as means of values."""
+    heads = call.kv_heads * call.group
+    for row in range(out.size // plan.head_dim):
+        h = row % heads // call.group
+        scale = _static(plan, call, call.v_static, SCALE, h)
+        scale_row(plan, call.out + row * plan.head_dim * 4, scale, _static(plan, call, call.v_static, OFFSET, h))
+
+
 def attention(plan, address, stages, first, stop, thread):
     """The kernel; its arguments are a record `ATTENTION`.
 
@@ -238,7 +287,10 @@ def attention(plan, address, stages, first, stop, thread):
         row, place = scratch[plan.at_query : plan.at_query + plan.head_dim], base + plan.at_query * 4
         if not _check_and_rotate(plan, call, row, place):
             return
-        _store_tokens(plan, call, lengths, place)
+        if call.at_once:
+            _store_at_once(plan, call, lengths, place)
+        else:
+            _store_tokens(plan, call, lengths, place)
     if stages & UNITS:
         for unit in range(first, stop):
             sums = call.partial + unit * plan.partial_floats * 4
@@ -250,3 +302,5 @@ def attention(plan, address, stages, first, stop, thread):
         if call.stores and call.rotates:
             for row in range(out.size // plan.head_dim):
                 rotate_row(plan, call.out + row * plan.head_dim * 4)
+        if call.v_static:
+            _leave_code_space(plan, call, out)

@@ -56,6 +56,9 @@ class AttentionFields(ctypes.Structure):
         # a step that stores its one token: values as the model gives them, and what becomes of them
         ("stores", _COUNT),
         ("rotates", _COUNT),
+        ("at_once", _COUNT),  # it goes among the packed tokens, of which there is room for one more
+        ("k_static", _ADDRESS),  # float32 [3, kv_heads, head_dim]: scale, inverse and offset; 0 where the side has none
+        ("v_static", _ADDRESS),
         ("given_value", _ADDRESS),
         ("given_value_batch", _STRIDE),
         ("given_value_head", _STRIDE),
@@ -90,6 +93,7 @@ class PackingFields(ctypes.Structure):
     )
 
 
+SCALE, INVERSE, OFFSET = range(3)  # of `k_static` and `v_static`
 ATTENTION, PACKING = np.dtype(AttentionFields), np.dtype(PackingFields)  # as compiled code has them
 LENGTH, PACKED, NEW = range(3)  # rows of `lengths`
 ROW, SOURCE, TARGET = range(3)  # columns of `jobs`

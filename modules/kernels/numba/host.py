@@ -8,7 +8,7 @@ import llvmlite.binding as llvm
 import torch
 
 FLOAT_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}  # of a channel, where a token is a row of numbers
 
 
 @functools.cache

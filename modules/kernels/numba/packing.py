@@ -16,7 +16,6 @@ from modules.kernels.numba.fields import PackingFields
 from modules.kernels.numba.packing_control import packing
 from modules.kernels.numba.packing_spec import Packing, packing_of
 from modules.kernels.numba.threads import allowed_threads, buffer, check_pool, run
-from modules.options import FULL_PRECISION_BITS
 from modules.store.side import PackedSide
 
 _LARGEST_BITS = int(np.float32(FLOAT16_MAX).view(np.int32))
@@ -30,7 +29,7 @@ def pack(side: PackedSide, rows: slice, start: int, states: torch.Tensor) -> Non
         ValueError: for states that do not fit the side, and for NaN, infinite or too large ones.
     """
     check_groups(side, rows, start, states)
-    spec = None if side.bits == FULL_PRECISION_BITS else _spec(side)
+    spec = _spec(side) if side.grouped else None
     if spec is None:
         side.write(rows, start, side.codec.encode(states, None if side.order is None else side.order[rows]))
         return
@@ -43,7 +42,7 @@ def pack(side: PackedSide, rows: slice, start: int, states: torch.Tensor) -> Non
 
 def pack_window(side: PackedSide, group_size: int, rows: list[int], slots: list[int], starts: list[int]) -> None:
     """Pack the group in the ring's `slots[i]…` of each sequence `rows[i]` as packed tokens `starts[i]…`."""
-    spec = None if side.bits == FULL_PRECISION_BITS else _spec(side)
+    spec = _spec(side) if side.grouped else None
     if spec is None:
         for row, slot, start in zip(rows, slots, starts):
             pack(side, slice(row, row + 1), start, side.window[row : row + 1, :, slot : slot + group_size])

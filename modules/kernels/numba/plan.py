@@ -9,7 +9,6 @@ import math
 import torch
 
 from modules.kernels.numba.host import FLOAT_NAMES, host, host_is_supported, row_bytes
-from modules.options import FULL_PRECISION_BITS
 
 MAX_ROWS = 8  # query rows that share each load
 _MIN_TILE = 128  # tokens of a tile: its scores and weights stay in the first-level cache
@@ -20,7 +19,8 @@ class Plan:
     """The constants of one compilation.
 
     Attributes:
-        k_format, v_format: bits of the packed codes, 2, 4 or 8, or the dtype where that side is in full precision.
+        k_format, v_format: bits of the packed codes, 2, 4 or 8, or the dtype of packed tokens that are rows of numbers:
+            "int8" in code space, the model's in full precision.
         dense: dtype of sinks, window and new tokens: "float32", "bfloat16" or "float16".
         rows: query rows that share each load, 1 to 8.
         head_dim: channels.
@@ -151,20 +151,24 @@ class Plan:
 
 @functools.cache
 def plan_of(
-    bits: tuple[int, int], dtype: torch.dtype, rows: int, head_dim: int, groups: tuple[int, int], wide: int
+    formats: tuple[int | str, int | str],
+    dtype: torch.dtype,
+    rows: int,
+    head_dim: int,
+    groups: tuple[int, int],
+    wide: int,
 ) -> Plan | None:
     """The plan for a layer, or None where the layout fits no vector or the dtype is not one of the three.
 
-    `groups` are tokens (keys) and channels (values); a side in full precision has none.
+    `formats` are those of `Plan`, `groups` tokens (keys) and channels (values); rows of numbers have none.
     """
     if dtype not in FLOAT_NAMES or not host_is_supported():
         return None
-    dense = FLOAT_NAMES[dtype]
-    formats = [dense if b == FULL_PRECISION_BITS else b for b in bits]
-    group_size = head_dim if all(b == FULL_PRECISION_BITS for b in bits) else groups[0]
-    v_group = head_dim if bits[1] == FULL_PRECISION_BITS else groups[1]
+    group_size = groups[0] if any(isinstance(form, int) for form in formats) else head_dim
+    v_group = groups[1] if isinstance(formats[1], int) else head_dim
     most, block = host()
-    planes = [8 // b for b in bits if b != FULL_PRECISION_BITS]
+    planes = [8 // form for form in formats if isinstance(form, int)]
     lanes = math.gcd(most, head_dim, v_group, *(head_dim // p for p in planes))
+    dense = FLOAT_NAMES[dtype]
     plan = Plan(formats[0], formats[1], dense, rows, head_dim, group_size, v_group, wide, lanes, max(block, lanes))
     return plan if lanes >= 4 and group_size % plan.tokens == 0 else None

@@ -57,6 +57,9 @@ class Emitter(Generic[Constants]):
             return self._load(address, ir.VectorType(F32, lanes), 4)
         if form == "float16":
             return self.b.fpext(self._load(address, ir.VectorType(ir.HalfType(), lanes), 2), ir.VectorType(F32, lanes))
+        if form == "int8":
+            whole = self.b.sext(self._load(address, ir.VectorType(I8, lanes), 1), ir.VectorType(I32, lanes))
+            return self.b.sitofp(whole, ir.VectorType(F32, lanes))
         wide = self.b.zext(self._load(address, ir.VectorType(I16, lanes), 2), ir.VectorType(I32, lanes))
         return self.b.bitcast(self.b.shl(wide, self.int_splat(16, lanes)), ir.VectorType(F32, lanes))
 
@@ -64,8 +67,10 @@ class Emitter(Generic[Constants]):
         self.b.store(vector, self.b.inttoptr(address, vector.type.as_pointer()), align=4)
 
     def store_as(self, vector, address, form: str) -> None:
-        """A float32 vector in a dtype, rounded to nearest even."""
+        """A float32 vector in a dtype, rounded to nearest even; for int8 it holds whole numbers."""
         lanes = vector.type.count
+        if form == "int8":
+            vector = self.b.trunc(self.b.fptosi(vector, ir.VectorType(I32, lanes)), ir.VectorType(I8, lanes))
         if form == "float16":
             vector = self.b.fptrunc(vector, ir.VectorType(ir.HalfType(), lanes))
         elif form == "bfloat16":  # NaN needs no care: none is stored

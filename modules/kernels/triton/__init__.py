@@ -6,7 +6,6 @@ import torch
 
 from modules.kernels.backend import Backend
 from modules.kernels.triton import append, attention, checks, pack
-from modules.options import FULL_PRECISION_BITS
 from modules.store.layer import PackedLayer
 from modules.store.side import PackedSide
 from modules.store.step import Step
@@ -40,7 +39,7 @@ class TritonBackend(Backend):
 
     def pack(self, side: PackedSide, rows: slice, start: int, states: torch.Tensor) -> None:
         """See `Backend.pack`."""
-        if side.bits == FULL_PRECISION_BITS:
+        if not side.grouped:
             return super().pack(side, rows, start, states)
         pack.pack_groups(side, rows, start, states)
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from modules.kernels.triton import launch
 from modules.kernels.triton.arguments import Rows, Side
 from modules.kernels.triton.checks import check_new_tokens, check_room
-from modules.kernels.triton.pack import group_of_side, pack_keys, pack_low_bits, pack_values
+from modules.kernels.triton.pack import group_of_side, mark_unrepresentable, pack_keys, pack_low_bits, pack_values
 from modules.store.layer import PackedLayer
 from modules.store.ledger import LENGTH, MARK, PACKED
 from modules.store.step import Step
@@ -73,7 +73,10 @@ def _pack_group(states, group, energy, mark, packed, TOKENS: tl.constexpr, TILE:
         d = tl.arange(0, D_PAD)
         token = tl.arange(0, TOKENS)
         at = token[:, None] * D + d[None, :]
-        tl.store(group.codes + at, tl.load(states + at, mask=(d < D)[None, :]), mask=(d < D)[None, :])
+        x = tl.load(states + at, mask=(d < D)[None, :], other=0.0)
+        if group.codes.dtype.element_ty == tl.int8:  # whole numbers, NaN where a state was not finite
+            mark_unrepresentable(x.to(tl.float32), mark)
+        tl.store(group.codes + at, x.to(group.codes.dtype.element_ty), mask=(d < D)[None, :])
     elif TILE.KEYS:
         if TILE.WIDE > 0:
             if packed == 0:

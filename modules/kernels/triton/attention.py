@@ -23,7 +23,6 @@ from modules.kernels.triton.full import attend_full
 from modules.kernels.triton.packed import attend_packed
 from modules.kernels.triton.queries import query_rows
 from modules.kernels.triton.softmax import Partial
-from modules.options import FULL_PRECISION_BITS
 from modules.store.layer import PackedLayer
 from modules.store.ledger import LENGTH, PACKED
 from modules.store.side import PackedSide
@@ -148,7 +147,7 @@ def _words(scale: torch.Tensor, per_word: int) -> torch.Tensor:
 def _values(side: PackedSide, per_word: int) -> Side:
     """The tensors of the values as the kernel reads them."""
     tensors = Side.of(side)
-    if side.bits == FULL_PRECISION_BITS:
+    if not side.grouped:
         return tensors
     return tensors._replace(codes=side.codes.view(torch.int16), scale=_words(side.scale, per_word))
 

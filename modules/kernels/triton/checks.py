@@ -20,6 +20,12 @@ def why_not(layer: PackedLayer) -> str | None:
     head_dim, dtype = window.shape[3], window.dtype
     if head_dim not in HEAD_DIMS:
         return f"head_dim={head_dim} is not one of {HEAD_DIMS}"
+    if dtype not in DTYPES:
+        return f"{dtype} is not a type the kernels take"
+    return None if layer.ledger.geometry.at_once else _why_not_in_groups(layer, head_dim)
+
+
+def _why_not_in_groups(layer: PackedLayer, head_dim: int) -> str | None:
     if layer.group_size not in GROUP_SIZES:
         return f"group_size={layer.group_size} is not one of {GROUP_SIZES}"
     if head_dim % layer.group_size:
@@ -28,8 +34,6 @@ def why_not(layer: PackedLayer) -> str | None:
         return f"v_group_size={layer.value.group_size} is not one of {GROUP_SIZES} that divides head_dim={head_dim}"
     if layer.key.wide > MAX_WIDE:
         return f"{layer.key.wide} wide key channels are more than {MAX_WIDE}"
-    if dtype not in DTYPES:
-        return f"{dtype} is not a type the kernels take"
     return None
 
 

@@ -109,6 +109,15 @@ def entry_of_words(words, GROUP: tl.constexpr, PER_WORD: tl.constexpr):
 
 
 @triton.jit
+def numbers(x, dtype, ASM: tl.constexpr):
+    """States, or int8 codes, as an operand beside one of `dtype`."""
+    if ASM:
+        return x.to(dtype)
+    else:
+        return x.to(tl.float32)  # the interpreter knows no way from int8 to bfloat16
+
+
+@triton.jit
 def dot(a, b, acc, ASM: tl.constexpr):
     """`acc + a b` in float32 of full-precision states; float32 ones are not rounded to tf32."""
     if not ASM:  # the interpreter has no bfloat16 arithmetic

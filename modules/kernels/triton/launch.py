@@ -26,6 +26,7 @@ PIPELINES = ((3, 64), (2, 64), (2, 32), (1, 32))  # stages, tokens a warp handle
 WIDE_PIPELINE_OF_16_ROWS = (3, 32)
 CROWDED_PIPELINE = (2, 32)  # of heads that leave few registers
 MOST_REGISTERS = {8: 255, 16: None}  # by query rows, see `attention_options`
+BLOCK_AT_ONCE = 32  # tokens of a block where they are packed one by one
 FULL_SEGMENT = 32  # channels of a full-precision tile where a whole head would spill
 FULL_TOKENS = 16  # the least a product takes
 PACK_BYTES = 16  # of a token that are packed at a time
@@ -39,7 +40,10 @@ _PROCESSORS_WITHOUT_A_GPU = 2
 
 
 class Shape(NamedTuple):
-    """What decides how attention is compiled: everything but the numbers of sequences and tokens."""
+    """What decides how attention is compiled: everything but the numbers of sequences and tokens.
+
+    Bits are 16 where packed tokens are rows of numbers: states, or `static` codes.
+    """
 
     head_dim: int
     group_size: int
@@ -51,23 +55,32 @@ class Shape(NamedTuple):
     ring: int
     value_group_size: int
     wide: int = 0  # key channels with 4 bits
+    static: bool = False  # the numbers of the rows are int8
+    at_once: bool = False  # tokens are packed one by one, so that the last block may be cut
 
     @classmethod
     def of(cls, layer: PackedLayer, heads: int) -> Shape:
         """The shape of attention with `heads` query heads over `layer`."""
         _, kv_heads, _, head_dim = layer.key.window.shape
+        at_once = layer.ledger.geometry.at_once
         return cls(
             head_dim=head_dim,
-            group_size=layer.group_size,
-            k_bits=layer.key.bits,
-            v_bits=layer.value.bits,
+            group_size=BLOCK_AT_ONCE if at_once else layer.group_size,
+            k_bits=_bits(layer.key),
+            v_bits=_bits(layer.value),
             kv_heads=kv_heads,
             group=heads // kv_heads,
             sink_length=layer.sink_length,
             ring=layer.ring,
-            value_group_size=layer.value.group_size,
+            value_group_size=BLOCK_AT_ONCE if at_once else layer.value.group_size,
             wide=layer.key.wide,
+            static=layer.scales is not None,
+            at_once=at_once,
         )
+
+
+def _bits(side: PackedSide) -> int:
+    return side.bits if side.grouped else FULL_PRECISION_BITS
 
 
 # Kernels give the constants they use a name of their own: Triton 3.6 takes no field of a tuple where it wants a constant.
@@ -110,6 +123,7 @@ class AttentionTile(NamedTuple):
     V_PRODUCTS: int  # of all segments, planes and parts
     META_PER_WORD: int  # scales of values read as one integer
     EARLY_MINIMA: bool  # of values, loaded before the codes: at 16 query rows that spills fewer registers, else more
+    AT_ONCE: bool  # the last block may be cut
     FULL_SEG: int  # channels of a full-precision tile
     FULL_T: int  # tokens of one
     ASM: bool  # with inline assembly, which the interpreter cannot run
@@ -143,7 +157,8 @@ def _pipeline(shape: Shape, n: int, warps: int, item: int, shared: int) -> tuple
     fewer registers, the widest heads only for one block at a time.
     """
     d, g, k_bits, v_bits = shape[:4]
-    stored_bits = sum(8 * item if bits == FULL_PRECISION_BITS else bits for bits in (k_bits, v_bits))
+    of_rows = 8 if shape.static else 8 * item
+    stored_bits = sum(of_rows if bits == FULL_PRECISION_BITS else bits for bits in (k_bits, v_bits))
     token = d * stored_bits // 8 + 4 * d // g + 2 * d // shape.value_group_size + 32 + shape.wide
     for stages, tokens in PIPELINES:
         if warps * tokens * token * max(0, stages - 1) + 20 * d * n <= shared // 2 - 1024:
@@ -230,6 +245,7 @@ def attention_tile(
         V_PRODUCTS=v_segs * v_planes * v_parts,
         META_PER_WORD=next(size for size in (4, 2, 1) if d // value_g % size == 0),
         EARLY_MINIMA=n > FEW_ROWS,
+        AT_ONCE=shape.at_once,
         FULL_SEG=_full_segment(d, k_bits, item),
         FULL_T=FULL_TOKENS,
         ASM=asm,
@@ -249,7 +265,7 @@ def attention_options(tile: AttentionTile) -> dict[str, int | bool | None]:
 def pack_tile(side: PackedSide, tokens: int) -> PackTile:
     """The tile that packs groups of `side`, `tokens` tokens of values in blocks of equal size."""
     head_dim, block = side.window.shape[3], math.gcd(PACK_TOKENS, tokens)
-    return pack_tile_of(side.what == "keys", head_dim, side.group_size, side.bits, side.method, side.wide, block)
+    return pack_tile_of(side.what == "keys", head_dim, side.group_size, _bits(side), side.method, side.wide, block)
 
 
 @functools.cache

@@ -32,7 +32,8 @@ def group_of_side(side, token, head, TILE: tl.constexpr):
 
 
 @triton.jit
-def _mark_unrepresentable(x, mark):
+def mark_unrepresentable(x, mark):
+    """Set `mark` where one of the states `[*, *]`, float32, cannot be stored."""
     bad = tl.where(tl.abs(x) <= _LARGEST, 0, 1)
     tl.store(mark, 1, mask=tl.max(tl.max(bad, 1), 0) > 0)
 
@@ -69,7 +70,7 @@ def pack_keys(states, stride_t, group, mark, first_column, TILE: tl.constexpr):
             channel = tl.load(group.order + at, mask=inside, other=0).to(tl.int32)
         x = tl.load(states + token[:, None] * stride_t + channel[None, :], mask=inside[None, :], other=0.0)
         x = x.to(tl.float32)  # [G, COLUMNS]
-        _mark_unrepresentable(x, mark)
+        mark_unrepresentable(x, mark)
         if (plane + 1) * WIDTH <= WIDE:
             fine, s, m = _fit_wide(x, TILE)
             s, plane_codes = s * 4.0, fine >> 2
@@ -120,7 +121,7 @@ def pack_values(states, stride_t, tokens, mark, TILE: tl.constexpr):
     channel = tl.arange(0, G)
     for group in tl.static_range(GROUPS):
         x = tl.load(states + token[:, None] * stride_t + group * G + channel[None, :]).to(tl.float32)  # [TOKENS, G]
-        _mark_unrepresentable(x, mark)
+        mark_unrepresentable(x, mark)
         s, m = fit(x, 1, G, BITS, METHOD)
         tl.store(tokens.scale + token * GROUPS + group, s.to(tl.float16))
         tl.store(tokens.minimum + token * GROUPS + group, m.to(tl.float16))

@@ -17,6 +17,7 @@ from modules.kernels.triton.codes import (
     dot,
     entry_of_words,
     masked_bytes,
+    numbers,
     plane_mask,
     two_planes_of_pairs,
 )
@@ -40,7 +41,7 @@ def _key_metadata(pointer, group, first_channel, TILE: tl.constexpr):
 
 @triton.jit
 def _key_codes(codes, block, seg, TILE: tl.constexpr):
-    """One segment of the bytes (at 16 bits, the channels) of the tokens of blocks `[BATCH]`: `[BATCH, T, K_USED_PAD]`."""
+    """One segment of the bytes of the tokens of blocks `[BATCH]`: `[BATCH, T, K_USED_PAD]`."""
     T: tl.constexpr = TILE.T
     K_WIDTH: tl.constexpr = TILE.K_WIDTH
     K_SEG: tl.constexpr = TILE.K_SEG
@@ -50,6 +51,25 @@ def _key_codes(codes, block, seg, TILE: tl.constexpr):
     byte = number % K_SEG if TILE.K_FOLD == 2 else number
     token = tl.arange(0, T)
     at = block[:, None, None] * (T * K_WIDTH) + token[None, :, None] * K_WIDTH + byte[None, None, :]
+    if K_USED == K_USED_PAD:
+        return tl.load(codes + at + seg * K_SEG)
+    else:
+        return tl.load(codes + at + seg * K_SEG, mask=number[None, None, :] < K_USED, other=0)
+
+
+@triton.jit
+def _key_states(codes, block, seg, packed, TILE: tl.constexpr):
+    """One segment of the channels of keys that are rows of numbers, likewise."""
+    T: tl.constexpr = TILE.T
+    K_WIDTH: tl.constexpr = TILE.K_WIDTH
+    K_SEG: tl.constexpr = TILE.K_SEG
+    K_USED: tl.constexpr = TILE.K_USED
+    K_USED_PAD: tl.constexpr = TILE.K_USED_PAD
+    number = tl.arange(0, K_USED_PAD)
+    token = block[:, None] * T + tl.arange(0, T)[None, :]
+    if TILE.AT_ONCE:
+        token = tl.minimum(token, packed - 1)
+    at = token[:, :, None] * K_WIDTH + number[None, None, :]
     if K_USED == K_USED_PAD:
         return tl.load(codes + at + seg * K_SEG)
     else:
@@ -116,15 +136,16 @@ def _scores_of_codes(folded, keys, block, TILE: tl.constexpr):
 
 
 @triton.jit
-def _scores_of_states(folded, keys, block, TILE: tl.constexpr):
-    """`q·k` of keys at 16 bits, float32 `[BATCH, T, N]`."""
+def _scores_of_states(folded, keys, block, packed, TILE: tl.constexpr):
+    """`q·k` of keys that are rows of numbers, float32 `[BATCH, T, N]`."""
     T: tl.constexpr = TILE.T
     N: tl.constexpr = TILE.N
     BATCH: tl.constexpr = TILE.BATCH
     SEGS: tl.constexpr = TILE.K_SEGS
     scores = tl.zeros([BATCH, T, N], tl.float32)
     for seg in tl.static_range(SEGS):
-        scores = dot(_key_codes(keys.codes, block, seg, TILE), folded.plain[seg], scores, TILE.ASM)
+        x = _key_states(keys.codes, block, seg, packed, TILE)
+        scores = dot(numbers(x, folded.plain[seg].dtype, TILE.ASM), folded.plain[seg], scores, TILE.ASM)
     return scores
 
 
@@ -232,13 +253,14 @@ def _weigh_codes(sums, offsets, p, decay, values, token, TILE: tl.constexpr):
 
 @triton.jit
 def _weigh_states(sums, p, decay, values, token, TILE: tl.constexpr):
-    """The decayed `sums` plus `Σ p v` of values at 16 bits."""
+    """The decayed `sums` plus `Σ p v` of values that are rows of numbers."""
     SEGS: tl.constexpr = TILE.V_SEGS
     column = tl.arange(0, TILE.V_COLS)
     new_sums = ()
     for seg in tl.static_range(SEGS):
         at = token[:, None, :] * TILE.D + seg * TILE.V_SEG + column[None, :, None]
-        new_sums += (dot(tl.load(values.codes + at), p, sums[seg] * decay[:, None, :], TILE.ASM),)
+        y = numbers(tl.load(values.codes + at), p.dtype, TILE.ASM)
+        new_sums += (dot(y, p, sums[seg] * decay[:, None, :], TILE.ASM),)
     return new_sums
 
 
@@ -306,17 +328,19 @@ def attend_packed(query, keys, values, partial, out_at, packed, first, last, fac
 
     for step in tl.range(first, last, num_stages=TILE.STAGES):
         block = step * BATCH + block_of_batch
-        inside = block < packed // T
-        block = tl.minimum(block, packed // T - 1)
+        inside = (block < tl.cdiv(packed, T))[:, None]
+        if TILE.AT_ONCE:
+            inside = inside & (block[:, None] * T + tl.arange(0, T)[None, :] < packed)
+        block = tl.minimum(block, tl.cdiv(packed, T) - 1)
         if TILE.K_BITS < 16:
             scores = _scores_of_codes(folded, keys, block, TILE)
         else:
-            scores = _scores_of_states(folded, keys, block, TILE)
-        scores = tl.where(inside[:, None, None], scores, float("-inf"))
+            scores = _scores_of_states(folded, keys, block, packed, TILE)
+        scores = tl.where(inside[:, :, None], scores, float("-inf"))
         p, decay, maximum, total = _softmax_step(scores, folded.to_score, maximum, total, TILE)
 
         # The tokens of a warp side by side: [WARPS, U * T, N].
-        p = p.to(tl.float16 if TILE.V_BITS < 16 else values.codes.dtype.element_ty)
+        p = p.to(tl.float16 if TILE.V_BITS < 16 else values.window.dtype.element_ty)
         p = tl.reshape(tl.permute(tl.reshape(p, [U, WARPS, T, N]), (1, 0, 2, 3)), [WARPS, U * T, N])
         token = ((step * WARPS + warp) * (U * T))[:, None] + warp_token[None, :]
         token = tl.minimum(token, packed - 1)
