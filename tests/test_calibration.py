@@ -1,10 +1,13 @@
 """Static INT8 calibration: the YAML, what is observed of which layers, fake quantization, and what is refused."""
 
+import json
+
 import pytest
 import torch
-from conftest import FAMILIES, make_pair, relative_error, tokens
+from conftest import FAMILIES, make_pair, real_model_path, relative_error, tokens
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import DynamicCache
+from transformers import BatchEncoding, DynamicCache, PreTrainedTokenizerFast
 
 from modules.calibration import (
     ChannelScales,
@@ -16,8 +19,13 @@ from modules.calibration import (
     deploy,
     load_spec,
 )
+from modules.calibration import __main__ as command
 from modules.calibration.calibrate import spread
+from modules.evaluation.candidates import fake_static, static
+from modules.evaluation.quality import measure_quality
+from modules.evaluation.texts import encode, load_text, pieces
 from modules.kivi_cache_general import KIVICache
+from modules.models.families import load_any
 
 ALL = [{"type": "dynamic_cache", "qconfig": {}}]
 EXAMPLE = """
@@ -260,8 +268,6 @@ def test_one_batch_or_ten_in_any_order_padded_or_not(llama):
 
 
 def test_batches_of_a_tokenizer(llama):
-    from transformers import BatchEncoding
-
     ids = tokens(2, 20)
     batch = BatchEncoding({"input_ids": ids, "token_type_ids": ids * 0, "attention_mask": torch.ones_like(ids)})
     assert same(run(llama, ALL, [batch]), run(llama, ALL, [ids]))
@@ -437,9 +443,11 @@ def test_texts_are_spread_over_the_context():
     near, far = (run(model, ALL, texts, context=context) for context in (0, 740))
     assert same(run(model, ALL, texts), run(model, ALL, texts, context=2048))
 
-    def beyond(parameters: StaticParameters) -> float:
-        enters = [parameters.layers[index][0].enter(cache.layers[index].keys).saturated for index in range(3)]
-        return torch.stack(enters).float().mean().item()
+    def beyond(parameters: StaticParameters) -> int:
+        counts = [
+            parameters.layers[i][0].saturated(parameters.layers[i][0].encode(cache.layers[i].keys)) for i in range(3)
+        ]
+        return int(sum(counts))
 
     assert beyond(near) > 3 * beyond(far) > 0
     for index in range(3):
@@ -465,7 +473,7 @@ def test_the_quantizers_of_the_document(symmetric):
     assert first.shape == x.shape and 0 < relative_error(first, x) < 0.01
 
     low, high = channels.amin(0), channels.amax(0)
-    scale = torch.maximum(-low, high) / 127 if symmetric else (high - low) / 254
+    scale = torch.maximum(-low, high) / 126 if symmetric else (high - low) / 252  # 127 is for what lies beyond
     zero = torch.zeros(12) if symmetric else (low + high) / 2
     expected = ((channels - zero) / scale).round() * scale + zero
     torch.testing.assert_close(first.transpose(-2, -3).reshape(-1, 12), expected)
@@ -475,7 +483,7 @@ def test_the_quantizers_of_the_document(symmetric):
     quantizer(2 * x)
     assert torch.equal(quantizer.high.flatten(), torch.maximum(high, 2 * high))
     wide = fixed(10 * x)  # beyond the range: saturates
-    assert (wide.amax((0, 2)) <= quantizer.high.clamp_min(0) + 1e-5).all()
+    assert (wide.abs().amax((0, 2)).flatten() <= 127 * scale + zero.abs() + 1e-5).all()
     assert fixed(x.to(torch.bfloat16)).dtype == torch.bfloat16
     assert not fixed(x.clone().requires_grad_()).requires_grad
 
@@ -565,3 +573,97 @@ def test_a_kivi_cache_can_be_deployed_upon(pair):
     with deploy(model, parameters):
         logits = decode(model, tokens(1, 51), KIVICache(model.config, **full))
     assert relative_error(logits, decode(model, tokens(1, 51), FakeQuantizedCache(model.config, parameters))) < 1e-3
+
+
+# --- the real cache ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_real_cache_gives_what_the_fake_one_does(family, symmetric, tmp_path):
+    """Over stored codes, layer 0 left out; prefill, single tokens and several at once."""
+    _, model = make_pair(family, backend="torch")
+    spec = entry(qconfig={"symmetric": symmetric}, exclude=["model.layers.0.self_attn"])
+    parameters = run(model, spec, [tokens(4, 51, seed=1)])
+    parameters.save(tmp_path / "int8.safetensors")
+    ids = tokens(2, 51)
+    cache = model.create_kivi_cache(static=tmp_path / "int8.safetensors")
+    logits = decode(model, ids, cache)
+    assert relative_error(logits, decode(model, ids, FakeQuantizedCache(model.config, parameters))) < 1e-3
+    assert relative_error(logits, decode(model, ids, DynamicCache(config=model.config))) > 1e-5
+
+
+# --- the command ---------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A small model with a tokenizer of one token a character, and a spec and a text beside it."""
+    model = make_pair("qwen2")[0]
+    tokenizer = Tokenizer(models.WordLevel({chr(code): code for code in range(128)}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    model.save_pretrained(tmp_path / "model")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "model")
+    (tmp_path / "spec.yaml").write_text(EXAMPLE, encoding="utf-8")
+    (tmp_path / "text.txt").write_text("Some words to read. " * 20)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+FLAGS = ["model", "--spec", "spec.yaml", "--texts", "text.txt", "--count", "2", "--tokens", "40", "--out", "out"]
+
+
+def test_the_command_writes_parameters_a_table_and_a_plot(folder, capsys):
+    assert command.main([*FLAGS, "--plot", "ranges.svg"]) == 0
+    shown = capsys.readouterr().out
+    assert "ranges of 2 layers, 80 tokens" in shown and "written: ranges.svg" in shown
+    parameters = StaticParameters.load("out")
+    assert list(parameters.layers) == [1, 2] and parameters.spec == load_spec("spec.yaml").as_data()
+    assert (folder / "ranges.svg").read_bytes().startswith(b"<?xml")
+
+    assert command.main([*FLAGS, "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert [row["layer"] for row in data["ranges"]] == [1, 2] and data["tokens"] == 80 and data["written"] == ["out"]
+    low, high = parameters.ranges[1][:2]
+    assert data["ranges"][0]["keys from"] == pytest.approx(low.min().item())
+    widest = torch.maximum(low.abs(), high.abs())
+    assert data["ranges"][0]["keys, widest / median"] == pytest.approx((widest.max() / widest.median()).item())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"--spec": "none.yaml"}, "none.yaml cannot be read"),
+        ({"--texts": "none.txt"}, "there is no text 'none.txt'"),
+        ({"--tokens": "4000"}, "320 tokens; 8000 are wanted"),
+        ({"--out": "nowhere/out"}, "nowhere is no folder"),
+        ({"model": "."}, "no model could be loaded from '.'"),
+    ],
+)
+def test_a_mistake_writes_no_file(folder, capsys, change, message):
+    flags = list(FLAGS)
+    for name, value in change.items():
+        place = flags.index(name)
+        flags[place + (name in change and name.startswith("--"))] = value
+    (folder / "out").write_text("as it was")
+    assert command.main(flags) == 1
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert (folder / "out").read_text() == "as it was"
+
+
+# --- real models ---------------------------------------------------------------
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize("family", ["llama"])
+def test_a_real_model_is_hardly_changed(family):
+    """KL below 0.01 on another text, at positions beyond those of any calibration text alone."""
+    model, tokenizer = load_any(str(real_model_path(family)), dtype=torch.float32)
+    texts = pieces(tokenizer, ["prose@200000", "code@200000"], 8, 256)
+    parameters = run(model.eval(), ALL, texts, context=2048)
+    ids = encode(tokenizer, load_text("prose"), 768)
+    caches = [static("stored", parameters), fake_static("fake", parameters)]
+    result = measure_quality(model, ids, caches, skip=512, chunk=64)
+    stored, fake = result.row("stored"), result.row("fake")
+    assert 0 < stored.kl < 0.01 and stored.kl == pytest.approx(fake.kl, rel=0.1)
+    assert stored.stored_bits == 8
