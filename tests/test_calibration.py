@@ -21,8 +21,11 @@ from modules.calibration import (
 )
 from modules.calibration import __main__ as command
 from modules.calibration.calibrate import spread
+from modules.evaluation import int8
 from modules.evaluation.candidates import fake_static, static
+from modules.evaluation.plan import Int8Step
 from modules.evaluation.quality import measure_quality
+from modules.evaluation.results import save_result
 from modules.evaluation.texts import encode, load_text, pieces
 from modules.kivi_cache_general import KIVICache
 from modules.models.families import load_any
@@ -637,7 +640,7 @@ def test_the_command_writes_parameters_a_table_and_a_plot(folder, capsys):
         ({"--texts": "none.txt"}, "there is no text 'none.txt'"),
         ({"--tokens": "4000"}, "320 tokens; 8000 are wanted"),
         ({"--out": "nowhere/out"}, "nowhere is no folder"),
-        ({"model": "."}, "no model could be loaded from '.'"),
+        ({"model": "."}, "Unrecognized model"),
     ],
 )
 def test_a_mistake_writes_no_file(folder, capsys, change, message):
@@ -649,6 +652,31 @@ def test_a_mistake_writes_no_file(folder, capsys, change, message):
     assert command.main(flags) == 1
     assert message in " ".join(capsys.readouterr().err.split())
     assert (folder / "out").read_text() == "as it was"
+
+
+def test_the_page_is_made_of_what_was_measured(folder, monkeypatch):
+    monkeypatch.setattr(int8, "eight_bit_peers", lambda: [])
+    _, model = make_pair("qwen2", backend="torch")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained("model")
+    (folder / "long.txt").write_text("A longer text, of which the end is measured. " * 20)
+    step = Int8Step("small", "small-model", ("long.txt",), 640, ("text.txt", "long.txt@200"), 3, 64)
+    seen = []
+    results = int8.measure_int8(model, tokenizer, step, folder / "page.md", seen.append)
+    assert set(results) == {"int8-small-ranges.json", "int8-small-long.txt.json"} and len(seen) == 3 + 5 * 6
+    measured = results["int8-small-long.txt.json"]
+    rows = {row.name: row for row in measured.rows}
+    assert [rows[name].stored_bits for name in (int8.ALL_LAYERS, int8.EXAMPLE, int8.FAKE)] == pytest.approx(
+        [8, (8 + 8 + 16) / 3, 16]
+    )
+    assert rows[int8.ALL_LAYERS].kl == pytest.approx(rows[int8.FAKE].kl, rel=0.2) and rows[int8.FAKE].kl > 0
+    for file, result in results.items():
+        save_result(result, folder / "results" / file)
+    assert int8.write_int8_report("results", folder / "page.md") == [folder / "page.md"]
+    page = (folder / "page.md").read_text()
+    assert f"{rows[int8.ALL_LAYERS].kl:.5f}" in page and "page-small-model.svg" in page and "long.txt@200" in page
+    assert (folder / "page-small-model.svg").exists() and measured.environment.date in page
+    with pytest.raises(ValueError, match="measure first"):
+        int8.write_int8_report(folder / "model", folder / "page.md")
 
 
 # --- real models ---------------------------------------------------------------

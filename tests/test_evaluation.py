@@ -348,9 +348,9 @@ def test_report_says_what_was_measured(tmp_path):
 
 
 def test_plan_names():
-    assert plan.steps(["all"], plan.PLAN) == plan.PLAN and plan.steps(["qwen-code"], plan.PLAN)[0].text == "code"
+    assert plan.steps(["all"]) == plan.PLAN and plan.steps(["qwen-code"])[0].text == "code"
     with pytest.raises(ValueError, match="no measurement 'x'"):
-        plan.steps(["x"], plan.PLAN)
+        plan.steps(["x"])
     with pytest.raises(ValueError, match="no folder of models"):
         plan.existing_models("/nowhere/at/all")
 

@@ -27,7 +27,7 @@ from modules.evaluation.int8 import measure_int8, write_int8_report
 from modules.evaluation.layers import EXTRA_BITS, TOKENS, LayerCosts, choose_bits, measure_layers
 from modules.evaluation.loading import DTYPES, MODEL_HELP, load_model
 from modules.evaluation.passkey import depths_of, measure_passkey
-from modules.evaluation.plan import INT8_PLAN, PLAN, Int8Step, Step, existing_models, steps
+from modules.evaluation.plan import INT8_PLAN, PLAN, Int8Step, Step, existing_models, int8_steps, steps
 from modules.evaluation.quality import SKIP, keep_peers, measure_quality
 from modules.evaluation.report import write_report
 from modules.evaluation.results import PasskeyResult, QualityResult, load_result, save_result
@@ -331,7 +331,7 @@ class Report(ModelFlags):
     def run(self, console: Console) -> None:
         """Measure what is asked for, and write the page."""
         if self.measure:
-            measure_steps(steps(list(self.measure), PLAN), existing_models(self.models), self, console)
+            measure_steps(steps(list(self.measure)), existing_models(self.models), self, console)
         for path in write_report(self.results, self.output):
             Console().print(f"written: {path}")
 
@@ -350,7 +350,7 @@ class Int8(ModelFlags):
     def run(self, console: Console) -> None:
         """Measure what is asked for, and write the page."""
         if self.measure:
-            self._measure(steps(list(self.measure), INT8_PLAN), console)
+            self._measure(int8_steps(list(self.measure)), console)
         for path in write_int8_report(self.results, self.output):
             Console().print(f"written: {path}")
 

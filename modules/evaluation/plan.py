@@ -70,12 +70,21 @@ INT8_PLAN = [Int8Step("smollm2", SMOLLM2), Int8Step("qwen", QWEN)]
 T = TypeVar("T", Step, Int8Step)
 
 
-def steps(names: list[str], plan: list[T]) -> list[T]:
-    """The steps of a plan with these names, "all" standing for the whole page.
+def steps(names: list[str]) -> list[Step]:
+    """The steps of `docs/quality.md` with these names, "all" standing for the whole page.
 
     Raises:
         ValueError: for a name that there is not.
     """
+    return _named(names, PLAN)
+
+
+def int8_steps(names: list[str]) -> list[Int8Step]:
+    """The steps of `docs/int8.md`, as `steps`."""
+    return _named(names, INT8_PLAN)
+
+
+def _named(names: list[str], plan: list[T]) -> list[T]:
     known = {step.name: step for step in plan}
     for name in names:
         if name != "all" and name not in known:
