@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -25,36 +24,21 @@ from modules.evaluation.candidates import (
     short_candidates,
     written,
 )
+from modules.evaluation.int8 import measure_int8, write_int8_report
 from modules.evaluation.layers import EXTRA_BITS, TOKENS, LayerCosts, choose_bits, measure_layers
+from modules.evaluation.loading import DTYPES, MODEL_HELP, load_model
 from modules.evaluation.passkey import depths_of, measure_passkey
-from modules.evaluation.plan import PLAN, Step, existing_models, steps
+from modules.evaluation.plan import INT8_PLAN, PLAN, Int8Step, Step, existing_models, int8_steps, steps
 from modules.evaluation.quality import SKIP, keep_peers, measure_quality
 from modules.evaluation.report import write_report
 from modules.evaluation.results import PasskeyResult, QualityResult, load_result, save_result
 from modules.evaluation.streaming import CHUNK
 from modules.evaluation.tables import layer_table, passkey_table, print_table, quality_table
-from modules.evaluation.texts import encode, load_text
-from modules.models.families import load_any
+from modules.evaluation.texts import TEXT_HELP, encode, load_text
 from modules.options import KIVIOptions
 
 RESULTS = "benchmarks/results"
 REPORT = "docs/quality.md"
-DTYPES = ("float32", "bfloat16", "float16")
-MODEL_HELP = "a folder or a name on the hub"
-TEXT_HELP = "prose, code, a file, or hub:dataset:config:split:column"
-
-
-def load_model(path: str, dtype: str, device: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A checkpoint as a KIVI model, on the GPU where there is one and no device is given, and its tokenizer.
-
-    Raises:
-        ValueError: for a checkpoint of a family that there is no KIVI model of, or a path that holds none.
-    """
-    try:
-        model, tokenizer = load_any(path, dtype=getattr(torch, dtype))
-    except OSError as error:
-        raise ValueError(f"no model could be loaded from {path!r}: {error}") from error
-    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval(), tokenizer
 
 
 def _progress(console: Console) -> Progress:
@@ -137,6 +121,20 @@ def run_layers(
         return measure_layers(
             model, ids, options=options, progress=lambda name: bar.update(task, advance=1, description=name)
         )
+
+
+def _run_int8(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    step: Int8Step,
+    *,
+    console: Console,
+    page: Path,
+) -> dict[str, Any]:
+    """Calibrate and measure with a progress bar."""
+    with _progress(console) as bar:
+        task = bar.add_task("", total=None)
+        return measure_int8(model, tokenizer, step, page, lambda name: bar.update(task, advance=1, description=name))
 
 
 def _show(result: QualityResult | PasskeyResult, output: str | None) -> None:
@@ -339,6 +337,36 @@ class Report(ModelFlags):
             Console().print(f"written: {path}")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Int8(ModelFlags):
+    """docs/int8.md: static INT8 caches beside others, and the ranges that were calibrated."""
+
+    measure: tuple[str, ...] = argument(
+        (), f"measure first: all, or some of {', '.join(step.name for step in INT8_PLAN)}"
+    )
+    models: str | None = argument(None, "folder of the models of the page; None: $KIVI_MODELS or ~/.cache/kivi-models")
+    results: str = argument(RESULTS, "folder of int8*.json")
+    output: str = argument("docs/int8.md", "the page")
+
+    def run(self, console: Console) -> None:
+        """Measure what is asked for, and write the page."""
+        if self.measure:
+            self._measure(int8_steps(list(self.measure)), console)
+        for path in write_int8_report(self.results, self.output):
+            Console().print(f"written: {path}")
+
+    def _measure(self, wanted: list[Int8Step], console: Console) -> None:
+        models = existing_models(self.models)
+        for step in wanted:
+            console.rule(step.name)
+            model, tokenizer = load_model(str(models / step.model), self.dtype, self.device)
+            measured = _run_int8(model, tokenizer, step, console=console, page=Path(self.output))
+            for file, result in measured.items():
+                if isinstance(result, QualityResult):
+                    _show(result, None)
+                save_result(result, Path(self.results) / file)
+
+
 DESCRIPTION = """What a quantized cache costs, measured on a model of yours.
 
 Examples:
@@ -347,7 +375,7 @@ Examples:
   kivi evaluate passkey --model path/to/model --lengths 2000 4000
   kivi evaluate layers --model path/to/model
 """
-COMMANDS = {"quality": Quality, "passkey": Passkey, "layers": Layers, "report": Report}
+COMMANDS = {"quality": Quality, "passkey": Passkey, "layers": Layers, "report": Report, "int8": Int8}
 
 
 def main(arguments: list[str] | None = None, prog: str = "python -m modules.evaluation") -> int:

@@ -11,6 +11,8 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, QuantizedCache
 
+from modules.calibration.deployment import FakeQuantizedCache
+from modules.codecs.static import StaticParameters
 from modules.kivi_cache_general import KIVICache
 from modules.options import FULL_PRECISION_BITS, KIVIOptions
 
@@ -32,7 +34,7 @@ class Candidate:
     Attributes:
         name: in tables.
         make: an empty cache for a model's config.
-        kind: "full", "kivi", "paper" or "transformers".
+        kind: "full", "kivi", "paper", "static" or "transformers".
         options: for the record.
         stored_bits: bits a quantized element takes with its metadata in a 16-bit model; None: counted.
     """
@@ -64,6 +66,29 @@ def kivi(name: str, options: Mapping[str, Any], kind: str = "kivi") -> Candidate
     """
     chosen = KIVIOptions.from_config(None, options)
     return Candidate(name, lambda config: KIVICache(config, chosen), kind=kind, options=dict(options))
+
+
+def static(name: str, parameters: StaticParameters) -> Candidate:
+    """A cache of static INT8 codes by calibrated parameters."""
+    return Candidate(name, lambda config: KIVICache(config, static=parameters), kind="static")
+
+
+def fake_static(name: str, parameters: StaticParameters) -> Candidate:
+    """A full-precision cache of the states that those codes would give back; it takes as much memory as ever."""
+    return Candidate(
+        name,
+        lambda config: FakeQuantizedCache(config, parameters),
+        kind="static",
+        stored_bits=FULL_PRECISION_BITS,
+    )
+
+
+def eight_bit_peers() -> list[Candidate]:
+    """What stands beside static INT8: KIVI at 8 bits, transformers' fp8, and quanto at 4 bits, the most it has there."""
+    return [
+        _pair(8, 8),
+        *(peer for peer in peers() if peer.name in ("transformers fp8, 8 bits", "transformers quanto, 4 bits")),
+    ]
 
 
 def _quantized(backend: str, stored_bits: float, **options: Any) -> Candidate:

@@ -1,9 +1,10 @@
-"""What `docs/quality.md` is made of, so that one command measures it anew."""
+"""What `docs/quality.md` and `docs/int8.md` are made of, so that one command measures each anew."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import TypeVar
 
 from modules.cli.folder import QWEN, SMOLLM2, VARIABLE, models_folder
 
@@ -45,17 +46,50 @@ PLAN = [
 ]
 
 
+@dataclasses.dataclass(frozen=True)
+class Int8Step:
+    """A model of `docs/int8.md`.
+
+    Attributes:
+        name: on the command line and in the file names of its results.
+        model: folder of the model.
+        texts: what goes through the caches, `tokens` of each.
+        calibration: sources of the texts that it is calibrated on, `count` of `length` tokens; other parts than are measured.
+    """
+
+    name: str
+    model: str
+    texts: tuple[str, ...] = ("prose", "code")
+    tokens: int = 1536
+    calibration: tuple[str, ...] = ("prose@200000", "code@200000")
+    count: int = 8
+    length: int = 512
+
+
+INT8_PLAN = [Int8Step("smollm2", SMOLLM2), Int8Step("qwen", QWEN)]
+T = TypeVar("T", Step, Int8Step)
+
+
 def steps(names: list[str]) -> list[Step]:
-    """The steps of these names, "all" standing for the whole page.
+    """The steps of `docs/quality.md` with these names, "all" standing for the whole page.
 
     Raises:
         ValueError: for a name that there is not.
     """
-    known = {step.name: step for step in PLAN}
+    return _named(names, PLAN)
+
+
+def int8_steps(names: list[str]) -> list[Int8Step]:
+    """The steps of `docs/int8.md`, as `steps`."""
+    return _named(names, INT8_PLAN)
+
+
+def _named(names: list[str], plan: list[T]) -> list[T]:
+    known = {step.name: step for step in plan}
     for name in names:
         if name != "all" and name not in known:
             raise ValueError(f"there is no measurement {name!r}; there are all, {', '.join(known)}.")
-    return PLAN if "all" in names else [known[name] for name in names]
+    return plan if "all" in names else [known[name] for name in names]
 
 
 def existing_models(given: str | None = None) -> Path:

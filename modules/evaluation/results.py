@@ -19,7 +19,7 @@ class QualityRow:
 
     Attributes:
         name: of the candidate.
-        kind: "full", "kivi", "paper" or "transformers".
+        kind: "full", "kivi", "paper", "static" or "transformers".
         options: of the candidate, for the record.
         stored_bits: bits a quantized element takes with its share of scale and minimum; None where not known.
         perplexity: of the text's tokens after the skipped ones.

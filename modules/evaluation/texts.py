@@ -9,7 +9,7 @@ import inspect
 import statistics
 import tarfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from modules.evaluation.streaming import check_count
 
 HUB_PREFIX = "hub:"
+TEXT_HELP = "prose, code, a file, or hub:dataset:config:split:column"
 # The longest chapters of the language reference first: running prose with few tables.
 PROSE_TOPICS = (
     "compound",
@@ -110,6 +111,22 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int, source: s
         if ids.shape[1] >= tokens:
             return ids[:, :tokens]
     raise ValueError(f"{source} has {ids.shape[1]} tokens; {tokens} are wanted. Give a longer text or fewer tokens.")
+
+
+def pieces(tokenizer: PreTrainedTokenizerBase, sources: Sequence[str], count: int, tokens: int) -> list[torch.Tensor]:
+    """`count` texts of `tokens` token ids, int64 `[1, tokens]` each, from several sources in turn; of one, side by side.
+
+    Raises:
+        ValueError: where a source is shorter than its share.
+    """
+    check_count("count", count, 1, "texts")
+    shares = [len(range(number, count, len(sources))) for number in range(len(sources))]
+    return [
+        piece
+        for source, share in zip(sources, shares)
+        if share
+        for piece in encode(tokenizer, load_text(source), share * tokens, source).split(tokens, dim=1)
+    ]
 
 
 def digest(ids: torch.Tensor) -> str:
