@@ -178,3 +178,14 @@ def rolling_median(values: np.ndarray, width: int = 31) -> np.ndarray:
     """Each of `values` `[n]` replaced by the median of the `width` around it: what disturbed single ones is gone."""
     padded = np.pad(values, width // 2, mode="edge")
     return np.median(np.lib.stride_tricks.sliding_window_view(padded, width), axis=-1)
+
+
+def show_states(pictures: dict[str, torch.Tensor]) -> None:
+    """Heat maps of the magnitudes of states `[tokens, channels]`, side by side; the first 4 tokens do not set the colours."""
+    _, axes = figure(len(pictures), width=3.0, height=3.6)
+    for axis, (title, states) in zip(axes, pictures.items()):
+        size = states.abs().numpy()
+        image = axis.imshow(size, aspect="auto", cmap="magma", vmax=size[4:].max(), interpolation="nearest")
+        axis.set(title=title, xlabel="channel", ylabel="token")
+        axis.grid(False)
+        axis.figure.colorbar(image, ax=axis)

@@ -9,6 +9,7 @@ A notebook is edited as text, `examples/NAME.py`; `examples/NAME.ipynb` is made 
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from pathlib import Path
 
@@ -43,7 +44,8 @@ def execute(notebook: NotebookNode) -> NotebookNode:
         resources={"metadata": {"path": str(FOLDER)}},
         record_timing=False,
     )
-    client.execute()
+    quiet = {**os.environ, "PYTHONWARNINGS": "ignore:IProgress not found"}  # tqdm's, for want of ipywidgets
+    client.execute(env=quiet)
     notebook.metadata.pop("language_info", None)  # the version of the Python that ran it is printed by the notebook
     return notebook
 
