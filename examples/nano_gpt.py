@@ -6,6 +6,8 @@ unsupervised multitask learners", 2019). A past is a list of layers, of heads, o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -78,14 +80,18 @@ class GPTLanguageModel(nn.Module):
         self.token, self.position = nn.Embedding(vocabulary, width), nn.Embedding(block_size, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
         self.norm, self.logits = nn.LayerNorm(width), nn.Linear(width, vocabulary)
+        for embedding in (self.token, self.position):
+            nn.init.normal_(embedding.weight, std=0.1)
 
-    def forward(self, ids: torch.Tensor, past: Past | None = None) -> tuple[torch.Tensor, Past]:
+    def forward(self, ids: torch.Tensor, past: Past | None = None, first: int = 0) -> tuple[torch.Tensor, Past]:
         """Logits [B, n, vocabulary] of the new tokens `ids` [B, n], and keys and values of all tokens so far.
+
+        `first` is the position of the first of them, where there is no past.
 
         Raises:
             ValueError: where the text grows beyond `block_size` tokens.
         """
-        start = 0 if past is None else past[0][0][0].shape[1]
+        start = first if past is None else past[0][0][0].shape[1]
         end = start + ids.shape[1]
         if end > self.block_size:
             raise ValueError(f"this model reads {self.block_size} tokens at most; got {end}. Give it a shorter text.")
@@ -108,22 +114,36 @@ class GPTLanguageModel(nn.Module):
         return ids, past
 
 
+SCHEDULE = ((500, 32, 32), (60, 8, 256))  # steps, pieces a step, tokens a piece
+
+
 def train(
-    model: GPTLanguageModel, ids: torch.Tensor, steps: int, batch: int = 8, rate: float = 3e-3, seed: int = 0
+    model: GPTLanguageModel,
+    ids: torch.Tensor,
+    schedule: Sequence[tuple[int, int, int]] = SCHEDULE,
+    rate: float = 5e-3,
+    seed: int = 0,
 ) -> list[float]:
-    """Train on random pieces of a text `ids` [T]; the loss of each step (nats a token)."""
+    """Train on random pieces of a text `ids` [T]; the loss of each step (nats a token).
+
+    Short pieces teach attention to look at its neighbours many times sooner than long ones do; they lie at random
+    positions, so that all are known when long ones come.
+    """
     pick = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
+    total = sum(steps for steps, _, _ in schedule)
+    rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=total)
     losses = []
-    for _ in range(steps):
-        starts = torch.randint(len(ids) - model.block_size, (batch,), generator=pick)
-        pieces = torch.stack([ids[start : start + model.block_size + 1] for start in starts.tolist()])
-        logits, _ = model(pieces[:, :-1])
-        loss = functional.cross_entropy(logits.flatten(0, 1), pieces[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
+    for steps, batch, length in schedule:
+        for _ in range(steps):
+            starts = torch.randint(len(ids) - length, (batch,), generator=pick)
+            pieces = torch.stack([ids[start : start + length + 1] for start in starts.tolist()])
+            first = int(torch.randint(model.block_size - length + 1, (), generator=pick))
+            logits, _ = model(pieces[:, :-1], first=first)
+            loss = functional.cross_entropy(logits.flatten(0, 1), pieces[:, 1:].flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            rates.step()
+            losses.append(loss.item())
     return losses

@@ -44,12 +44,12 @@ def say(text: str) -> None:
     display(Markdown(text))
 
 
-def show_code(source: str) -> None:
+def code(source: str) -> None:
     """Show Python source."""
     display(Code(source, language="python"))
 
 
-def show_table(rows: Sequence[dict[str, Any]], formats: dict[str, str] | None = None) -> pd.DataFrame:
+def table(rows: Sequence[dict[str, Any]], formats: dict[str, str] | None = None) -> pd.DataFrame:
     """Show rows as a table, columns by their `formats` ("{:.1f}"); the table as numbers."""
     frame = pd.DataFrame(rows)
     shown = frame.astype(object)
@@ -180,7 +180,7 @@ def rolling_median(values: np.ndarray, width: int = 31) -> np.ndarray:
     return np.median(np.lib.stride_tricks.sliding_window_view(padded, width), axis=-1)
 
 
-def show_states(pictures: dict[str, torch.Tensor]) -> None:
+def heat_maps(pictures: dict[str, torch.Tensor]) -> None:
     """Heat maps of the magnitudes of states `[tokens, channels]`, side by side; the first 4 tokens do not set the colours."""
     _, axes = figure(len(pictures), width=3.0, height=3.6)
     for axis, (title, states) in zip(axes, pictures.items()):

@@ -12,31 +12,22 @@
 # # A tour of quantized KV caches, on two tracks
 #
 # While a model generates, it keeps the keys and values of all tokens so far: the KV cache ([the
-# lesson](kv_cache_lesson.ipynb) says why). In large models and long texts it is as large as the weights. Here we quantize it, in
-# a nanoGPT that can be read in five minutes and in a real Llama, first only pretending, then with codes that are stored.
+# lesson](kv_cache_lesson.ipynb) says why). In large models and long texts it is as large as the weights. Here we
+# quantize it, in a nanoGPT that can be read in five minutes and in a real Llama, first only pretending, then with
+# codes that are stored.
 #
-# Every number below comes from the cell above it. `python examples/run_notebooks.py` runs the notebook again, on your machine.
+# Every number below comes from the cell above it. `python examples/run_notebooks.py` runs the notebook again, on your
+# machine.
 
 # %%
 import inspect
 import string
 
+import notebook_helpers as book
 import numpy as np
 import torch
 from common import load, offline_text, small_model
 from nano_gpt import GPTLanguageModel, Head, train
-from notebook_helpers import (
-    COLOURS,
-    attention_inputs,
-    caption,
-    figure,
-    log_axes,
-    say,
-    show_code,
-    show_states,
-    show_table,
-    start,
-)
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
@@ -46,14 +37,15 @@ from modules.evaluation.candidates import PAPER_OPTIONS
 from modules.evaluation.environment import Environment
 from modules.options import KIVIOptions
 
-start(threads=1, seed=0)
+book.start(threads=1, seed=0)
 llama, tokenizer = load(small_model("smollm2"), stock=True, dtype=torch.float32)
 llama.eval()
 config = llama.config
 here = Environment.here(llama)
-say(
-    f"The Llama: SmolLM2, {config.num_hidden_layers} layers, {config.num_key_value_heads} KV heads of {config.head_dim} "
-    f"channels.  \nMeasured on: {here.machine}, {here.date}. {here.versions}."
+book.say(
+    f"The Llama: SmolLM2, {config.num_hidden_layers} layers, {config.num_key_value_heads} KV "
+    f"heads of {config.head_dim} channels.  \n"
+    f"Measured on: {here.machine}, {here.date}. {here.versions}."
 )
 
 # %% [markdown]
@@ -84,19 +76,20 @@ for name, shape in SHAPES.items():
             "cache, 2 bits, GB": size["total"] / 1e9,
         }
     )
-problem = show_table(rows, dict.fromkeys(list(rows[0])[1:], "{:.1f}"))
-say(
-    f"True, and rather more than as much: {rows[0]['cache, 16 bits, GB']:.1f} GB beside {rows[0]['weights, GB']:.1f}. Models that share a KV "
-    f"head among several heads need {rows[0]['cache, 16 bits, GB'] / rows[1]['cache, 16 bits, GB']:.0f} times less: with them a longer "
-    "text, or a batch, brings the problem back."
+problem = book.table(rows, dict.fromkeys(list(rows[0])[1:], "{:.1f}"))
+book.say(
+    f"True, and rather more than as much: {rows[0]['cache, 16 bits, GB']:.1f} GB beside "
+    f"{rows[0]['weights, GB']:.1f}. Models that share a KV head among several heads need "
+    f"{rows[0]['cache, 16 bits, GB'] / rows[1]['cache, 16 bits, GB']:.0f} times less: with "
+    "them a longer text, or a batch, brings the problem back."
 )
 
 # %% [markdown]
 # ## 2. Pretending to quantize
 #
-# The simplest scheme is symmetric and goes **by token**: the vector of one token in one head is divided by a scale, so that its
-# largest channel becomes the largest code, and rounded. Multiplied back, it is what a quantized cache would give; the tensor
-# itself stays as large as it was.
+# The simplest scheme is symmetric and goes **by token**: the vector of one token in one head is divided by a scale, so
+# that its largest channel becomes the largest code, and rounded. Multiplied back, it is what a quantized cache would
+# give; the tensor itself stays as large as it was.
 
 
 # %%
@@ -118,25 +111,29 @@ used = {
     bits: len((by_token(random_keys, bits) / random_keys.abs().amax(-1, keepdim=True)).round(decimals=4).unique())
     for bits in (8, 4, 2)
 }
-say(
-    f"Random keys {list(random_keys.shape)}: {random_keys.nbytes:,} bytes. Mean squared error at 4 bits: "
-    f"{(random_keys - rounded).square().mean():.6f}, relative error {relative_error(rounded, random_keys):.3f}. The rounded tensor has "
-    f"{rounded.nbytes:,} bytes too.  \nValues a code takes: "
+book.say(
+    f"Random keys {list(random_keys.shape)}: {random_keys.nbytes:,} bytes. Mean squared error "
+    f"at 4 bits: {(random_keys - rounded).square().mean():.6f}, relative error "
+    f"{relative_error(rounded, random_keys):.3f}. The rounded tensor has {rounded.nbytes:,} "
+    "bytes too.  \n"
+    "Values a code takes: "
     + ", ".join(f"{count} of {2**bits} at {bits} bits" for bits, count in used.items())
     + ". Since the scale comes from the largest magnitude, the lowest code is never used; at 2 bits that is a quarter of them."
 )
 
 # %% [markdown]
-# A detail that is often seen: `round(x / (scale + 1e-6)) * scale`. The small number keeps from dividing by zero, and is harmless
-# for states of ordinary size; for small ones it makes another scale of it than the one that is multiplied back.
+# A detail that is often seen: `round(x / (scale + 1e-6)) * scale`. The small number keeps from dividing by zero, and
+# is harmless for states of ordinary size; for small ones it makes another scale of it than the one that is multiplied
+# back.
 
 # %%
 for factor in (1.0, 1e-4):
     x = random_keys * factor
     scale = x.abs().amax(-1, keepdim=True) / 127
     added = (x / (scale + 1e-6)).round().clamp(-128, 127) * scale
-    say(
-        f"States of size {factor:g}, 8 bits: relative error {relative_error(added, x):.4f} so, {relative_error(by_token(x, 8), x):.4f} as above."
+    book.say(
+        f"States of size {factor:g}, 8 bits: relative error {relative_error(added, x):.4f} so, "
+        f"{relative_error(by_token(x, 8), x):.4f} as above."
     )
 
 # %% [markdown]
@@ -146,40 +143,42 @@ for factor in (1.0, 1e-4):
 # attention head computes keys and values and hands them back, which makes the KV cache:
 
 # %%
-show_code(inspect.getsource(Head))
+book.code(inspect.getsource(Head))
 
 # %%
-text = " ".join("".join(c for c in offline_text() if c in string.printable and c != "*").split())
+kept = string.ascii_letters + string.digits + " \n.,;:()'?"
+text = " ".join("".join(c for c in offline_text() if c in kept).split())  # prose, without tables and markup
 characters = sorted(set(text))
 number_of = {character: number for number, character in enumerate(characters)}
 ids = torch.tensor([number_of[character] for character in text])
 held_out = ids[-20_000:]
 
 torch.manual_seed(0)
-nano = GPTLanguageModel(len(characters))
-losses = train(nano, ids[:-20_000], steps=240)
+nano = GPTLanguageModel(len(characters), layers=2)
+losses = train(nano, ids[:-20_000])
 nano.eval()
 
-fig, axes = figure(1, height=2.6)
-axes[0].plot(losses, color=COLOURS["with"])
-axes[0].axhline(np.log(len(characters)), color=COLOURS["grey"], ls=":", label="a guess")
+fig, axes = book.figure(1, height=2.6)
+axes[0].plot(losses, color=book.COLOURS["with"])
+axes[0].axhline(np.log(len(characters)), color=book.COLOURS["grey"], ls=":", label="a guess")
 axes[0].set(xlabel="step", ylabel="nats a character")
 axes[0].legend()
-caption("The loss while it is trained.")
+book.caption("The loss while it is trained: on short pieces, at the end on pieces of full length.")
 
 prompt = held_out[None, :32]
 written, past = nano.generate(prompt, 96)
 with torch.inference_mode():
     at_once, past_at_once = nano(written)
-say(
-    f"{sum(p.numel() for p in nano.parameters()):,} weights, loss {np.mean(losses[-20:]):.2f}. What it writes after "
-    f"“{''.join(characters[i] for i in prompt[0])}”:"
+book.say(
+    f"{sum(p.numel() for p in nano.parameters()):,} weights, loss {np.mean(losses[-20:]):.2f}. "
+    f"What it writes after “{''.join(characters[i] for i in prompt[0])}”:"
 )
 print("".join(characters[i] for i in written[0, 32:]))
 keys, values = past[0][0]
-say(
-    f"Keys that were caught step by step, first layer, first head: {list(keys.shape)}. Computed at once they differ by "
-    f"{relative_error(keys, past_at_once[0][0][0]):.0e}: the cache is right."
+book.say(
+    f"Keys that were caught step by step, first layer, first head: {list(keys.shape)}. "
+    f"Computed at once they differ by {relative_error(keys, past_at_once[0][0][0]):.0e}: the "
+    "cache is right."
 )
 
 # %% [markdown]
@@ -190,11 +189,12 @@ with torch.inference_mode():
     _, past = nano(held_out[None, :256])
 keys, values = past[1][0]  # second layer, first head
 count, half, codes, scale = keys.numel(), keys.numel() * 2, keys.numel() // 2, keys.shape[1]
-say(
+book.say(
     f"Keys {list(keys.shape)}: {keys.nbytes:,} bytes in float32. Mean squared error at 4 bits "
-    f"{(keys - by_token(keys, 4)).square().mean():.6f}, relative error {relative_error(by_token(keys, 4), keys):.3f}."
+    f"{(keys - by_token(keys, 4)).square().mean():.6f}, relative error "
+    f"{relative_error(by_token(keys, 4), keys):.3f}."
 )
-table = show_table(
+table = book.table(
     [
         {"stored as": "float32", "bytes": keys.nbytes},
         {"stored as": "float16", "bytes": half},
@@ -205,16 +205,18 @@ table = show_table(
     ],
     {"bytes": "{:,}"},
 )
-say(
-    f"*An 8-fold saving, from FP32 to 4 bits*: {keys.nbytes / codes:.1f} by the codes alone, {keys.nbytes / (codes + 2 * scale):.2f} with a float16 "
-    f"scale a token, {keys.nbytes / (codes + 4 * scale):.2f} with a float32 one; and against float16, in which models mostly run, {half / (codes + 2 * scale):.2f}."
+book.say(
+    f"*An 8-fold saving, from FP32 to 4 bits*: {keys.nbytes / codes:.1f} by the codes alone, "
+    f"{keys.nbytes / (codes + 2 * scale):.2f} with a float16 scale a token, "
+    f"{keys.nbytes / (codes + 4 * scale):.2f} with a float32 one; and against float16, in "
+    f"which models mostly run, {half / (codes + 2 * scale):.2f}."
 )
 
 # %% [markdown]
 # ## 4. Track two: a Llama's cache, caught in generation
 #
-# transformers hands the cache out. It was a tuple of tuples once, and `past_key_values[0][0]` the keys of the first layer; now
-# it is a `DynamicCache` with layers.
+# transformers hands the cache out. It was a tuple of tuples once, and `past_key_values[0][0]` the keys of the first
+# layer; now it is a `DynamicCache` with layers.
 
 # %%
 question = tokenizer("The quick brown fox", return_tensors="pt")
@@ -223,23 +225,25 @@ caught = output.past_key_values
 first = caught.layers[0].keys.half()
 codes, scales = first.numel(), first.numel() // first.shape[-1]
 print(tokenizer.decode(output.sequences[0]))
-say(
-    f"A `{type(caught).__name__}` of {len(caught.layers)} layers; keys of the first: {list(first.shape)} (sequences, KV heads, tokens, channels). "
-    f"There are {output.sequences.shape[1]} tokens, and the newest is not in the cache yet.  \n"
-    f"In FP16 these keys take {first.nbytes / 1024:.1f} KiB, in 8 bits {codes / 1024:.1f} KiB, and {(codes + 2 * scales) / 1024:.1f} KiB with a "
-    f"float16 scale for each token and head. The layer's cache is keys *and* values, so twice that."
+book.say(
+    f"A `{type(caught).__name__}` of {len(caught.layers)} layers; keys of the first: "
+    f"{list(first.shape)} (sequences, KV heads, tokens, channels). There are "
+    f"{output.sequences.shape[1]} tokens, and the newest is not in the cache yet.  \n"
+    f"In FP16 these keys take {first.nbytes / 1024:.1f} KiB, in 8 bits {codes / 1024:.1f} KiB, "
+    f"and {(codes + 2 * scales) / 1024:.1f} KiB with a float16 scale for each token and head. "
+    "The layer's cache is keys *and* values, so twice that."
 )
 
 # %% [markdown]
-# Both tracks continue with longer texts. A **past**, which we quantize, and **new** tokens whose predictions we watch: 512 and 128 tokens of four
-# texts for the Llama, 192 and 64 characters of 16 texts for the nanoGPT. Texts are from Python's documentation, for the nanoGPT
-# from the part that it has not been trained on.
+# Both tracks continue with longer texts. A **past**, which we quantize, and **new** tokens whose predictions we watch:
+# 512 and 128 tokens of two texts for the Llama, 192 and 64 characters of 16 texts for the nanoGPT. Texts are from
+# Python's documentation, for the nanoGPT from the part that it has not been trained on.
 
 # %%
 PAST, NEW = 512, 128
-TOPICS = ("compound", "specialnames", "execmodel", "types")
+TOPICS = ("compound", "execmodel")
 texts = torch.cat([tokenizer(offline_text(topic), return_tensors="pt").input_ids[:, : PAST + NEW] for topic in TOPICS])
-with torch.inference_mode(), attention_inputs(llama) as caught:
+with torch.inference_mode(), book.attention_inputs(llama) as caught:
     llama_exact = llama(texts, use_cache=False).logits[:, PAST:]
 llama_states = caught  # of each layer: queries, keys, values
 
@@ -269,10 +273,11 @@ pictures = {
     "Llama, keys": llama_states[LAYER][1][0, 0, :256],
     "Llama, values": llama_states[LAYER][2][0, 0, :256],
 }
-show_states(pictures)
-caption(
-    f"Magnitudes of one head: nanoGPT's second layer, the Llama's layer {LAYER}. A row is a token, a column a channel; each picture has a scale of its "
-    "own. The Llama's keys have a few channels that are large in every token: the outlier channels of the KIVI paper."
+book.heat_maps(pictures)
+book.caption(
+    f"Magnitudes of one head: nanoGPT's second layer, the Llama's layer {LAYER}. A row is a "
+    "token, a column a channel; each picture has a scale of its own. The Llama's keys have a "
+    "few channels that are large in every token: the outlier channels of the KIVI paper."
 )
 
 
@@ -287,15 +292,16 @@ outliers = {
     for name, states in (("nanoGPT", nano_states), ("Llama", llama_states))
     for number, side in ((1, "keys"), (2, "values"))
 }
-table = show_table(
+table = book.table(
     [{"states": name, "largest channel / median channel": ratio} for name, ratio in outliers.items()],
     {"largest channel / median channel": "{:.1f}"},
 )
 
 # %% [markdown]
-# By token, one large channel sets the scale for all others, and at few bits the others are rounded away. KIVI ([arXiv 2402.02750](https://arxiv.org/abs/2402.02750)) cuts
-# the other way: keys **by channel**, over groups of 32 tokens, so that an outlier has a scale of its own; values by token, in groups
-# of 32 channels. Both with a minimum beside the scale, so that all codes are used.
+# By token, one large channel sets the scale for all others, and at few bits the others are rounded away. KIVI ([arXiv
+# 2402.02750](https://arxiv.org/abs/2402.02750)) cuts the other way: keys **by channel**, over groups of 32 tokens, so
+# that an outlier has a scale of its own; values by token, in groups of 32 channels. Both with a minimum beside the
+# scale, so that all codes are used.
 
 
 # %%
@@ -319,17 +325,19 @@ BITS = (8, 4, 2)
 
 keys = llama_states[LAYER][1][:, :, :PAST]
 stored = dequantize_keys(quantize_keys(keys, 2, 32, "minmax"), 2, 32)
-say(
-    f"These ten lines against the project's codec, 2-bit keys: relative difference {relative_error(kivi_keys(keys, 2), stored):.4f}, "
-    "since the codec keeps scale and minimum in float16."
+book.say(
+    "These ten lines against the project's codec, 2-bit keys: relative difference "
+    f"{relative_error(kivi_keys(keys, 2), stored):.4f}, since the codec keeps scale and "
+    "minimum in float16."
 )
 
 # %% [markdown]
 # ## 6. What is lost: keys and values, attention, the next token
 #
-# Three questions, each nearer to what matters. How far off are the states? How far off is what attention makes of them,
-# $\mathrm{softmax}(q k^\top / \sqrt{d})\, v$, for the new tokens' real queries? And how far off is the prediction of the next token: its
-# KL divergence from full precision, and how often the likeliest token is the same (top-1)?
+# Three questions, each nearer to what matters. How far off are the states? How far off is what attention makes of
+# them, $\mathrm{softmax}(q k^\top / \sqrt{d})\, v$, for the new tokens' real queries? And how far off is the
+# prediction of the next token: its KL divergence from full precision, and how often the likeliest token is the same
+# (top-1)?
 
 
 # %%
@@ -384,35 +392,36 @@ def overhead(name: str) -> float:
 
 
 PREDICT = {"nanoGPT": (predict_nano, nano_exact), "Llama": (predict_llama, llama_exact)}
+TRIED = {"by token, symmetric": (8, 4, 3, 2), "KIVI": BITS}
 results = [
     {
         "model": track,
         "scheme": name,
         "bits": bits,
         "bits with metadata": bits + overhead(name),
-        **errors_of(*TRACKS[track], scheme, bits),
-        **difference_of(PREDICT[track][0](scheme, bits), PREDICT[track][1]),
+        **errors_of(*TRACKS[track], SCHEMES[name], bits),
+        **difference_of(PREDICT[track][0](SCHEMES[name], bits), PREDICT[track][1]),
     }
     for track in TRACKS
-    for name, scheme in SCHEMES.items()
-    for bits in BITS
+    for name in SCHEMES
+    for bits in TRIED[name]
 ]
-errors = show_table(
+errors = book.table(
     results,
     dict.fromkeys(("keys", "values", "attention"), "{:.4f}")
     | {"bits with metadata": "{:.2f}", "KL": "{:.5f}", "top-1": "{:.1%}"},
 )
 
 # %%
-fig, axes = figure(4, width=3.4, height=3.2)
+fig, axes = book.figure(4, width=3.4, height=3.2)
 for axis, what in zip(axes, ("keys", "values", "attention", "KL")):
     for track, style in (("nanoGPT", "--"), ("Llama", "-")):
-        for name, colour in zip(SCHEMES, (COLOURS["without"], COLOURS["with"])):
+        for name, colour in zip(SCHEMES, (book.COLOURS["without"], book.COLOURS["with"])):
             chosen = errors[(errors["model"] == track) & (errors["scheme"] == name)]
             axis.plot(chosen["bits with metadata"], chosen[what], f"o{style}", color=colour, label=f"{track}, {name}")
     axis.set(yscale="log", title=what if what == "KL" else f"error of {what}", xlabel="bits an element")
 axes[0].legend(fontsize=8)
-caption("Error against bits, metadata included. Left to right: nearer to what matters.")
+book.caption("Error against bits, metadata included. Left to right: nearer to what matters.")
 
 # %%
 at = {(row["model"], row["scheme"], row["bits"]): row for row in results}
@@ -423,15 +432,21 @@ def gain(track: str, what: str, bits: int) -> float:
 
 
 for track in TRACKS:
-    say(
-        f"**{track}**, KIVI against by token at 2 bits: the error of the keys is {gain(track, 'keys', 2):.1f} times smaller, that of attention "
-        f"{gain(track, 'attention', 2):.1f} times, KL {gain(track, 'KL', 2):.1f} times. At 4 bits: {gain(track, 'keys', 4):.1f}, "
-        f"{gain(track, 'attention', 4):.1f} and {gain(track, 'KL', 4):.1f}; at 8 bits both have a KL below "
+    book.say(
+        f"**{track}**, KIVI against by token at 2 bits: the error of the keys is "
+        f"{gain(track, 'keys', 2):.1f} times smaller, that of attention "
+        f"{gain(track, 'attention', 2):.1f} times, KL {gain(track, 'KL', 2):.1f} times. At 4 "
+        f"bits: {gain(track, 'keys', 4):.1f}, {gain(track, 'attention', 4):.1f} and "
+        f"{gain(track, 'KL', 4):.1f}; at 8 bits both have a KL below "
         f"{max(at[track, name, 8]['KL'] for name in SCHEMES):.0e}."
     )
-say(
-    f"A part of that is paid with metadata: KIVI's 2 bits are {at['Llama', 'KIVI', 2]['bits with metadata']:.2f} here, and the other's "
-    f"{at['Llama', 'by token, symmetric', 2]['bits with metadata']:.2f}."
+three, kivi_two = at["Llama", "by token, symmetric", 3], at["Llama", "KIVI", 2]
+book.say(
+    "A part of that is paid with metadata: KIVI's 2 bits are "
+    f"{kivi_two['bits with metadata']:.2f} here. By token one has 3-bit codes for that "
+    f"({three['bits with metadata']:.2f} bits): KL {three['KL']:.3f} in the Llama, against "
+    f"{kivi_two['KL']:.3f}, with {three['keys'] / kivi_two['keys']:.1f} times the error of the "
+    "keys."
 )
 
 # %% [markdown]
@@ -482,12 +497,13 @@ NANO_FORMATS = {
     "KL, pretending": "{:.5f}",
     "top-1": "{:.1%}",
 }
-table = show_table([nano_with_codes(bits) for bits in BITS], NANO_FORMATS)
+nano_stored = book.table([nano_with_codes(bits) for bits in BITS], NANO_FORMATS)
 
 # %% [markdown]
-# For the Llama it is `KIVICache`, which transformers takes as `past_key_values`. Attention runs over the codes. Three settings: the *bare*
-# scheme from above; the *paper's*, with the newest 128 tokens in full precision; and the project's *defaults*, which also keep the first 4
-# tokens (they draw much of the attention), fit each key group by least squares, and at 2 bits rotate values and give a quarter of the key channels 4 bits.
+# For the Llama it is `KIVICache`, which transformers takes as `past_key_values`. Attention runs over the codes. Three
+# settings: the *bare* scheme from above; the *paper's*, with the newest 128 tokens in full precision; and the
+# project's *defaults*, which also keep the first 4 tokens (they draw much of the attention), fit each key group by
+# least squares, and at 2 bits rotate values and give a quarter of the key channels 4 bits.
 
 # %%
 kivi, _ = load(small_model("smollm2"), dtype=torch.float32, backend="torch")
@@ -517,6 +533,7 @@ def llama_with_codes(name: str, bits: int) -> dict[str, float]:
     }
 
 
+RUNS = [*(("bare", bits) for bits in BITS), ("paper", 2), *(("defaults", bits) for bits in BITS)]
 STORED_FORMATS = {
     "bits, packed": "{:.2f}",
     "bits, all": "{:.2f}",
@@ -525,9 +542,9 @@ STORED_FORMATS = {
     "KL": "{:.5f}",
     "top-1": "{:.1%}",
 }
-stored = show_table([llama_with_codes(name, bits) for name in SETTINGS for bits in BITS], STORED_FORMATS)
+stored = book.table([llama_with_codes(name, bits) for name, bits in RUNS], STORED_FORMATS)
 bare = stored[stored["setting"] == "bare"].set_index("bits")["KL"]
-say(
+book.say(
     "The bare setting has the KL of the pretended one, so the codes say what they should: "
     + ", ".join(f"{bare[bits]:.5f} and {at['Llama', 'KIVI', bits]['KL']:.5f} at {bits} bits" for bits in BITS)
     + f". *Times smaller* is against float32, in which this model runs; the full-precision tokens of a cache are float32 too, and with {PAST} tokens "
@@ -536,9 +553,11 @@ say(
 
 # %%
 two = stored[stored["bits"] == 2].set_index("setting")
-say(
-    f"At 2 bits KL falls from {two['KL']['bare']:.3f} (bare) to {two['KL']['paper']:.3f} with the window and {two['KL']['defaults']:.3f} with the defaults, "
-    f"which store {two['bits, packed']['defaults']:.2f} bits a packed element like the paper's {two['bits, packed']['paper']:.2f}."
+book.say(
+    f"At 2 bits KL falls from {two['KL']['bare']:.3f} (bare) to {two['KL']['paper']:.3f} with "
+    f"the window and {two['KL']['defaults']:.3f} with the defaults, which store "
+    f"{two['bits, packed']['defaults']:.2f} bits a packed element like the paper's "
+    f"{two['bits, packed']['paper']:.2f}."
 )
 
 # %% [markdown]
@@ -569,7 +588,7 @@ rows = [
         "stored": np.mean(KIVIOptions().stored_bits(2, 2, HEAD_DIM)),
     },
 ]
-table = show_table(
+table = book.table(
     [
         {
             "scheme": r["scheme"],
@@ -585,25 +604,27 @@ table = show_table(
 
 LENGTHS = np.unique(np.geomspace(128, 131_072, 60).astype(int))
 EIGHT_B = {"num_hidden_layers": 32, "num_key_value_heads": 8, "head_dim": HEAD_DIM}
-fig, axes = figure(1, width=7)
-for bits, colour in ((2, COLOURS["with"]), (4, COLOURS["other"]), (8, COLOURS["without"])):
+fig, axes = book.figure(1, width=7)
+for bits, colour in ((2, book.COLOURS["with"]), (4, book.COLOURS["other"]), (8, book.COLOURS["without"])):
     promised = [16 / nominal_bits(int(n), bits, 128) for n in LENGTHS]
     real = [cache_bytes(int(n), **EIGHT_B, k_bits=bits, v_bits=bits)["ratio"] for n in LENGTHS]
     axes[0].plot(LENGTHS, promised, ":", color=colour, label=f"{bits} bits: codes and window")
     axes[0].plot(LENGTHS, real, color=colour, label=f"{bits} bits: as stored")
-axes[0].axhline(1, color=COLOURS["grey"], lw=0.8)
-log_axes(axes[0], "tokens", "times smaller than 16 bits", (128, 512, 2048, 8192, 32768, 131072))
+axes[0].axhline(1, color=book.COLOURS["grey"], lw=0.8)
+book.log_axes(axes[0], "tokens", "times smaller than 16 bits", (128, 512, 2048, 8192, 32768, 131072))
 axes[0].set_yticks([0.5, 1, 2, 4, 8], ["½", "1", "2", "4", "8"])
-caption(
-    "Llama 3 8B, by arithmetic. Dotted: without metadata, the figure that is usually given; it comes near 8 in long texts. Solid: with scales and minima. "
-    "Below a few hundred tokens the window is nearly all there is, and nothing is saved."
+book.caption(
+    "Llama 3 8B, by arithmetic. Dotted: without metadata, the figure that is usually given; "
+    "it comes near 8 in long texts. Solid: with scales and minima. Below a few hundred tokens "
+    "the window is nearly all there is, and nothing is saved."
 )
 longest = int(LENGTHS[-1])
 ratio = {bits: cache_bytes(longest, **EIGHT_B, k_bits=bits, v_bits=bits)["ratio"] for bits in (2, 4, 8)}
 even = next(int(n) for n in range(1, 4096) if cache_bytes(n, **EIGHT_B)["ratio"] >= 1)
-say(
-    f"At {longest:,} tokens 2 bits promise {16 / nominal_bits(longest, 2, 128):.2f} and store {ratio[2]:.2f} times less, 4 bits {ratio[4]:.2f}, 8 bits {ratio[8]:.2f}. "
-    f"From {even} tokens on a 2-bit cache is smaller than a full one."
+book.say(
+    f"At {longest:,} tokens 2 bits promise {16 / nominal_bits(longest, 2, 128):.2f} and store "
+    f"{ratio[2]:.2f} times less, 4 bits {ratio[4]:.2f}, 8 bits {ratio[8]:.2f}. From {even} "
+    "tokens on a 2-bit cache is smaller than a full one."
 )
 
 # %% [markdown]
@@ -613,12 +634,19 @@ say(
 tokens_per_gb = {
     bits: 1e9 / (cache_bytes(100_000, **EIGHT_B, k_bits=bits, v_bits=bits)["total"] / 100_000) for bits in (16, 4, 2)
 }
-say(
-    f"- A GB of cache holds {tokens_per_gb[16]:,.0f} tokens of Llama 3 8B at 16 bits, {tokens_per_gb[4]:,.0f} at 4 and {tokens_per_gb[2]:,.0f} at 2: long dialogues on small "
+book.say(
+    f"- A GB of cache holds {tokens_per_gb[16]:,.0f} tokens of Llama 3 8B at 16 bits, "
+    f"{tokens_per_gb[4]:,.0f} at 4 and {tokens_per_gb[2]:,.0f} at 2: long dialogues on small "
     "machines, as promised.\n"
-    f"- By token and symmetric, 8 bits are safe (KL {at['Llama', 'by token, symmetric', 8]['KL']:.5f}) and 2 are not ({at['Llama', 'by token, symmetric', 2]['KL']:.2f}). "
-    f"By channel for keys, 2 bits come to {at['Llama', 'KIVI', 2]['KL']:.2f} bare, and to {two['KL']['defaults']:.3f} with the defaults of this project.\n"
-    f"- The reason is in the picture of the keys: a channel {outliers['Llama, keys']:.0f} times as large as the median one. A nanoGPT after a minute has "
-    f"{outliers['nanoGPT, keys']:.1f}, and gains less.\n"
+    "- By token and symmetric, 8 bits are safe (KL "
+    f"{at['Llama', 'by token, symmetric', 8]['KL']:.5f}) and 2 are not "
+    f"({at['Llama', 'by token, symmetric', 2]['KL']:.2f}). By channel for keys, 2 bits come to "
+    f"{at['Llama', 'KIVI', 2]['KL']:.2f} bare, and to {two['KL']['defaults']:.3f} with the "
+    "defaults of this project.\n"
+    f"- The reason is in the picture of the keys: a channel {outliers['Llama, keys']:.0f} "
+    "times as large as the median one. KIVI makes the error of its 2-bit keys "
+    f"{gain('Llama', 'keys', 2):.1f} times smaller, and {gain('nanoGPT', 'keys', 2):.1f} times "
+    f"in the nanoGPT, whose largest channel is {outliers['nanoGPT, keys']:.1f} times the "
+    "median.\n"
     f"- Count the metadata: 8 times less on paper is {ratio[2]:.1f} in memory."
 )

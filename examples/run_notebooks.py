@@ -43,6 +43,7 @@ def execute(notebook: NotebookNode) -> NotebookNode:
         kernel_name="python3",
         resources={"metadata": {"path": str(FOLDER)}},
         record_timing=False,
+        extra_arguments=["--log-level=ERROR"],  # else it warns that it talks over TCP
     )
     quiet = {**os.environ, "PYTHONWARNINGS": "ignore:IProgress not found"}  # tqdm's, for want of ipywidgets
     client.execute(env=quiet)
