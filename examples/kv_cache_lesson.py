@@ -29,7 +29,6 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
-from modules.cache.report import cache_bytes
 from modules.evaluation.environment import Environment
 
 book.start(threads=1, seed=0)
@@ -516,7 +515,7 @@ TOKENS = 100_000
 SHAPE = {"num_hidden_layers": 32, "num_key_value_heads": 8, "head_dim": 128}
 with torch.device("meta"):
     parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(LLAMA_8B).parameters())
-sizes = {bits: cache_bytes(TOKENS, **SHAPE, k_bits=bits, v_bits=bits) for bits in (8, 4, 2)}
+sizes = {bits: book.cache_bytes(TOKENS, **SHAPE, k_bits=bits, v_bits=bits) for bits in (8, 4, 2)}
 dense = sizes[2]["dense"]
 table = book.table(
     [{"what": "weights, 16 bits", "GB": 2 * parameters / 1e9, "GiB": 2 * parameters / 2**30, "times smaller": np.nan}]
@@ -551,8 +550,8 @@ table = book.table(
         {
             "tokens": n,
             "without a cache: s": sum(operations(LLAMA_8B, n)) / FLOPS,
-            "16-bit cache: ms": (read + cache_bytes(n, **SHAPE)["dense"]) / BANDWIDTH * 1e3,
-            "2-bit cache: ms": (read + cache_bytes(n, **SHAPE)["total"]) / BANDWIDTH * 1e3,
+            "16-bit cache: ms": (read + book.cache_bytes(n, **SHAPE)["dense"]) / BANDWIDTH * 1e3,
+            "2-bit cache: ms": (read + book.cache_bytes(n, **SHAPE)["total"]) / BANDWIDTH * 1e3,
         }
         for n in (1_000, 10_000, 100_000)
     ],

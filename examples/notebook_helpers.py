@@ -12,11 +12,25 @@ import pandas as pd
 import torch
 from IPython.display import Markdown, display
 from matplotlib import pyplot
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, LlamaConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from modules.cache.plan import planned_cache
+from modules.options import KIVIOptions
+
 COLOURS = {"without": "#c44e52", "with": "#4c72b0", "other": "#55a868", "grey": "#777777"}
+
+
+def cache_bytes(
+    tokens: int, *, num_hidden_layers: int, num_key_value_heads: int, head_dim: int, **options: Any
+) -> dict[str, float]:
+    """Bytes of a float16 cache of `tokens` tokens, as the project plans it (`kivi memory` prints the same): `total` and, for
+    the same tokens unquantized, `dense`; `ratio` is `dense / total`."""
+    one_layer = LlamaConfig(num_hidden_layers=1, num_key_value_heads=num_key_value_heads, head_dim=head_dim)
+    planned = planned_cache(one_layer, tokens, options=KIVIOptions(**options), reserve=True).get_cache_info()["bytes"]
+    total, dense = (num_hidden_layers * planned[name] for name in ("total", "dense"))
+    return {"total": total, "dense": dense, "ratio": dense / total}
 
 
 def start(threads: int = 1, seed: int = 0) -> None:

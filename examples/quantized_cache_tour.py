@@ -31,7 +31,7 @@ from nano_gpt import GPTLanguageModel, Head, train
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
-from modules.cache.report import cache_bytes, nominal_bits
+from modules.cache.report import nominal_bits
 from modules.codecs.grouped import dequantize_keys, dequantize_values, quantize_keys, quantize_values
 from modules.evaluation.candidates import PAPER_OPTIONS
 from modules.evaluation.environment import Environment
@@ -67,7 +67,7 @@ for name, shape in SHAPES.items():
     with torch.device("meta"):
         weights = 2 * sum(p.numel() for p in AutoModelForCausalLM.from_config(shape).parameters())
     heads = {"num_key_value_heads": shape.num_key_value_heads, "head_dim": shape.head_dim}
-    size = cache_bytes(TOKENS, num_hidden_layers=shape.num_hidden_layers, **heads)
+    size = book.cache_bytes(TOKENS, num_hidden_layers=shape.num_hidden_layers, **heads)
     rows.append(
         {
             "model": name,
@@ -609,7 +609,7 @@ EIGHT_B = {"num_hidden_layers": 32, "num_key_value_heads": 8, "head_dim": HEAD_D
 fig, axes = book.figure(1, width=7)
 for bits, colour in ((2, book.COLOURS["with"]), (4, book.COLOURS["other"]), (8, book.COLOURS["without"])):
     promised = [16 / nominal_bits(int(n), bits, 128) for n in LENGTHS]
-    real = [cache_bytes(int(n), **EIGHT_B, k_bits=bits, v_bits=bits)["ratio"] for n in LENGTHS]
+    real = [book.cache_bytes(int(n), **EIGHT_B, k_bits=bits, v_bits=bits)["ratio"] for n in LENGTHS]
     axes[0].plot(LENGTHS, promised, ":", color=colour, label=f"{bits} bits: codes and window")
     axes[0].plot(LENGTHS, real, color=colour, label=f"{bits} bits: as stored")
 axes[0].axhline(1, color=book.COLOURS["grey"], lw=0.8)
@@ -621,8 +621,8 @@ book.caption(
     "the window is nearly all there is, and nothing is saved."
 )
 longest = int(LENGTHS[-1])
-ratio = {bits: cache_bytes(longest, **EIGHT_B, k_bits=bits, v_bits=bits)["ratio"] for bits in (2, 4, 8)}
-even = next(int(n) for n in range(1, 4096) if cache_bytes(n, **EIGHT_B)["ratio"] >= 1)
+ratio = {bits: book.cache_bytes(longest, **EIGHT_B, k_bits=bits, v_bits=bits)["ratio"] for bits in (2, 4, 8)}
+even = next(int(n) for n in range(1, 4096) if book.cache_bytes(n, **EIGHT_B)["ratio"] >= 1)
 book.say(
     f"At {longest:,} tokens 2 bits promise {16 / nominal_bits(longest, 2, 128):.2f} and store "
     f"{ratio[2]:.2f} times less, 4 bits {ratio[4]:.2f}, 8 bits {ratio[8]:.2f}. From {even} "
@@ -634,7 +634,7 @@ book.say(
 
 # %%
 tokens_per_gb = {
-    bits: 1e9 / (cache_bytes(100_000, **EIGHT_B, k_bits=bits, v_bits=bits)["total"] / 100_000) for bits in (16, 4, 2)
+    bits: 1e9 / (book.cache_bytes(100_000, **EIGHT_B, k_bits=bits, v_bits=bits)["total"] / 100_000) for bits in (16, 4, 2)
 }
 book.say(
     f"- A GB of cache holds {tokens_per_gb[16]:,.0f} tokens of Llama 3 8B at 16 bits, "
