@@ -6,7 +6,7 @@ import torch
 
 from modules.cache.static import GEOMETRY
 from modules.codecs.kivi import codecs_of
-from modules.codecs.static import ChannelScales
+from modules.codecs.static import LARGEST_WITHIN, ChannelScales
 from modules.codecs.static_codec import StaticCodec
 from modules.kernels.backend import Backend
 from modules.kernels.registry import backend as backend_named
@@ -31,7 +31,9 @@ def random_scales(kv_heads: int, head_dim: int, symmetric: bool, device="cpu") -
     """Scales of channels that reach from about -6 to 6, somewhat beyond or less."""
     generator = torch.Generator().manual_seed(head_dim)
     low, high = (4 + 4 * torch.rand(kv_heads, head_dim, generator=generator) for _ in range(2))
-    return ChannelScales.from_range(-low, high, symmetric).to(device)
+    if symmetric:
+        return ChannelScales(torch.maximum(low, high) / LARGEST_WITHIN, torch.zeros_like(low)).to(device)
+    return ChannelScales((high + low) / (2 * LARGEST_WITHIN), (high - low) / 2).to(device)
 
 
 def empty_layer(

@@ -17,11 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 
-from layers import empty_layer
+from layers import empty_layer, random_scales
 
 from modeling_llama_kivi import LlamaForCausalLM_KIVI, LlamaKIVIConfig
+from modules.codecs.static import StaticParameters, model_facts
 from modules.kernels.registry import backend
 from modules.kernels.triton import append, attention, launch, pack
+from modules.store.layer import PackedLayer
 from modules.store.step import Step
 
 CUDA = torch.device("cuda", 0)
@@ -127,15 +129,14 @@ def decode(layer, step: Step) -> torch.Tensor:
     triton = backend("triton")
     kv_heads = layer.key.window.shape[1]
     query, key, value = states(layer, 2 * kv_heads), states(layer, kv_heads), states(layer, kv_heads)
-    value = layer.rotate(value)
-    layer.check_states(key, value)
+    key, value = layer.enter(key, value)
     layer.ledger.check_room(step)
     layer.make_room(step)
-    out = triton.attend(query, key, value, layer, 0.125, step)
+    out = triton.attend(layer.fold(query), key, value, layer, 0.125, step)
     layer.observe(query, step)
     triton.append(layer, key, value, step)
     layer.ledger.commit(step)
-    return layer.rotate(out)
+    return layer.leave(out)
 
 
 def prompted(batch: int, length: int, **options):
@@ -181,14 +182,25 @@ def test_decode_steps_wait_for_nothing(padded, length, steps):
     with fake_gpu() as (copies, launches):
         layer = prompted(2, length)
         assert layer.key.wide and layer.rotates
-        real = torch.ones(2, 1, dtype=torch.bool, device=CUDA) if padded else None
-        copies.found.clear()
-        launches.grids.clear()
-        for _ in range(steps):
-            out = decode(layer, Step.of(real, 2, 1))
-            assert out.shape == (2, 1, 4, 64)
-        assert not copies.found
-        assert len(launches.grids) == 3 * steps  # attend, combine, append
+        _check_steps(layer, padded, steps, copies, launches)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["all real", "known to the device"])
+@pytest.mark.parametrize("static", ["int8", "full precision"])
+def test_steps_that_pack_at_once_wait_for_nothing(padded, static):
+    with fake_gpu() as (copies, launches):
+        _check_steps(prompted(2, 300, static=static), padded, 40, copies, launches)
+
+
+def _check_steps(layer: PackedLayer, padded: bool, steps: int, copies: CopiesFromTheHost, launches: Launches) -> None:
+    real = torch.ones(2, 1, dtype=torch.bool, device=CUDA) if padded else None
+    copies.found.clear()
+    launches.grids.clear()
+    for _ in range(steps):
+        out = decode(layer, Step.of(real, 2, 1))
+        assert out.shape == (2, 1, 4, 64)
+    assert not copies.found
+    assert len(launches.grids) == 3 * steps  # attend, combine, append
 
 
 def test_a_step_only_the_device_knows_is_known_to_no_list():
@@ -230,6 +242,16 @@ def test_grids_stay_within_their_limits(tokens, heads, batch):
         assert max(max(grid) for grid in launches.grids) > 65535
 
 
+def static_parameters(config) -> StaticParameters:
+    """For the layers but the first."""
+    shape = config.num_key_value_heads, config.head_dim
+    layers = {
+        index: (random_scales(*shape, True), random_scales(*shape, False))
+        for index in range(1, config.num_hidden_layers)
+    }
+    return StaticParameters(layers, model_facts(config), {}, {}, 0)
+
+
 def model_on_the_gpu():
     """A small model whose weights are to be fake: `place` puts them on the GPU."""
     config = LlamaKIVIConfig(
@@ -249,9 +271,9 @@ def place(model) -> None:
                     group[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device=CUDA)
 
 
-def prompted_cache(model, batch: int, length: int):
+def prompted_cache(model, batch: int, length: int, **options):
     """A cache as a prompt leaves it, which only the host's waiting could make here: its lengths are known."""
-    cache = model.create_kivi_cache(backend="triton")
+    cache = model.create_kivi_cache(backend="triton", **options)
     key = torch.empty(batch, 2, length, 64, dtype=torch.float16, device=CUDA)
     step = Step.of_lengths([length] * batch, length)
     for layer in cache.kivi_layers:
@@ -262,13 +284,13 @@ def prompted_cache(model, batch: int, length: int):
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["no mask", "a mask"])
-@pytest.mark.parametrize("length", [150, 400])
-def test_decode_steps_of_a_model_wait_for_nothing(masked, length):
+@pytest.mark.parametrize("length, static", [(150, False), (400, False), (150, True)])
+def test_decode_steps_of_a_model_wait_for_nothing(masked, length, static):
     """From `model(...)` to the kernels, through the step that chooses the wide channels, with an attention mask and without."""
     model = model_on_the_gpu()
     with fake_gpu() as (copies, launches), torch.no_grad():
         place(model)
-        cache = prompted_cache(model, 2, length)
+        cache = prompted_cache(model, 2, length, static=static and static_parameters(model.config))
         token = torch.zeros(2, 1, dtype=torch.long, device=CUDA)
         for step in range(40):
             mask = torch.ones(2, length + step + 1, dtype=torch.long, device=CUDA) if masked else None

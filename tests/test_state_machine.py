@@ -19,13 +19,15 @@ from conftest import relative_error
 from hypothesis import HealthCheck, Phase, event, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from layers import random_scales
 from transformers import LlamaConfig
 
 from modules.cache.cache import DRAFT_ROOM
 from modules.codecs.grouped import CLIPPED, WIDE_BITS
 from modules.codecs.rotation import rotate
+from modules.codecs.static import StaticParameters, model_facts
 from modules.kivi_cache_general import KIVICache
-from modules.options import ALLOWED_BITS, FULL_PRECISION_BITS
+from modules.options import ALLOWED_BITS
 
 LAYERS, KV_HEADS, HEADS, HEAD_DIM, GROUP_SIZE = 2, 2, 6, 32, 16
 MAX_LENGTH, MOST_ROWS, LONGEST_STEP = 150, 4, 70
@@ -67,13 +69,16 @@ class Plain:
     reach: list[int]
     real: torch.Tensor
     draft_room: int = 0
+    group_size: int = GROUP_SIZE
 
     @classmethod
-    def empty(cls, sink_length: int, residual_length: int, batch: int, draft_room: int = 0) -> Plain:
+    def empty(
+        cls, sink_length: int, residual_length: int, batch: int, draft_room: int = 0, group_size: int = GROUP_SIZE
+    ) -> Plain:
         nothing = torch.zeros(KV_HEADS, 0, HEAD_DIM)
         held, given = ([[[nothing] * batch for _ in range(2)] for _ in range(LAYERS)] for _ in range(2))
         real = torch.ones(batch, 0, dtype=torch.bool)
-        return cls(sink_length, residual_length, held, given, [0] * batch, [0] * batch, real, draft_room)
+        return cls(sink_length, residual_length, held, given, [0] * batch, [0] * batch, real, draft_room, group_size)
 
     @property
     def batch(self) -> int:
@@ -97,7 +102,7 @@ class Plain:
                 yield from sides
 
     def whole_groups(self, length: int) -> int:
-        return max(0, length - self.sink_length) // GROUP_SIZE * GROUP_SIZE
+        return max(0, length - self.sink_length) // self.group_size * self.group_size
 
     def packed_at(self, length: int) -> int:
         """Packed tokens of a sequence that grew to `length` tokens."""
@@ -133,12 +138,12 @@ class Plain:
 
     def in_window(self, first: int, row: int) -> bool:
         """Whether no later token has taken the slots of the tokens from `first` on, counted behind the sinks."""
-        ring = self.residual_length + GROUP_SIZE + self.draft_room
+        ring = self.residual_length + self.group_size + self.draft_room
         return first > self.reach[row] - self.sink_length - ring
 
     def make_draft_room(self) -> None:
         self.draft_room = DRAFT_ROOM
-        ring = self.residual_length + GROUP_SIZE + self.draft_room
+        ring = self.residual_length + self.group_size + self.draft_room
         self.reach = [max(length, self.sink_length + old + ring) for length, old in zip(self.lengths, self.packed)]
 
     def select(self, index: list[int]) -> None:
@@ -183,7 +188,7 @@ def quantization_bounds(groups: torch.Tensor, bits: int, method: str) -> torch.T
 
 def check_groups(given: torch.Tensor, stored: torch.Tensor, codec, side: int) -> None:
     """Whole groups of tokens `[KV_HEADS, T, HEAD_DIM]` against what the cache made of them, values rotated if it does."""
-    if codec.bits == FULL_PRECISION_BITS:
+    if "scale" not in codec.parts(HEAD_DIM, given.dtype):
         assert torch.equal(given, stored)
         return
     if side == 0:  # keys share a scale over tokens
@@ -212,10 +217,21 @@ class CacheMachine(RuleBasedStateMachine):
 
     @initialize(data=st.data())
     def make(self, data: st.DataObject) -> None:
+        self.max_length = data.draw(st.sampled_from((None, None, MAX_LENGTH)))
+        self.cache = self.make_cache(data)
+        self.plain = self.nothing(0)
+        self.frozen: list[tuple[KIVICache, Plain]] = []
+        self.seed = 0
+
+    group_size = GROUP_SIZE
+
+    def nothing(self, batch: int, draft_room: int = 0) -> Plain:
+        return Plain.empty(self.sinks, self.residual, batch, draft_room, self.group_size)
+
+    def make_cache(self, data: st.DataObject) -> KIVICache:
         bits = [data.draw(self.bits) for _ in range(LAYERS)]
         self.sinks, self.residual = data.draw(st.sampled_from((0, 4))), data.draw(st.sampled_from((0, 16, 32)))
-        self.max_length = data.draw(st.sampled_from((None, None, MAX_LENGTH)))
-        self.cache = KIVICache(
+        return KIVICache(
             CONFIG,
             k_bits=[k for k, _ in bits],
             v_bits=[v for _, v in bits],
@@ -226,9 +242,6 @@ class CacheMachine(RuleBasedStateMachine):
             max_length=self.max_length,
             **data.draw(self.variants),
         )
-        self.plain = Plain.empty(self.sinks, self.residual, 0)
-        self.frozen: list[tuple[KIVICache, Plain]] = []
-        self.seed = 0
 
     # what the rules are made of
 
@@ -247,7 +260,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     def emptied_for(self, batch: int) -> None:
         if not self.plain.columns and batch != self.plain.batch:
-            self.plain = Plain.empty(self.sinks, self.residual, batch, self.plain.draft_room)
+            self.plain = self.nothing(batch, self.plain.draft_room)
 
     def fits(self, real: torch.Tensor) -> bool:
         return (
@@ -426,13 +439,14 @@ class CacheMachine(RuleBasedStateMachine):
     @rule()
     def reset(self) -> None:
         self.cache.reset()
-        self.plain = Plain.empty(self.sinks, self.residual, self.plain.batch, self.plain.draft_room)
+        self.plain = self.nothing(self.plain.batch, self.plain.draft_room)
 
     @precondition(lambda self: not self.plain.draft_room)
     @rule()
     def make_room_for_drafts(self) -> None:
         self.cache.activate_past_recording()
-        self.plain.make_draft_room()
+        if not self.cache.ledger.geometry.at_once:
+            self.plain.make_draft_room()
 
     @precondition(lambda self: self.plain.columns and self.plain.draft_room)
     @rule(data=st.data(), how=forwards, length=st.integers(1, DRAFT_ROOM - GROUP_SIZE))
@@ -493,6 +507,29 @@ class NumbaMachine(CacheMachine):
     variants = st.just({})
 
 
+class StaticMachine(CacheMachine):
+    """States that static INT8 holds exactly: what is stored must be what was given. The first layer is not calibrated."""
+
+    group_size, sinks, residual = 1, 0, 0
+
+    def make_cache(self, data: st.DataObject) -> KIVICache:
+        scales = random_scales(KV_HEADS, HEAD_DIM, True), random_scales(KV_HEADS, HEAD_DIM, False)
+        parameters = StaticParameters({1: scales}, model_facts(CONFIG), {}, {}, 0)
+        return KIVICache(CONFIG, static=parameters, backend=self.backend, max_length=self.max_length)
+
+    def new_states(self, batch: int, length: int) -> list[list[torch.Tensor]]:
+        free, exact = super().new_states(batch, length)
+        return [free, [scales.round(side) for scales, side in zip(self.cache.static.layers[1], exact)]]
+
+
+class StaticTorchMachine(StaticMachine):
+    backend = "torch"
+
+
+class StaticNumbaMachine(StaticMachine):
+    backend = "numba"
+
+
 def machine_settings(examples: int) -> settings:
     return settings(
         max_examples=examples,
@@ -509,6 +546,10 @@ TestTorch = TorchMachine.TestCase
 TestTorch.settings = machine_settings(200)
 TestNumba = NumbaMachine.TestCase
 TestNumba.settings = machine_settings(150)
+TestStaticTorch = StaticTorchMachine.TestCase
+TestStaticTorch.settings = machine_settings(40)
+TestStaticNumba = StaticNumbaMachine.TestCase
+TestStaticNumba.settings = machine_settings(60)
 
 
 # --- the same codes on every way --------------------------------------------------------------------------------------
