@@ -17,6 +17,7 @@ from modules.evaluation.environment import Environment
 from modules.evaluation.pages import render
 from modules.evaluation.plan import Int8Step
 from modules.evaluation.quality import measure_quality
+from modules.evaluation.report import measured_on
 from modules.evaluation.results import BenchmarkResult, QualityResult, load_result
 from modules.evaluation.tables import MISSING, number, percent
 from modules.evaluation.texts import encode, load_text, pieces
@@ -144,10 +145,10 @@ def write_int8_report(folder: str | Path, output: str | Path) -> list[Path]:
         render(
             TEMPLATE,
             models=models,
-            summary=_summary(quality),
+            summary=_summary([result for model in models for result in model.quality]),
             int8_table=int8_table,
             range_table=range_table,
-            environments=sorted({_measured_with(result.environment) for result in quality}),
+            environment=measured_on([result.environment for result in loaded]),
             all_layers=ALL_LAYERS,
             at_zero=AT_ZERO,
         )
@@ -164,7 +165,3 @@ def _summary(quality: Sequence[QualityResult]) -> pandas.DataFrame:
         cells = [number(known[name].kl, 4) if name in known else MISSING for name in names]
         rows.append([f"{result.model}, {result.text}", *cells])
     return pandas.DataFrame(rows, columns=["KL (nats)", *names])
-
-
-def _measured_with(environment: Environment) -> str:
-    return f"{environment.machine}; {environment.versions}; {environment.date}"

@@ -67,7 +67,7 @@ def page(quality: Sequence[QualityResult], passkeys: Sequence[PasskeyResult], pl
         plot=plot,
         quality=quality,
         passkeys={model: [result for result in passkeys if result.model == model] for model in models},
-        environment=_environments([result.environment for result in measured]),
+        environment=measured_on([result.environment for result in measured]),
         defaults=DEFAULTS,
         days_of=_days_of,
         quality_table=quality_table,
@@ -156,7 +156,8 @@ def _days_of(result: QualityResult) -> list[str]:
     return sorted({day for row in result.rows if (day := result.day_of(row))})
 
 
-def _environments(environments: Sequence[Environment]) -> str:
+def measured_on(environments: Sequence[Environment]) -> str:
+    """Machines, versions and dates of several measurements in one sentence."""
     dates = sorted(environment.date for environment in environments)
     newest = max(environments, key=lambda environment: environment.date)
     machines = sorted({environment.machine for environment in environments})
