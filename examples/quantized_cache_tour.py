@@ -634,7 +634,8 @@ book.say(
 
 # %%
 tokens_per_gb = {
-    bits: 1e9 / (book.cache_bytes(100_000, **EIGHT_B, k_bits=bits, v_bits=bits)["total"] / 100_000) for bits in (16, 4, 2)
+    bits: 1e9 / (book.cache_bytes(100_000, **EIGHT_B, k_bits=bits, v_bits=bits)["total"] / 100_000)
+    for bits in (16, 4, 2)
 }
 book.say(
     f"- A GB of cache holds {tokens_per_gb[16]:,.0f} tokens of Llama 3 8B at 16 bits, "

@@ -125,12 +125,12 @@ def test_replayed_decoding_is_eager_decoding(kernels, allowed, monkeypatch, rese
     assert torch.equal(model.generate(ids, past_key_values=cache, **greedy), expected)
     assert len(records) == 1 if reserved or ON_GPU else len(records) > 1
     ledger, other = cache.ledger, eager.ledger
-    assert (ledger.columns, ledger.lengths, ledger.packed) == (other.columns, other.lengths, other.packed)
+    assert (ledger.seq_length, ledger.lengths, ledger.packed) == (other.seq_length, other.lengths, other.packed)
     assert ledger.counts(torch.device(DEVICE, 0) if ON_GPU else torch.device("cpu"))[:2].tolist() == [
         ledger.lengths,
         ledger.packed,
     ]
-    assert torch.equal(ledger.column_is_real, other.column_is_real)
+    assert torch.equal(ledger.is_real, other.is_real)
 
 
 def test_positions_of_a_replayed_step_are_those_given(kernels, allowed, monkeypatch):  # noqa: F811

@@ -663,7 +663,7 @@ def test_marks_of_padding_are_data_in_inference_mode_too(pair, backend):
         for token in (ids, *tokens(2, 3).split(1, dim=1)):
             kivi(token, attention_mask=mask, past_key_values=cache)
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-    real = cache.ledger.column_is_real
+    real = cache.ledger.is_real
     assert real.shape == (2, 83) and not real.is_inference()
 
 

@@ -56,8 +56,8 @@ def filled(model, length=150, batch=1, **options) -> KIVICache:
 def state(cache: KIVICache) -> list:
     """All that a cache is: its ledger, and what is alive of its layers."""
     ledger, layers = cache.ledger, [live_tensors(layer.store) for layer in cache.kivi_layers]
-    real = None if ledger.column_is_real is None else ledger.column_is_real.tolist()
-    return [ledger.columns, ledger.lengths, ledger.packed, ledger.save().reach, ledger.geometry, real, layers]
+    real = None if ledger.is_real is None else ledger.is_real.tolist()
+    return [ledger.seq_length, ledger.lengths, ledger.packed, ledger.save().reach, ledger.geometry, real, layers]
 
 
 def assert_same(loaded: KIVICache, saved: KIVICache) -> None:

@@ -383,8 +383,8 @@ def test_lists_changed_outside_the_kernels_reach_the_device(kernels):
     device = layer.key.window.device
     assert layer.ledger.counts(device)[[LENGTH, PACKED]].tolist() == [layer.lengths, layer.packed]
     layer.keep([60, 60])
-    layer.ledger.columns = 150
-    layer.ledger.keep_columns(60)
+    layer.ledger.seq_length = 150
+    layer.ledger.crop(60)
     layer.select(torch.tensor([1, 0, 0]))
     layer.ledger.select(torch.tensor([1, 0, 0]))
     assert layer.lengths == [60, 60, 60]

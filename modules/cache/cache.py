@@ -115,7 +115,7 @@ class KIVICache(Cache):
 
     def _layer(self, layer_idx: int) -> CacheLayerMixin:
         """The layer `layer_idx`; without a config it is made when it is first asked for."""
-        if self.config is None and not self.ledger.columns:
+        if self.config is None and not self.ledger.seq_length:
             while len(self.layers) <= layer_idx:
                 bits = self.options.bits_of_layer(0, 1)
                 self.layers.append(KIVICacheLayer(self.options, bits, len(self.layers), self.ledger))
@@ -170,7 +170,7 @@ class KIVICache(Cache):
             raise ValueError("the cache is in the middle of a step; save it when the forward has ended.")
         self._settle()
         self.ledger.raise_if_marked()
-        if tokens is None and self.tokens is not None and self.tokens.shape[1] >= self.ledger.columns:
+        if tokens is None and self.tokens is not None and self.tokens.shape[1] >= self.ledger.seq_length:
             tokens = self.tokens
         model = model or (self._model and self._model())
         if model is None:
@@ -220,7 +220,7 @@ class KIVICache(Cache):
         known = self.tokens
         if known is None or known.shape[0] != input_ids.shape[0]:
             return
-        both = min(known.shape[1], input_ids.shape[1], self.ledger.columns)
+        both = min(known.shape[1], input_ids.shape[1], self.ledger.seq_length)
         same = (known[:, :both].to(input_ids.device) == input_ids[:, :both]).all(0)
         if not bool(same.all()):
             raise ValueError(
@@ -310,7 +310,7 @@ class KIVICache(Cache):
     @as_data
     def _commit(self, step: Step, on_devices: bool = True) -> None:
         self.ledger.commit(step, on_devices)
-        if step.length == 1 and self.ledger.columns % max(_WATCHED_TOKENS, self.ledger.geometry.group_size) == 0:
+        if step.length == 1 and self.ledger.seq_length % max(_WATCHED_TOKENS, self.ledger.geometry.group_size) == 0:
             self.ledger.watch_marks()
 
     def _check_complete(self, opened: OpenStep) -> None:
@@ -330,7 +330,7 @@ class KIVICache(Cache):
             self.ledger.open = OpenStep(step)
         written = self.ledger.open.written
         written.add(layer.layer_idx)
-        all_known = self.config is not None or self.ledger.columns > 0  # else a layer may yet be made
+        all_known = self.config is not None or self.ledger.seq_length > 0  # else a layer may yet be made
         if not self._driven and all_known and len(written) == len(self.kivi_layers):
             saved = self._savepoint
             self._settle()
@@ -360,7 +360,7 @@ class KIVICache(Cache):
         return self._step_of(attention_mask, batch, length)
 
     def _step_of(self, attention_mask: torch.Tensor | None, batch: int, length: int) -> Step:
-        stored = self.ledger.columns
+        stored = self.ledger.seq_length
         if stored:
             self.ledger.check_batch(batch)
         if length > 1:
@@ -388,7 +388,7 @@ class KIVICache(Cache):
         return Step.of(real[:, stored:], batch, length)
 
     def _check_past(self, past: torch.Tensor) -> None:
-        known = self.ledger.column_is_real
+        known = self.ledger.is_real
         same = bool(past.all()) if known is None else torch.equal(past, known.to(past.device))
         if not same:
             raise ValueError(
@@ -398,7 +398,7 @@ class KIVICache(Cache):
 
     def next_positions(self, step: Step, batch: int, device: torch.device) -> torch.Tensor:
         """Positions `[B, length]` of the new tokens: each sequence counts its own real tokens."""
-        if not self.ledger.columns:
+        if not self.ledger.seq_length:
             start = torch.zeros(batch, 1, dtype=torch.long, device=device)
         elif device.type == "cpu":
             start = torch.tensor(self.ledger.lengths).unsqueeze(1)
@@ -541,7 +541,7 @@ class KIVICache(Cache):
         """
         given = _whole_number("crop", tokens_to_remove)
         self._settle()
-        columns = self.ledger.columns
+        columns = self.ledger.seq_length
         keep = min(given, columns) if given > 0 else max(0, columns + given)
         for layer in self.layers:
             if not isinstance(layer, KIVICacheLayer):
@@ -552,7 +552,7 @@ class KIVICache(Cache):
         for layer in self.kivi_layers:
             if layer.store is not None:
                 layer.store.keep(lengths)
-        self.ledger.keep_columns(keep)
+        self.ledger.crop(keep)
 
     @as_data
     def _select(self, index: torch.Tensor) -> None:

@@ -66,7 +66,7 @@ class KIVICacheLayer(CacheLayerMixin):
             rotates = self.options.rotates_values(self.bits[1])
             store = PackedLayer.empty(key_states, codecs, self.ledger, rotates)
             self.backend = pick_backend(self.options.backend, store)
-        if not self.ledger.columns and self.ledger.batch_size != key_states.shape[0]:
+        if not self.ledger.seq_length and self.ledger.batch_size != key_states.shape[0]:
             self.ledger.clear([0] * key_states.shape[0])
         self.store, self.is_initialized = store, True
 
@@ -102,7 +102,7 @@ class KIVICacheLayer(CacheLayerMixin):
     ) -> tuple[PackedLayer, Backend]:
         """`stored`, made for first tokens; `ValueError` for states that do not fit it."""
         store, backend = self.store, self.backend
-        if store is not None and not self.ledger.columns and store.batch_size != key.shape[0]:
+        if store is not None and not self.ledger.seq_length and store.batch_size != key.shape[0]:
             self.forget()  # memory that reset() kept, of another batch
             store = None
         if store is None or backend is None:
@@ -210,7 +210,7 @@ class KIVICacheLayer(CacheLayerMixin):
         """
         step = step or Step.of(None, key_states.shape[0], key_states.shape[2])
         store, _ = self._admit(step, key_states, value_states, query)
-        past = [self.dense(side) for side in store.sides] if self.ledger.columns else []
+        past = [self.dense(side) for side in store.sides] if self.ledger.seq_length else []
         self.append(key_states, value_states, step, query)
         seen = store.seen(key_states, value_states)
         return tuple(torch.cat([old, new], dim=2) for old, new in zip(past, seen)) if past else seen
@@ -219,10 +219,10 @@ class KIVICacheLayer(CacheLayerMixin):
     def dense(self, side: PackedSide) -> torch.Tensor:
         """All stored states of a side in the columns they came in, `[B, H, columns, D]`; zeros at padding."""
         store, _ = self.stored
-        real, batch = self.ledger.column_is_real, store.batch_size
+        real, batch = self.ledger.is_real, store.batch_size
         if real is None:
             return store.given(side, store.read(side, slice(None), self.dtype))
-        dense = side.window.new_zeros(batch, side.window.shape[1], self.ledger.columns, side.window.shape[3])
+        dense = side.window.new_zeros(batch, side.window.shape[1], self.ledger.seq_length, side.window.shape[3])
         for row in range(batch):
             states = store.given(side, store.read(side, slice(row, row + 1), self.dtype))
             dense[row, :, real[row].to(dense.device)] = states[0]

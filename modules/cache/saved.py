@@ -43,7 +43,7 @@ class State:
     """What of a saved cache is no tensor: JSON in the metadata of the file.
 
     Attributes:
-        columns, lengths, packed, reach, draft_room: of the ledger.
+        seq_length, lengths, packed, reach, draft_room: of the ledger.
         options: those of the cache, by name.
         config: what of the model's config decides keys and values.
         model_dtype: of the model; None where only its config was known.
@@ -52,7 +52,7 @@ class State:
         layers: of each layer the name of its class and what makes one like it.
     """
 
-    columns: int
+    seq_length: int
     lengths: list[int]
     packed: list[int]
     reach: list[int]
@@ -70,15 +70,15 @@ def write(cache: Any, path: Path, tokens: torch.Tensor | None, model: Model) -> 
     ledger = cache.ledger
     check_target(path)
     config = _config_of(model)
-    if not ledger.columns:
+    if not ledger.seq_length:
         raise ValueError("the cache holds no tokens, so there is nothing to save; run a forward over it first.")
     if cache.config is not None:
         check_config(config_values(cache.config), config, "the cache")
     tensors: dict[str, torch.Tensor] = {}
     if tokens is not None:
         tensors["tokens"] = _checked_tokens(tokens, ledger)
-    if ledger.column_is_real is not None:
-        tensors["column_is_real"] = ledger.column_is_real.cpu().contiguous()
+    if ledger.is_real is not None:
+        tensors["is_real"] = ledger.is_real.cpu().contiguous()
     parameters = None
     if isinstance(model, PreTrainedModel):
         parameters, tensors["weights"] = sample_weights(model)
@@ -90,7 +90,7 @@ def write(cache: Any, path: Path, tokens: torch.Tensor | None, model: Model) -> 
         layers.append(described)
         tensors |= {f"layers.{index}.{name}": t for name, t in held.items()}
     state = State(
-        columns=ledger.columns,
+        seq_length=ledger.seq_length,
         lengths=ledger.lengths,
         packed=ledger.packed,
         reach=ledger.save().reach,
@@ -157,14 +157,14 @@ def _checked_tokens(tokens: torch.Tensor, ledger: Ledger) -> torch.Tensor:
         isinstance(tokens, torch.Tensor)
         and tokens.dim() == 2
         and tokens.shape[0] == ledger.batch_size
-        and tokens.shape[1] >= ledger.columns
+        and tokens.shape[1] >= ledger.seq_length
         and not tokens.is_floating_point()
     )
     if not fits:
         got = tuple(tokens.shape) if isinstance(tokens, torch.Tensor) else type(tokens).__name__
         raise ValueError(
-            f"tokens must be the ids of all {ledger.columns} columns of the cache's {ledger.batch_size} sequences, padding "
-            f"included, [{ledger.batch_size}, {ledger.columns}] or more of them; got {got}."
+            f"tokens must be the ids of all {ledger.seq_length} columns of the cache's {ledger.batch_size} sequences, padding "
+            f"included, [{ledger.batch_size}, {ledger.seq_length}] or more of them; got {got}."
         )
     return tokens.detach().to("cpu", torch.int64).contiguous()
 
@@ -241,10 +241,10 @@ def _fill_ledger(ledger: Ledger, state: State, file: CheckedFile, device: torch.
 
     ledger.restore(
         Saved(
-            columns=state.columns,
+            seq_length=state.seq_length,
             lengths=state.lengths,
             packed=state.packed,
-            column_is_real=tensor("column_is_real"),
+            is_real=tensor("is_real"),
             most=longest,
             fewest_packed=min(state.packed),
             reach=state.reach,

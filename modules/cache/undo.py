@@ -51,7 +51,7 @@ class _PackedLayer:
     """
 
     def __init__(self, layer: KIVICacheLayer, step: Step) -> None:
-        self.store: PackedLayer | None = layer.store if layer.ledger.columns else None
+        self.store: PackedLayer | None = layer.store if layer.ledger.seq_length else None
         self.energy: torch.Tensor | None = None
         self.newest_energy: list[tuple[int, torch.Tensor]] = []
         self.windows: list[torch.Tensor] = []

@@ -12,7 +12,7 @@ import torch
 from modules.codecs.full_precision import FULL_PRECISION
 from modules.codecs.kivi import GROUPED
 from modules.codecs.static_codec import STATIC
-from modules.kernels.append import append_rows
+from modules.kernels.append import append_sequences
 from modules.store.layer import PackedLayer
 from modules.store.side import PackedSide
 from modules.store.step import Step
@@ -62,17 +62,17 @@ class Backend(abc.ABC):
             `[B, q, num_attention_heads, D]` in the dtype of `query`, for `layer.leave`; zeros where a token is not real.
         """
 
-    def pack(self, side: PackedSide, rows: slice, start: int, states: torch.Tensor) -> None:
-        """Store whole groups `[b, H, T, D]` as packed tokens `start…` of the sequences `rows`; channels have their order."""
-        side.write(rows, start, side.codec.encode(states, None if side.order is None else side.order[rows]))
+    def pack(self, side: PackedSide, sequences: slice, start: int, states: torch.Tensor) -> None:
+        """Store whole groups `[b, H, T, D]` as packed tokens `start…` of `sequences`; channels have their order."""
+        side.write(sequences, start, side.codec.encode(states, None if side.order is None else side.order[sequences]))
 
     def append(self, layer: PackedLayer, key: torch.Tensor, value: torch.Tensor, step: Step) -> None:
         """Store new tokens `[B, H, q, D]`, real ones first and as `layer.enter` gives them, and pack the groups they fill.
 
         The caller has checked states and shapes and made room.
         """
-        for rows, count in list(layer.ledger.uniform_rows(step.lengths)):
-            append_rows(self, layer, rows, key[rows, :, :count], value[rows, :, :count])
+        for sequences, count in list(layer.ledger.equally_long(step.lengths)):
+            append_sequences(self, layer, sequences, key[sequences, :, :count], value[sequences, :, :count])
 
     def decode(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: PackedLayer, scaling: float

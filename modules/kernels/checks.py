@@ -53,9 +53,9 @@ def _check_counts(layer: PackedLayer, batch: int, step: Step | None) -> None:
         raise ValueError(f"each sequence gets between 0 and {step.length} of the new tokens; got {counts}.")
 
 
-def check_groups(side: PackedSide, rows: slice, start: int, states: torch.Tensor) -> None:
-    """Raise `ValueError` where states `[b, H, T, D]` are no whole groups with a place at packed tokens `start…` of `rows`."""
-    window, group_size = side.window[rows], side.group_size if side.what == "keys" else 1
+def check_groups(side: PackedSide, sequences: slice, start: int, states: torch.Tensor) -> None:
+    """Raise `ValueError` where states `[b, H, T, D]` are no whole groups with a place at packed tokens `start…` of `sequences`."""
+    window, group_size = side.window[sequences], side.group_size if side.what == "keys" else 1
     if states.dim() != 4:
         raise ValueError(f"{side.what} must be [batch, heads, tokens, head_dim]; got a shape of {tuple(states.shape)}.")
     facts = [

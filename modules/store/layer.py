@@ -95,9 +95,9 @@ class PackedLayer:
         """Sequences."""
         return self.key.window.shape[0]
 
-    def window_slots(self, row: int) -> list[slice]:
+    def window_slots(self, sequence: int) -> list[slice]:
         """The slots of the window tokens of a sequence, oldest first, as one or two slices."""
-        return self.ledger.geometry.window_slots(self.lengths[row], self.packed[row])
+        return self.ledger.geometry.window_slots(self.lengths[sequence], self.packed[sequence])
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor of the layer, by a dotted name."""
@@ -150,8 +150,8 @@ class PackedLayer:
             return 0, 0
         keys, values = (
             sum(
-                int(ChannelScales.saturated(side.codes[row, :, start : min(start + _CAST_TOKENS, packed)]))
-                for row, packed in enumerate(self.packed)
+                int(ChannelScales.saturated(side.codes[sequence, :, start : min(start + _CAST_TOKENS, packed)]))
+                for sequence, packed in enumerate(self.packed)
                 for start in range(0, packed, _CAST_TOKENS)
             )
             for side in self.sides
@@ -196,15 +196,15 @@ class PackedLayer:
             self.newest_energy.append((stored + number, squares))
         del self.newest_energy[:-room]
 
-    def choose_wide(self, rows: slice | list[int], groups: torch.Tensor) -> None:
+    def choose_wide(self, sequences: slice | list[int], groups: torch.Tensor) -> None:
         """Choose the wide key channels, if there are any, of sequences by their first groups of keys `[b, H, T, D]`."""
         if self.key.order is not None and self.query_energy is not None:
-            energy = self.query_energy[rows]
-            self.key.order[rows] = choose_order(groups, self.key.wide, self.key.group_size, energy)
+            energy = self.query_energy[sequences]
+            self.key.order[sequences] = choose_order(groups, self.key.wide, self.key.group_size, energy)
 
     def overwrites(self, step: Step) -> bool:
         """Whether new tokens take slots of the window in which tokens lie that are stored by now."""
-        if step.length == 1 or not self.ledger.columns:
+        if step.length == 1 or not self.ledger.seq_length:
             return False
         ledger, sinks = self.ledger, self.sink_length
         states = zip(ledger.lengths, ledger.packed, step.lengths)
@@ -240,15 +240,15 @@ class PackedLayer:
     def _expected(self) -> int:
         return self.ledger.geometry.packed_after(self.ledger.expected, 0)
 
-    def read(self, side: PackedSide, rows: slice, dtype: torch.dtype) -> torch.Tensor:
-        """All tokens of the sequences `rows` (equally long), in order, `[b, H, length, D]`, dequantized."""
-        row = rows.start or 0
-        packed = self.packed[row]
-        parts = [side.sinks[rows, :, : min(self.lengths[row], self.sink_length)].to(dtype)]
+    def read(self, side: PackedSide, sequences: slice, dtype: torch.dtype) -> torch.Tensor:
+        """All tokens of `sequences` (equally long), in order, `[b, H, length, D]`, dequantized."""
+        sequence = sequences.start or 0
+        packed = self.packed[sequence]
+        parts = [side.sinks[sequences, :, : min(self.lengths[sequence], self.sink_length)].to(dtype)]
         step = max(self.group_size, _CAST_TOKENS // self.group_size * self.group_size)
         for start in range(0, packed, step):
-            parts.append(side.read(rows, start, min(start + step, packed), dtype))
-        parts += [side.window[rows, :, slot].to(dtype) for slot in self.window_slots(row)]
+            parts.append(side.read(sequences, start, min(start + step, packed), dtype))
+        parts += [side.window[sequences, :, slot].to(dtype) for slot in self.window_slots(sequence)]
         return torch.cat(parts, dim=2)
 
     def keep(self, lengths: list[int]) -> None:
@@ -257,31 +257,31 @@ class PackedLayer:
         A group that is cut is dequantized into the window, from where it is packed again when the window is full.
         """
         starts = self.ledger.packed_within(lengths)
-        for row, (length, start) in enumerate(zip(lengths, starts)):
-            if start < self.packed[row] and not self.ledger.holds(row, start):
-                rows, left = slice(row, row + 1), length - self.sink_length - start
+        for sequence, (length, start) in enumerate(zip(lengths, starts)):
+            if start < self.packed[sequence] and not self.ledger.holds(sequence, start):
+                sequences, left = slice(sequence, sequence + 1), length - self.sink_length - start
                 for side in self.sides:
-                    group = side.read(rows, start, start + self.group_size, side.window.dtype)
-                    side.write_window(rows, start, group[:, :, : max(0, left)])
+                    group = side.read(sequences, start, start + self.group_size, side.window.dtype)
+                    side.write_window(sequences, start, group[:, :, : max(0, left)])
         while self.newest_energy and self.newest_energy[-1][0] >= max(lengths):
             _, squares = self.newest_energy.pop()
             self.query_energy = self.query_energy - squares
         if self.query_energy is not None and not all(lengths):
             self.query_energy = self.query_energy.clone()
-            self.query_energy[[row for row, length in enumerate(lengths) if not length]] = 0
+            self.query_energy[[sequence for sequence, length in enumerate(lengths) if not length]] = 0
 
     def enlarge_window(self, geometry: Geometry) -> None:
         """Give the window the slots of another geometry; its tokens stay."""
         for side in self.sides:
             states = [
-                torch.cat([side.window[row : row + 1, :, slot] for slot in self.window_slots(row)] or
-                          [side.window[row : row + 1, :, :0]], dim=2)
-                for row in range(self.batch_size)
+                torch.cat([side.window[sequence : sequence + 1, :, slot] for slot in self.window_slots(sequence)] or
+                          [side.window[sequence : sequence + 1, :, :0]], dim=2)
+                for sequence in range(self.batch_size)
             ]  # fmt: skip
             batch, heads, _, head_dim = side.window.shape
             side.window = side.window.new_zeros(batch, heads, geometry.ring, head_dim)
-            for row, tokens in enumerate(states):
-                side.write_window(slice(row, row + 1), self.packed[row], tokens)
+            for sequence, tokens in enumerate(states):
+                side.write_window(slice(sequence, sequence + 1), self.packed[sequence], tokens)
 
     def select(self, index: torch.Tensor) -> None:
         """Keep the sequences `index` (int64, `[n]`), in that order; one may come several times."""

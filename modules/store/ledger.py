@@ -75,10 +75,10 @@ class OpenStep:
 class Saved:
     """What `Ledger.restore` goes back to."""
 
-    columns: int
+    seq_length: int
     lengths: list[int] | None
     packed: list[int] | None
-    column_is_real: torch.Tensor | None
+    is_real: torch.Tensor | None
     most: int
     fewest_packed: int
     reach: list[int]
@@ -94,8 +94,8 @@ class Ledger:
 
     Attributes:
         geometry: where tokens go.
-        columns: columns seen, padding included (tokens).
-        column_is_real: bool `[B, columns]` once some are padding, else None.
+        seq_length: columns seen, padding included (tokens).
+        is_real: bool `[B, seq_length]` once some are padding, else None.
         most: the longest sequence has no more tokens.
         fewest_packed: every sequence has this many packed tokens or more.
         moves: how often memory of the cache was moved, made or dropped; what is bound to addresses looks at it.
@@ -117,8 +117,8 @@ class Ledger:
 
     def clear(self, lengths: list[int]) -> None:
         """Hold `len(lengths)` sequences of that many tokens, none of them packed, and no columns."""
-        self.columns = 0
-        self.column_is_real: torch.Tensor | None = None
+        self.seq_length = 0
+        self.is_real: torch.Tensor | None = None
         self.tokens: torch.Tensor | None = None
         self._reach = list(lengths)  # the most tokens each sequence ever had: its newest slots hold those
         self._set(lengths, [0] * len(lengths))
@@ -207,8 +207,8 @@ class Ledger:
     def columns_of(self, layer_idx: int) -> int:
         """Columns that a layer has seen, with those of the open step where it has written them."""
         if self.open is None or layer_idx not in self.open.written:
-            return self.columns
-        return self.columns + self.open.step.length
+            return self.seq_length
+        return self.seq_length + self.open.step.length
 
     def check_batch(self, batch: int) -> None:
         """Raise `ValueError` where `batch` is not the number of sequences held."""
@@ -226,7 +226,7 @@ class Ledger:
         if longest > self.max_length:
             raise ValueError(f"the cache was made with max_length={self.max_length} tokens; {longest} are needed.")
 
-    def uniform_rows(self, new_lengths: list[int]) -> Iterator[tuple[slice, int]]:
+    def equally_long(self, new_lengths: list[int]) -> Iterator[tuple[slice, int]]:
         """Slices of neighbours in the batch that hold and receive equally many tokens, with that number of new ones."""
         first = 0
         for (_, _, new), alike in itertools.groupby(zip(self.lengths, self.packed, new_lengths)):
@@ -282,44 +282,42 @@ class Ledger:
 
     def add_columns(self, step: Step) -> None:
         """Count the columns of a step in."""
-        old, new = self.column_is_real, step.real
+        old, new = self.is_real, step.real
         known = old if new is None else new
         if known is not None:
             batch, device = self.batch_size, known.device
             if old is None:
-                old = torch.ones(batch, self.columns, dtype=torch.bool, device=device)
+                old = torch.ones(batch, self.seq_length, dtype=torch.bool, device=device)
             if new is None:
                 new = torch.ones(batch, step.length, dtype=torch.bool, device=device)
-            self.column_is_real = torch.cat([old.to(device), new], dim=1)
-        self._keep_tokens(self.columns)
-        self.columns += step.length
+            self.is_real = torch.cat([old.to(device), new], dim=1)
+        self._keep_tokens(self.seq_length)
+        self.seq_length += step.length
 
-    def lengths_within(self, columns: int) -> list[int]:
-        """Tokens of each sequence in the first `columns` columns."""
-        if self.column_is_real is None:
-            return [columns] * self.batch_size
-        return self.column_is_real[:, :columns].sum(1).tolist()
+    def lengths_within(self, seq_length: int) -> list[int]:
+        """Tokens of each sequence in the first `seq_length` columns."""
+        if self.is_real is None:
+            return [seq_length] * self.batch_size
+        return self.is_real[:, :seq_length].sum(1).tolist()
 
     def set_columns(self, stored: int, step: Step) -> None:
         """Say in which columns from `stored` on the real tokens of `step` came, where they were stored real ones first."""
-        if self.column_is_real is None or step.real is None:
+        if self.is_real is None or step.real is None:
             return  # no padding, no order
-        self.column_is_real = torch.cat(
-            [self.column_is_real[:, :stored], step.real.to(self.column_is_real.device)], dim=1
-        )
+        self.is_real = torch.cat([self.is_real[:, :stored], step.real.to(self.is_real.device)], dim=1)
 
-    def keep_columns(self, columns: int) -> None:
-        """Forget all but the first `columns` columns, and the tokens of the others; groups that are cut are not packed."""
-        lengths = self.lengths_within(columns)
+    def crop(self, seq_length: int) -> None:
+        """Forget all but the first `seq_length` columns, and the tokens of the others; groups that are cut are not packed."""
+        lengths = self.lengths_within(seq_length)
         self._set(lengths, self.packed_within(lengths))
-        self.columns = columns
-        if self.column_is_real is not None:
-            self.column_is_real = self.column_is_real[:, :columns]
-        self._keep_tokens(columns)
+        self.seq_length = seq_length
+        if self.is_real is not None:
+            self.is_real = self.is_real[:, :seq_length]
+        self._keep_tokens(seq_length)
 
-    def _keep_tokens(self, columns: int) -> None:
+    def _keep_tokens(self, seq_length: int) -> None:
         if self.tokens is not None:
-            self.tokens = self.tokens[:, :columns]
+            self.tokens = self.tokens[:, :seq_length]
 
     def packed_within(self, lengths: list[int]) -> list[int]:
         """Packed tokens that stay where only the first `lengths[b]` tokens of each sequence do.
@@ -381,8 +379,8 @@ class Ledger:
     def select(self, index: torch.Tensor) -> None:
         """Keep the sequences `index` (int64, `[n]`), in that order; one may come several times."""
         rows = index.tolist()
-        if self.column_is_real is not None:
-            self.column_is_real = self.column_is_real[index.to(self.column_is_real.device)]
+        if self.is_real is not None:
+            self.is_real = self.is_real[index.to(self.is_real.device)]
         if self.tokens is not None:
             self.tokens = self.tokens[index.to(self.tokens.device)]
         self._reach = [self._reach[row] for row in rows]
@@ -393,10 +391,10 @@ class Ledger:
         copied = self._lengths is None and not self._recording
         counts = {device: t.clone() for device, t in self._counts.items()} if copied else {}
         return Saved(
-            columns=self.columns,
+            seq_length=self.seq_length,
             lengths=self._lengths,
             packed=self._packed,
-            column_is_real=self.column_is_real,
+            is_real=self.is_real,
             most=self.most,
             fewest_packed=self.fewest_packed,
             reach=self._reach,
@@ -409,7 +407,7 @@ class Ledger:
         self.open = None
         if self._recording:
             return
-        self.columns, self.column_is_real = saved.columns, saved.column_is_real
+        self.seq_length, self.is_real = saved.seq_length, saved.is_real
         self._forget_counts()
         self._lengths, self._packed, self._counts = saved.lengths, saved.packed, dict(saved.counts)
         self.most, self.fewest_packed = saved.most, saved.fewest_packed

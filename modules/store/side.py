@@ -116,37 +116,37 @@ class PackedSide:
                 new[:, :, : old.shape[2]] = old
                 setattr(self, name, new)
 
-    def write(self, rows: slice, start: int, packed: Packed) -> None:
-        """Store packed groups at packed tokens `start…` of the sequences `rows`."""
+    def write(self, sequences: slice, start: int, packed: Packed) -> None:
+        """Store packed groups at packed tokens `start…` of `sequences`."""
         for name, part in zip(self.PACKED, packed):
             if part is not None:
                 first = self._row(name, start)
-                getattr(self, name)[rows, :, first : first + part.shape[2]] = part
+                getattr(self, name)[sequences, :, first : first + part.shape[2]] = part
 
     def _row(self, name: str, token: int) -> int:
         """Row of a packed part at which `token` starts."""
         return token // self.parts[name].every
 
-    def stored(self, rows: slice, start: int, stop: int) -> Packed:
-        """Views of the packed tokens `start…stop`, multiples of the group size, of the sequences `rows`."""
+    def stored(self, sequences: slice, start: int, stop: int) -> Packed:
+        """Views of the packed tokens `start…stop`, multiples of the group size, of `sequences`."""
         return Packed(
             *(
-                None if t is None else t[rows, :, self._row(name, start) : self._row(name, stop)]
+                None if t is None else t[sequences, :, self._row(name, start) : self._row(name, stop)]
                 for name in self.PACKED
                 for t in (getattr(self, name),)
             )
         )
 
-    def read(self, rows: slice, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+    def read(self, sequences: slice, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
         """The packed tokens `start…stop` `[b, H, stop - start, D]`, dequantized; both multiples of the group size."""
-        order = None if self.order is None else self.order[rows]
-        return self.codec.decode(self.stored(rows, start, stop), order, dtype)
+        order = None if self.order is None else self.order[sequences]
+        return self.codec.decode(self.stored(sequences, start, stop), order, dtype)
 
-    def write_window(self, rows: slice, token: int, states: torch.Tensor) -> None:
+    def write_window(self, sequences: slice, token: int, states: torch.Tensor) -> None:
         """Put states `[b, H, n, D]` of the tokens from `token` on, counted behind the sinks, into their slots."""
         ring, done = self.window.shape[2], 0
         while done < states.shape[2]:
             slot = (token + done) % ring
             step = min(states.shape[2] - done, ring - slot)
-            self.window[rows, :, slot : slot + step] = states[:, :, done : done + step]
+            self.window[sequences, :, slot : slot + step] = states[:, :, done : done + step]
             done += step

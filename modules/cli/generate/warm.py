@@ -25,7 +25,7 @@ def warm_up(model: PreTrainedModel, cache: KIVICache) -> None:
             for count in (config.num_attention_heads, heads, heads)
         )
         for layer in layers:
-            if cache.ledger.columns:
+            if cache.ledger.seq_length:
                 layer.attend(query, key, value, head_dim**-0.5, step)
             else:
                 layer.append(key, value, step, query)

@@ -38,9 +38,9 @@ class NumbaBackend(Backend):
         """See `Backend.decode`."""
         return attention.decode(query, key, value, layer, scaling)
 
-    def pack(self, side: PackedSide, rows: slice, start: int, states: torch.Tensor) -> None:
+    def pack(self, side: PackedSide, sequences: slice, start: int, states: torch.Tensor) -> None:
         """See `Backend.pack`."""
-        packing.pack(side, rows, start, states)
+        packing.pack(side, sequences, start, states)
 
 
 BACKEND = NumbaBackend()

@@ -35,29 +35,34 @@ def attend(
     kv_heads = key.shape[1]
     out = query.new_zeros(batch, length, heads, head_dim)
     grouped = query.unflatten(1, (kv_heads, heads // kv_heads))
-    for rows, count in layer.ledger.uniform_rows(step.lengths):
+    for sequences, count in layer.ledger.equally_long(step.lengths):
         if not count:
             continue
         attended = _attend_rows(
-            grouped[rows, ..., :count, :], key[rows, :, :count], value[rows, :, :count], layer, rows, scaling
+            grouped[sequences, ..., :count, :],
+            key[sequences, :, :count],
+            value[sequences, :, :count],
+            layer,
+            sequences,
+            scaling,
         )
-        out[rows, :count] = attended.flatten(1, 2).transpose(1, 2).to(query.dtype)
+        out[sequences, :count] = attended.flatten(1, 2).transpose(1, 2).to(query.dtype)
     return out
 
 
 def _attend_rows(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: PackedLayer, rows: slice, scaling: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: PackedLayer, sequences: slice, scaling: float
 ) -> torch.Tensor:
     """Equally long sequences: query `[b, Hkv, g, q, D]` to `[b, Hkv, g, q, D]`, float32."""
     batch, kv_heads, group, length, head_dim = query.shape
     folded = (query.float() * scaling).flatten(2, 3)  # the queries of one KV head share each load
     softmax = _OnlineSoftmax()
-    row = rows.start or 0
+    sequence = sequences.start or 0
 
     keys, values = (
         torch.cat(
-            [side.sinks[rows, :, : min(layer.lengths[row], layer.sink_length)].float()]
-            + [side.window[rows, :, slot].float() for slot in layer.window_slots(row)]
+            [side.sinks[sequences, :, : min(layer.lengths[sequence], layer.sink_length)].float()]
+            + [side.window[sequences, :, slot].float() for slot in layer.window_slots(sequence)]
             + [new.float()],
             dim=2,
         )
@@ -68,9 +73,9 @@ def _attend_rows(
         scores.masked_fill_(_future(length, group, keys.shape[2], query.device), -torch.inf)
     softmax.add(softmax.weights(scores) @ values)
 
-    for start, stop in _blocks(layer, row, batch * kv_heads, group * length, head_dim):
-        weights = softmax.weights(_scores(folded, layer.key, rows, start, stop))
-        softmax.add(_weighted_sum(weights, layer.value, rows, start, stop))
+    for start, stop in _blocks(layer, sequence, batch * kv_heads, group * length, head_dim):
+        weights = softmax.weights(_scores(folded, layer.key, sequences, start, stop))
+        softmax.add(_weighted_sum(weights, layer.value, sequences, start, stop))
     return softmax.result().unflatten(2, (group, length))
 
 
@@ -80,9 +85,9 @@ def _future(length: int, group: int, keys: int, device: torch.device) -> torch.T
     return torch.nn.functional.pad(hidden, (keys - length, 0)).repeat(group, 1)
 
 
-def _blocks(layer: PackedLayer, row: int, heads: int, queries: int, head_dim: int) -> list[tuple[int, int]]:
+def _blocks(layer: PackedLayer, sequence: int, heads: int, queries: int, head_dim: int) -> list[tuple[int, int]]:
     """Ranges of packed tokens for which a plane of codes, as floats, and the scores stay within bounds."""
-    packed, planes = layer.packed[row], min(layer.key.planes, layer.value.planes)
+    packed, planes = layer.packed[sequence], min(layer.key.planes, layer.value.planes)
     dense_bytes = 2 * packed * layer.key.window.element_size()  # keys and values of one channel, unpacked
     tokens = min(
         _PLANE_ELEMENTS * planes // (heads * head_dim),
@@ -107,13 +112,13 @@ def _planes(codes: torch.Tensor, bits: int) -> Iterator[torch.Tensor]:
         yield (plane.view(torch.uint8) if by_word else plane).float()
 
 
-def _scores(query: torch.Tensor, side: PackedSide, rows: slice, start: int, stop: int) -> torch.Tensor:
+def _scores(query: torch.Tensor, side: PackedSide, sequences: slice, start: int, stop: int) -> torch.Tensor:
     """`query` `[b, H, n, D]` on packed keys: `q·k = q·(scale∘code) + q·minimum`, float32 `[b, H, n, T]`."""
-    stored = side.stored(rows, start, stop)
+    stored = side.stored(sequences, start, stop)
     if stored.scale is None:
         return query @ stored.codes.float().transpose(-1, -2)
     if side.order is not None:
-        query = place_channels(query, side.order[rows])
+        query = place_channels(query, side.order[sequences])
     scale, minimum = (t.float() for t in stored.metadata)
     scores = (query @ minimum.transpose(-1, -2)).repeat_interleave(side.group_size, dim=-1)
     width = stored.codes.shape[-1]
@@ -131,13 +136,13 @@ def _add_scores(scores: torch.Tensor, query: torch.Tensor, codes: torch.Tensor, 
     scores.flatten(0, 1).baddbmm_(query.flatten(0, 1), codes.flatten(0, 1).transpose(1, 2))
 
 
-def _weighted_sum(weights: torch.Tensor, side: PackedSide, rows: slice, start: int, stop: int) -> torch.Tensor:
+def _weighted_sum(weights: torch.Tensor, side: PackedSide, sequences: slice, start: int, stop: int) -> torch.Tensor:
     """`weights` `[b, H, n, T]` of packed values, float32 `[b, H, n, D]`: `Σ p v = Σ (p·scale) (code − m) + Σ p·middle`.
 
     `m` is half the largest code and `middle` the value that goes with it: about zero, both sums stay as small as their
     total, which is often much smaller than the values, and float32 stays exact.
     """
-    stored = side.stored(rows, start, stop)
+    stored = side.stored(sequences, start, stop)
     if stored.scale is None:
         return weights @ stored.codes.float()
     width, parts, scaled_by, scaled = stored.codes.shape[-1], [], -1, weights

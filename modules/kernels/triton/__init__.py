@@ -37,11 +37,11 @@ class TritonBackend(Backend):
         if not append.append_token(layer, key, value, step):
             super().append(layer, key, value, step)
 
-    def pack(self, side: PackedSide, rows: slice, start: int, states: torch.Tensor) -> None:
+    def pack(self, side: PackedSide, sequences: slice, start: int, states: torch.Tensor) -> None:
         """See `Backend.pack`."""
         if not side.grouped:
-            return super().pack(side, rows, start, states)
-        pack.pack_groups(side, rows, start, states)
+            return super().pack(side, sequences, start, states)
+        pack.pack_groups(side, sequences, start, states)
 
 
 BACKEND = TritonBackend()
