@@ -42,7 +42,7 @@ ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "architecture.md"
 
 LAYERS = (  # from the ground up; what stands in one line may import its like
-    ("options",),
+    ("options", "files"),
     ("codecs",),
     ("store",),
     ("kernels",),

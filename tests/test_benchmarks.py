@@ -9,6 +9,7 @@ import decode_cpu
 import gpu_bench
 import pytest
 import report
+import saved_cpu
 import torch
 from conftest import make_pair, relative_error, tokens
 from transformers import DynamicCache, StaticCache
@@ -62,6 +63,15 @@ def test_filled_caches_hold_the_same_tokens():
     assert caches["coded"].get_cache_info()["tokens"]["packed"] == 64
 
 
+def test_a_saved_prompt_is_measured():
+    flags = parse(saved_cpu.Flags, ["--rounds", "1", "--k-bits", "4", "--backend", "torch"], description="")
+    row = saved_cpu.measure(make_pair("llama")[1], 300, flags)
+    assert 0 < row["alive_bytes"] < row["allocated_bytes"] < row["dense_bytes"]
+    assert (
+        0 < row["file_bytes"] - row["alive_bytes"] < 25_000 and min(row["save_ms"], row["load_ms"], row["feed_s"]) > 0
+    )
+
+
 def test_layers_of_the_gpu_benchmark_hold_what_they_say(monkeypatch):
     """On the CPU, where its layers and caches can be made as well."""
     monkeypatch.setattr(gpu_bench, "DEVICE", "cpu")
@@ -101,6 +111,7 @@ def test_options_that_are_given_are_what_is_measured(module):
         (attention_cpu, ["--bits", "3"]),
         (decode_cpu, ["--tokens", "512", "0"]),
         (decode_cpu, ["--threads", "0"]),
+        (saved_cpu, ["--tokens", "0"]),
         (gpu_bench, ["--minutes", "-1"]),
         (compile_report, ["--jobs", "0"]),
         (compile_report, ["--arch", "91"]),

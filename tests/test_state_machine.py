@@ -11,6 +11,7 @@ import copy
 import dataclasses
 import itertools
 import pickle
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -201,6 +202,16 @@ def check_groups(given: torch.Tensor, stored: torch.Tensor, codec, side: int) ->
 lengths = st.one_of(st.integers(1, 3), st.integers(1, LONGEST_STEP))
 OURS = ("over codes", "rebuilt")  # a step of the cache; else each layer's `update` alone
 forwards = st.sampled_from((*OURS, "stock model", "updates"))
+
+
+def through_file(cache: KIVICache) -> KIVICache:
+    """The cache, saved and loaded; itself while there is nothing to save."""
+    if not cache.get_seq_length():
+        return copy.deepcopy(cache)
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/cache"
+        cache.save(path, model=CONFIG)
+        return KIVICache.load(path, CONFIG, max_length=cache.ledger.max_length)
 
 
 class CacheMachine(RuleBasedStateMachine):
@@ -416,7 +427,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.batch_repeat_interleave(2)
         self.plain.select([row for row in range(self.plain.batch) for _ in range(2)])
 
-    @rule(through=st.sampled_from((copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache)))))
+    @rule(through=st.sampled_from((copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache)), through_file)))
     def go_on_with_a_copy(self, through) -> None:
         """The cache it was copied from must not change any more."""
         twin = through(self.cache)

@@ -8,16 +8,19 @@ import dataclasses
 import functools
 import operator
 import warnings
+import weakref
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, Self
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from modules.cache.layer import KIVICacheLayer
 from modules.cache.modes import as_data
 from modules.cache.report import cache_report, format_report
+from modules.cache.saved import read, write
 from modules.cache.undo import Savepoint
 from modules.options import KIVIOptions, check_count, check_flag, head_dim_of
 from modules.store.ledger import Geometry, Ledger, OpenStep
@@ -79,6 +82,7 @@ class KIVICache(Cache):
         self._ended: Savepoint | None = None  # of the last such step, for a model that turns out to have more layers
         self._handed_on: set[int] = set()  # layers whose states are on their way to an attention function
         self._driven = self._over_codes = False
+        self._model: weakref.ref[PreTrainedModel] | None = None  # that ran it last, where the model says so
         super().__init__(layers=[] if config is None else self._layers_of(config))
         if config is None:
             options.bits_of_layer(0, 1)  # a list of bits needs to know how many layers there are
@@ -119,6 +123,101 @@ class KIVICache(Cache):
             return self._over_codes
         implementation = getattr(self.config, "_attn_implementation", None) or ""
         return implementation.startswith(OVER_CODES)
+
+    # Files
+
+    @as_data
+    def save(
+        self,
+        path: Path | str,
+        tokens: torch.Tensor | None = None,
+        model: PreTrainedModel | PreTrainedConfig | None = None,
+    ) -> None:
+        """Write what is stored to a file, which `load` reads: a prompt is fed once and asked many times, also by others.
+
+        The file is safetensors with a SHA-256 over all of it. It holds the tokens that are alive and no room to grow, and
+        takes the place of one that was there once it is whole.
+
+        Args:
+            path: of the file, in a folder that is there.
+            tokens: ids of all columns, int64 `[B, columns]`; more may follow that are yet to be fed, such as the last one that
+                `generate()` gave. None: those of the file that the cache is from, if it has not moved on.
+            model: that filled the cache, so that another one is refused by its weights; a config, where weights are not to be
+                compared. None: the KIVI model that ran it last.
+
+        Raises:
+            ValueError: for an empty cache, during a step or after one that was broken off; for tokens that are not those of
+                the columns; for another model; for a folder that is not there; for layers that cannot be saved.
+            OSError: as the disk has it. The file that was there before is untouched then.
+        """
+        if self._driven:
+            raise ValueError("the cache is in the middle of a step; save it when the forward has ended.")
+        self._settle()
+        self.ledger.raise_if_marked()
+        if tokens is None and self.tokens is not None and self.tokens.shape[1] >= self.ledger.columns:
+            tokens = self.tokens
+        model = model or (self._model and self._model())
+        if model is None:
+            raise ValueError(
+                "the cache does not know which model filled it: pass save(path, model=model), or model=model.config for a file "
+                "that any weights of that config may load."
+            )
+        write(self, Path(path), tokens, model)
+
+    @classmethod
+    def load(
+        cls,
+        path: Path | str,
+        model: PreTrainedModel | PreTrainedConfig,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        max_length: int | None = None,
+        offloading: bool = False,
+        **options: Any,
+    ) -> Self:
+        """The cache in a file that `save` wrote, with its options; `tokens` are the ids saved with it.
+
+        Args:
+            path: of the file.
+            model: that goes on with it. A config does as well, and then weights are not compared.
+            device: of the tensors; None: that of each layer of the model, or the CPU for a config.
+            dtype: of the states in full precision: torch.float32, bfloat16 or float16. A wider one is exact, a narrower one
+                rounds them as a model of that dtype would have. None: as saved, or the model's if that has changed since.
+            max_length, offloading: as of a new cache.
+            options: by name. `backend` is taken; any other must be as it was saved.
+
+        Raises:
+            ValueError: for a file that is not there, truncated, altered in any byte or not a saved cache; for another config,
+                other weights or options than it was saved with, saying what differs; for states that a dtype cannot say.
+        """
+        more = {"max_length": max_length, "offloading": offloading}
+        return as_data(read)(cls, Path(path), model, device, dtype, options, **more)
+
+    @property
+    def tokens(self) -> torch.Tensor | None:
+        """Ids of the columns from the first on, int64 `[B, n]`, of a cache from a file that says them, else None."""
+        return self.ledger.tokens
+
+    def check_tokens(self, input_ids: torch.Tensor) -> None:
+        """Raise `ValueError` where ids `[B, n]` do not begin with `tokens`, as far as these are stored and known."""
+        known = self.tokens
+        if known is None or known.shape[0] != input_ids.shape[0]:
+            return
+        both = min(known.shape[1], input_ids.shape[1], self.ledger.columns)
+        same = (known[:, :both].to(input_ids.device) == input_ids[:, :both]).all(0)
+        if not bool(same.all()):
+            raise ValueError(
+                f"the tokens are not those that the cache holds from column {int(same.to(torch.uint8).argmin())} on: pass "
+                "cache.tokens and what is to follow, torch.cat([cache.tokens, new_ids], dim=1)."
+            )
+
+    def ran(self, model: PreTrainedModel) -> None:
+        """Note that `model` ran a step: `save` writes by what it can be told."""
+        self._model = weakref.ref(model)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_model": None}  # a process that reads a pickle has another model
 
     # Steps
 

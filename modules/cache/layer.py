@@ -59,7 +59,7 @@ class KIVICacheLayer(CacheLayerMixin):
         self.store, self.is_initialized = store, True
 
     @property
-    def _stored(self) -> tuple[PackedLayer, Backend]:
+    def stored(self) -> tuple[PackedLayer, Backend]:
         """The tensors and what attends over them."""
         if self.store is None or self.backend is None:
             raise ValueError(
@@ -82,14 +82,14 @@ class KIVICacheLayer(CacheLayerMixin):
     def _admit(
         self, step: Step, key: torch.Tensor, value: torch.Tensor, query: torch.Tensor | None
     ) -> tuple[PackedLayer, Backend]:
-        """`_stored`, made for first tokens; `ValueError` for states that do not fit it."""
+        """`stored`, made for first tokens; `ValueError` for states that do not fit it."""
         store, backend = self.store, self.backend
         if store is not None and not self.ledger.columns and store.batch_size != key.shape[0]:
             self.forget()  # memory that reset() kept, of another batch
             store = None
         if store is None or backend is None:
             self.lazy_initialization(key, value)
-            store, backend = self._stored
+            store, backend = self.stored
         with self._located():
             self._check_shapes(store.key.window, step, key, value, query)
             self.ledger.check_room(step)
@@ -157,7 +157,7 @@ class KIVICacheLayer(CacheLayerMixin):
     def _attend_and_store(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, step: Step
     ) -> torch.Tensor:
-        store, backend = self._stored
+        store, backend = self.stored
         query, key, value = (step.real_first(states.detach()) for states in (query, key, value))
         value = store.rotate(value)
         store.check_states(key, value)
@@ -204,7 +204,7 @@ class KIVICacheLayer(CacheLayerMixin):
     @as_data
     def dense(self, side: PackedSide) -> torch.Tensor:
         """All stored states of a side in the columns they came in, `[B, H, columns, D]`; zeros at padding."""
-        store, _ = self._stored
+        store, _ = self.stored
         dense = self._dense_as_stored(store, side)
         return store.rotate(dense) if side is store.value else dense
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -73,3 +75,24 @@ class Codec(Protocol):
 
     def decode(self, packed: Packed, order: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         """The states `[b, H, T, D]` of whole groups, dequantized, in `dtype`."""
+
+
+def own_tensors(codec: Codec) -> dict[str, torch.Tensor]:
+    """The tensors that a codec, a dataclass, holds itself, by the dotted names of their fields: what options do not say."""
+    found = {}
+    for field in dataclasses.fields(codec):  # type: ignore[arg-type]
+        value = getattr(codec, field.name)
+        if isinstance(value, torch.Tensor):
+            found[field.name] = value
+        elif dataclasses.is_dataclass(value):
+            found |= {f"{field.name}.{name}": t for name, t in own_tensors(value).items()}  # type: ignore[arg-type]
+    return found
+
+
+def with_own_tensors(codec: Codec, tensors: Mapping[str, torch.Tensor]) -> Codec:
+    """The codec with other tensors in the places that `own_tensors` names."""
+    changes: dict[str, Any] = {}
+    for name in {name.split(".")[0] for name in tensors}:
+        inner = {rest: t for full, t in tensors.items() for first, _, rest in [full.partition(".")] if first == name}
+        changes[name] = inner[""] if "" in inner else with_own_tensors(getattr(codec, name), inner)
+    return dataclasses.replace(codec, **changes)  # type: ignore[type-var]

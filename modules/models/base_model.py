@@ -73,6 +73,7 @@ class KIVIModelMixin:
                 f"{tuple(tokens.shape)}."
             )
         batch, length = tokens.shape[:2]
+        cache.ran(self)
         step = kivi_step or cache.new_step(attention_mask, batch, length)
         if position_ids is None:
             position_ids = cache.next_positions(step, batch, tokens.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -78,6 +79,10 @@ class KIVIForCausalLMMixin:
             ValueError: for an option that is unknown or not allowed.
         """
         return KIVICache(self.config, max_length=max_length, offloading=offloading, **overrides)
+
+    def load_kivi_cache(self, path: Path | str, **kwargs: Any) -> KIVICache:
+        """A cache that was saved with `cache.save(path)`, for this model; see `KIVICache.load`, which takes `kwargs`."""
+        return KIVICache.load(path, self, **kwargs)
 
     def forward(
         self,
@@ -179,11 +184,14 @@ class KIVIForCausalLMMixin:
         """As the stock model's; the tokens must go on from those that a KIVI cache holds.
 
         Raises:
-            ValueError: where it holds as many tokens as are given, or more, so that nothing is left to feed.
+            ValueError: where it holds as many tokens as are given, or more, so that nothing is left to feed; where it is from
+                a file that says its tokens and others are given.
         """
         cache, mask = model_kwargs.get("past_key_values"), model_kwargs.get("attention_mask")
         given = input_ids.shape[1]
         all_given = mask is None or mask.shape[1] == given  # else only the new tokens are
+        if isinstance(cache, KIVICache) and all_given:
+            cache.check_tokens(input_ids)
         if isinstance(cache, KIVICache) and all_given and 0 < given <= cache.get_seq_length():
             stored = cache.get_seq_length()
             raise ValueError(

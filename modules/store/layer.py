@@ -168,7 +168,10 @@ class PackedLayer:
 
     def make_room(self, step: Step) -> None:
         """Grow the packed part where new tokens will fill groups that do not fit; its memory moves then."""
-        need = self.ledger.capacity_for(step)
+        self.room_for(self.ledger.capacity_for(step))
+
+    def room_for(self, need: int) -> None:
+        """Grow the packed part to `need` tokens and some more where they do not fit; its memory moves then."""
         if need <= self.key.capacity:
             return
         least = _LEAST_SLACK if self.key.window.device.type == "cuda" else 0

@@ -80,6 +80,7 @@ class Saved:
     most: int
     fewest_packed: int
     reach: list[int]
+    tokens: torch.Tensor | None
     counts: dict[torch.device, torch.Tensor]
 
 
@@ -96,6 +97,8 @@ class Ledger:
         most: the longest sequence has no more tokens.
         fewest_packed: every sequence has this many packed tokens or more.
         moves: how often memory of the cache was moved, made or dropped; what is bound to addresses looks at it.
+        tokens: ids of the columns from the first on, int64 `[B, n]`, where a file said them, else None. Those of columns to
+            come are dropped when the cache moves on.
         max_length: tokens a sequence may reach, None without a limit.
         expected: tokens the longest sequence is expected to reach; there is room for them from the start.
         open: the step that layers are writing, None between steps.
@@ -114,6 +117,7 @@ class Ledger:
         """Hold `len(lengths)` sequences of that many tokens, none of them packed, and no columns."""
         self.columns = 0
         self.column_is_real: torch.Tensor | None = None
+        self.tokens: torch.Tensor | None = None
         self._reach = list(lengths)  # the most tokens each sequence ever had: its newest slots hold those
         self._set(lengths, [0] * len(lengths))
 
@@ -285,6 +289,7 @@ class Ledger:
             if new is None:
                 new = torch.ones(batch, step.length, dtype=torch.bool, device=device)
             self.column_is_real = torch.cat([old.to(device), new], dim=1)
+        self._keep_tokens(self.columns)
         self.columns += step.length
 
     def lengths_within(self, columns: int) -> list[int]:
@@ -308,6 +313,11 @@ class Ledger:
         self.columns = columns
         if self.column_is_real is not None:
             self.column_is_real = self.column_is_real[:, :columns]
+        self._keep_tokens(columns)
+
+    def _keep_tokens(self, columns: int) -> None:
+        if self.tokens is not None:
+            self.tokens = self.tokens[:, :columns]
 
     def packed_within(self, lengths: list[int]) -> list[int]:
         """Packed tokens that stay where only the first `lengths[b]` tokens of each sequence do.
@@ -324,6 +334,13 @@ class Ledger:
     def holds(self, row: int, first: int) -> bool:
         """Whether the window of a sequence holds its tokens from `first` on, counted behind the sinks, packed ones too."""
         return self._in_window(first, self._reach[row])
+
+    def held_from(self) -> list[int]:
+        """The oldest token of each sequence, counted behind the sinks, that its window holds, packed ones too."""
+        g = self.geometry
+        return [
+            max(0, min(packed, reach - g.sink_length - g.ring + 1)) for packed, reach in zip(self.packed, self._reach)
+        ]
 
     def make_draft_room(self, tokens: int) -> Geometry:
         """The geometry with slots for `tokens` tokens that may be taken back, which is in force once `geometry` is set."""
@@ -364,6 +381,8 @@ class Ledger:
         rows = index.tolist()
         if self.column_is_real is not None:
             self.column_is_real = self.column_is_real[index.to(self.column_is_real.device)]
+        if self.tokens is not None:
+            self.tokens = self.tokens[index.to(self.tokens.device)]
         self._reach = [self._reach[row] for row in rows]
         self._set([self.lengths[row] for row in rows], [self.packed[row] for row in rows])
 
@@ -379,6 +398,7 @@ class Ledger:
             most=self.most,
             fewest_packed=self.fewest_packed,
             reach=self._reach,
+            tokens=self.tokens,
             counts=counts,
         )
 
@@ -391,4 +411,5 @@ class Ledger:
         self._forget_counts()
         self._lengths, self._packed, self._counts = saved.lengths, saved.packed, dict(saved.counts)
         self.most, self.fewest_packed = saved.most, saved.fewest_packed
+        self.tokens = saved.tokens
         self._reach = [reach + attempted for reach in saved.reach]
