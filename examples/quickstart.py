@@ -12,23 +12,14 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from common import (
-    Answer,
-    ModelFlags,
-    TextStream,
-    UserError,
-    answer,
-    chat_ids,
-    load_as_asked,
-    offline_text,
-    progress,
-    run,
-    stop_tokens,
-)
+from common import ModelFlags, UserError, load_as_asked, offline_text, run
 
 from modules.cli.command import argument, parse
+
+if TYPE_CHECKING:
+    from modules.cli.generate.streaming import Answer
 
 TOPICS = ("with", "context-managers", "for", "while", "break", "del")
 QUESTION = "What is the with statement used for? Answer in one paragraph."
@@ -56,18 +47,10 @@ def read_prompt(file: str | None) -> str:
     return text
 
 
-def check_length(model: Any, prompt_tokens: int, max_new_tokens: int) -> None:
-    """Refuse a prompt that leaves the model's context."""
-    context = model.config.max_position_embeddings
-    if prompt_tokens + max_new_tokens > context:
-        raise UserError(
-            f"the prompt has {prompt_tokens} tokens and up to {max_new_tokens} are to follow; its limit is {context}. "
-            "Give a shorter --prompt or fewer --max-new-tokens."
-        )
-
-
 def warm_up(model: Any, input_ids: Any, cache: Any) -> None:
     """A short run, so that what is built or allocated once is not timed."""
+    from modules.cli.generate.streaming import answer
+
     answer(model, input_ids[:, :256], cache, max_new_tokens=WARM_UP_TOKENS, stop=set())
 
 
@@ -123,9 +106,9 @@ def table(cache: Any, ours: Answer, dtype: Any, stock: tuple[Answer, int] | None
             f"{ours.first_seconds:.2f}",
             f"{other.first_seconds:.2f}" if other else "not run",
         ),
-        ("tokens a second after it", speed(ours), speed(other) if other else "not run"),
+        ("tokens a second after it (median)", speed(ours), speed(other) if other else "not run"),
     ]
-    if other and ours.rest_seconds and other.rest_seconds:
+    if other and ours.step_seconds and other.step_seconds:
         rows.append(("  KIVI to stock", f"{ours.tokens_per_second / other.tokens_per_second:.2f} times", ""))
     for row in rows:
         result.add_row(*row)
@@ -140,6 +123,9 @@ def speed(result: Answer) -> str:
 def compare(args: Quickstart, input_ids: Any, length: int) -> tuple[Answer, int] | None:
     """The stock model on the same prompt: its answer and its cache's bytes; None where Ctrl-C came first."""
     from transformers import DynamicCache
+
+    from modules.cli.generate.streaming import answer, stop_tokens
+    from modules.cli.progress import progress
 
     model, tokenizer = load_as_asked(args, "smollm2", stock=True)
     warm_up(model, input_ids, DynamicCache(config=model.config))
@@ -162,27 +148,22 @@ def main() -> None:
     args = parse(Quickstart, description=__doc__)
     from rich.console import Console
 
+    from modules.cli.generate.conversation import Conversation
+
     console = Console()
     prompt = read_prompt(args.prompt)
     model, tokenizer = load_as_asked(args, "smollm2")
-    input_ids = chat_ids(tokenizer, [{"role": "user", "content": prompt}]).to(model.device)
-    check_length(model, input_ids.shape[1], args.max_new_tokens)
+    conversation = Conversation(model, tokenizer, model.create_kivi_cache())
+    input_ids = conversation.new_ids(conversation.ids(prompt))
+    conversation.check_length(input_ids.shape[1], args.max_new_tokens)
     warm_up(model, input_ids, model.create_kivi_cache())
 
-    cache = model.create_kivi_cache()
     where = f"{model.device.type}, {str(model.dtype).removeprefix('torch.')}"
     console.print(f"\nThe prompt has {input_ids.shape[1]} tokens ({where}). It ends:", style="bold")
     print(f"… {prompt[-200:].strip().splitlines()[-1]}\n")
-    stream = TextStream(tokenizer, lambda text: print(text, end="", flush=True))
-    ours = answer(
-        model,
-        input_ids,
-        cache,
-        max_new_tokens=args.max_new_tokens,
-        stop=stop_tokens(model, tokenizer),
-        on_token=stream.put,
+    _, ours = conversation.ask(
+        prompt, max_new_tokens=args.max_new_tokens, write=lambda text: print(text, end="", flush=True)
     )
-    stream.end()
     print("\n")
     if ours.interrupted:
         console.print("Stopped; what there is so far:", style="bold")
@@ -195,8 +176,8 @@ def main() -> None:
     if stock:
         print(where_they_part(tokenizer, ours, stock[0]), end="\n\n")
     if ours.tokens:
-        console.print(table(cache, ours, model.dtype, stock))
-    if ours.tokens and not cache.get_cache_info()["tokens"]["packed"]:
+        console.print(table(conversation.cache, ours, model.dtype, stock))
+    if ours.tokens and not conversation.cache.get_cache_info()["tokens"]["packed"]:
         least = args.cache.sink_length + args.cache.residual_length + args.cache.group_size
         console.print(f"Nothing is packed yet: that starts at {least} tokens. Give a longer --prompt.")
 

@@ -135,8 +135,8 @@ def test_no_import_hides_in_a_function():
     assert not lines_of([(name, found) for name, found in hidden if found.target.split(".")[0] not in OPTIONAL])
 
 
-def test_only_the_registry_imports_by_name():
-    """Backends are imported when they are asked for, as their packages are optional; nothing else is."""
+def test_few_import_by_name():
+    """Backends, as their packages are optional, and the commands of `kivi`, whose help needs no torch; nothing else."""
     importers = ("import_module", "__import__")
     found = set()
     for name, file in sources().items():
@@ -144,7 +144,7 @@ def test_only_the_registry_imports_by_name():
             called = getattr(node, "attr", None) or getattr(node, "id", None) or getattr(node, "name", None)
             if called in importers:
                 found.add(name)
-    assert found == {"modules.kernels.registry"}
+    assert found == {"modules.kernels.registry", "modules.cli.__main__"}
 
 
 @pytest.mark.parametrize("package,home", HOMES.items())

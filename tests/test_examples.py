@@ -10,7 +10,6 @@ import pytest
 from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from modules.cli.folder import VARIABLE
-from modules.options import KIVIOptions
 
 PIP = """#!{python}
 # A pip that downloads from the folder {index}, and leaves its own scraps in the folder it downloads to.
@@ -91,10 +90,3 @@ def test_the_memory_table_of_an_own_checkpoint(family, config, tmp_path, capsys)
     assert "3 layers" in " ".join(capsys.readouterr().out.split())
     assert demos.main(family, ["--model", str(tmp_path), "--demo", "memory", "--k-bits", "4", "2"]) == 1
     assert "2 entries for 3 layers" in capsys.readouterr().err
-
-
-def test_sizes_of_single_layers_add_up():
-    mixed = demos._sizes(KIVIOptions(k_bits=[2, 4, 4], v_bits=2), 4096, (3, 8, 128))
-    two, four = (demos._sizes(KIVIOptions(k_bits=bits, v_bits=2), 4096, (3, 8, 128)) for bits in (2, 4))
-    assert mixed == pytest.approx([(a + 2 * b) / 3 for a, b in zip(two, four)])
-    assert demos._sizes(KIVIOptions(use_kivi=False), 4096, (3, 8, 128))[0] == 16

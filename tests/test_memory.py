@@ -1,4 +1,4 @@
-"""Bytes that are real: arithmetic against tensors, and what a decode step allocates."""
+"""Bytes that are real: planned ones by the bits of an element, and what a decode step allocates."""
 
 import pytest
 import torch
@@ -7,35 +7,39 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig
 
-from modules.cache.report import cache_bytes, nominal_bits
+from modules.cache.plan import planned_cache
+from modules.cache.report import nominal_bits
 from modules.kernels.registry import pick_backend
 from modules.kivi_cache_general import KIVICache
 from modules.options import KIVIOptions
 
-SHAPE = {"num_hidden_layers": 2, "num_key_value_heads": 3, "head_dim": 64}
+
+def config_of(layers, heads, head_dim):
+    sizes = {"num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": heads}
+    return LlamaConfig(hidden_size=heads * head_dim, **sizes)
 
 
 def filled(batch, tokens, dtype=torch.float16, **options):
-    config = LlamaConfig(num_attention_heads=9, hidden_size=576, intermediate_size=64, **SHAPE)
-    cache = KIVICache(config, **options)
+    cache = KIVICache(config_of(2, 3, 64), **options)
     states = [torch.randn(batch, 3, tokens, 64).to(dtype) for _ in "kv"]
     for layer in range(2):
         cache.update(*states, layer)
     return cache
 
 
-@pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize("bits", [(2, 2), (4, 4), (8, 8), (2, 4), (16, 2)])
-def test_a_cache_takes_what_the_arithmetic_says(batch, bits):
-    cache = filled(batch, 4096, k_bits=bits[0], v_bits=bits[1], backend="torch")
-    expected = cache_bytes(4096, batch_size=batch, k_bits=bits[0], v_bits=bits[1], **SHAPE)
-    info = cache.get_cache_info()["bytes"]
-    assert expected["total"] <= info["total"] <= 1.06 * expected["total"]
-    assert info["dense"] == expected["dense"]
+def test_a_planned_cache_takes_what_the_bits_say(bits):
+    """Stored bits of packed elements, and the sinks and the whole ring in the model's dtype; a few percent of room beyond."""
+    options = KIVIOptions(k_bits=bits[0], v_bits=bits[1])
+    size = planned_cache(config_of(2, 3, 64), 4096, batch_size=8, options=options).get_cache_info()["bytes"]
+    elements, packed = 8 * 2 * 3 * 64, 4096 - 4 - 128 - 28
+    expected = elements * (packed * sum(options.stored_bits(*bits, 64)) / 8 + 2 * 2 * (4 + 160))
+    assert packed % 32 == 0 and expected <= size["total"] <= 1.06 * expected
+    assert size["dense"] == 2 * 2 * elements * 4096
 
 
 def test_an_8b_model_at_32k_tokens_is_five_times_smaller():
-    figures = cache_bytes(32768, num_hidden_layers=32, num_key_value_heads=8, head_dim=128)
+    figures = planned_cache(config_of(32, 8, 128), 32768, reserve=True).get_cache_info()["bytes"]
     assert figures["ratio"] > 5.1
     assert figures["dense"] == 2 * 32 * 8 * 128 * 32768 * 2
 

@@ -1,4 +1,4 @@
-"""What a KIVI cache takes: counted from its tensors, and by arithmetic."""
+"""What a KIVI cache takes, counted from its tensors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from modules.codecs.full_precision import FULL_PRECISION
-from modules.options import KIVIOptions
 
 
 def nominal_bits(tokens: int, bits: float, residual_length: int) -> float:
@@ -16,40 +15,10 @@ def nominal_bits(tokens: int, bits: float, residual_length: int) -> float:
     return (window * 16 + (tokens - window) * bits) / tokens if tokens else 0.0
 
 
-def cache_bytes(
-    tokens: int,
-    *,
-    num_hidden_layers: int,
-    num_key_value_heads: int,
-    head_dim: int,
-    element_bytes: int = 2,
-    batch_size: int = 1,
-    **options: Any,
-) -> dict[str, float]:
-    """Bytes of a cache of `tokens` tokens a sequence by arithmetic: codes and metadata, sinks, window; without slack.
-
-    Args:
-        element_bytes: of the model's dtype.
-        options: those of `KIVIOptions`; one number of bits for all layers.
-
-    Returns:
-        `packed`, `full_precision`, `total` and, for the same tokens unquantized, `dense`, in bytes; `ratio` is
-        `dense / total`.
-    """
-    chosen = KIVIOptions(**options)
-    elements = batch_size * num_hidden_layers * num_key_value_heads * head_dim  # of one side, a token
-    packed = max(0, tokens - chosen.sink_length - chosen.residual_length) // chosen.group_size * chosen.group_size
-    bits = chosen.stored_bits(*chosen.bits_of_layer(0, num_hidden_layers), head_dim, 8 * element_bytes)
-    packed_bytes = elements * packed * sum(bits) / 8
-    full = 2 * elements * element_bytes * (chosen.sink_length + chosen.residual_length + chosen.group_size)
-    dense = 2 * elements * element_bytes * tokens
-    total = packed_bytes + full
-    return {"packed": packed_bytes, "full_precision": full, "total": total, "dense": dense, "ratio": dense / total}
-
-
 def _storage_bytes(*tensors: torch.Tensor | None) -> int:
+    """Bytes of the storages of tensors, each counted once; those of the meta device have a size and no address."""
     storages = (t.untyped_storage() for t in tensors if t is not None and t.numel())
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
 def cache_report(cache: Any) -> dict[str, Any]:

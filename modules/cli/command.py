@@ -21,9 +21,14 @@ T = TypeVar("T")
 _REQUIRED = object()
 
 
-def argument(default: Any = _REQUIRED, help: str = "", choices: Sequence[Any] | None = None) -> Any:
-    """A field that is a flag: its default (none: it must be given), a sentence on it and the values it may take."""
-    metadata = {"help": help, "choices": choices}
+def argument(
+    default: Any = _REQUIRED, help: str = "", choices: Sequence[Any] | None = None, *, positional: bool = False
+) -> Any:
+    """A field that is a flag: its default (none: it must be given), a sentence on it and the values it may take.
+
+    A `positional` one is given without its name.
+    """
+    metadata = {"help": help, "choices": choices, "positional": positional}
     return (
         dataclasses.field(metadata=metadata)
         if default is _REQUIRED
@@ -42,12 +47,13 @@ def check_least(value: float, minimum: float, flag: str) -> None:
         raise ValueError(f"{flag} must be {minimum} or more; got {value}.")
 
 
-def parse(command: type[T], arguments: Sequence[str] | None = None, *, description: str) -> T:
+def parse(command: type[T], arguments: Sequence[str] | None = None, *, description: str, prog: str | None = None) -> T:
     """A command from its flags; without tyro only `--help` is answered.
 
     Args:
         command: a dataclass made of `argument` and `group`; what its `__post_init__` raises is shown as a mistake.
         arguments: those of the process where None.
+        prog: how the command is called; None: by the file that runs.
 
     Raises:
         SystemExit: with 0 after `--help`, with 2 after a mistake.
@@ -60,7 +66,7 @@ def parse(command: type[T], arguments: Sequence[str] | None = None, *, descripti
             raise
         print(plain_help(command, description))
         raise SystemExit(0) from None
-    return tyro.cli(command, args=arguments, description=description, **_settings())
+    return tyro.cli(command, prog=prog, args=arguments, description=description, **_settings())
 
 
 def parse_one_of(
@@ -121,7 +127,7 @@ def _settings() -> dict[str, Any]:
             fields=tuple(
                 StructFieldSpec(
                     name=field.name,
-                    type=_with_choices(hints[field.name], field.metadata.get("choices")),
+                    type=_type_of(hints[field.name], field),
                     default=_default(field, tyro.MISSING),
                     helptext=field.metadata.get("help"),
                 )
@@ -136,6 +142,17 @@ def _default(field: dataclasses.Field, missing: Any) -> Any:
     if field.default is not dataclasses.MISSING:
         return field.default
     return missing if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _type_of(hint: Any, field: dataclasses.Field) -> Any:
+    """The type of a field as tyro is told of it."""
+    import tyro
+
+    chosen = _with_choices(hint, field.metadata.get("choices"))
+    if not field.metadata.get("positional"):
+        return chosen
+    shown_as = tyro.conf.arg(metavar=field.name.upper())
+    return typing.Annotated[tyro.conf.Positional[chosen], shown_as]  # type: ignore[misc, valid-type] # made at run time
 
 
 def _with_choices(hint: Any, choices: Sequence[Any] | None) -> Any:

@@ -1,4 +1,4 @@
-"""The command line: `python -m modules.evaluation quality|passkey|layers|report`."""
+"""The command line: `kivi evaluate` or `python -m modules.evaluation`, with quality, passkey, layers or report."""
 
 from __future__ import annotations
 
@@ -338,12 +338,20 @@ class Report(ModelFlags):
             Console().print(f"written: {path}")
 
 
+DESCRIPTION = """What a quantized cache costs, measured on a model of yours.
+
+Examples:
+  kivi evaluate quality --model path/to/model --text prose
+  kivi evaluate quality --model path/to/model --options k_bits=4,v_bits=4 --options 'paper: k_range=minmax,sink_length=0'
+  kivi evaluate passkey --model path/to/model --lengths 2000 4000
+  kivi evaluate layers --model path/to/model
+"""
 COMMANDS = {"quality": Quality, "passkey": Passkey, "layers": Layers, "report": Report}
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run a command; 0, or 2 after a mistake that a message explains."""
-    command = parse_one_of(COMMANDS, arguments, prog="python -m modules.evaluation", description=__doc__)
+def main(arguments: list[str] | None = None, prog: str = "python -m modules.evaluation") -> int:
+    """Run a command, called as `prog`; 0, or 2 after a mistake that a message explains."""
+    command = parse_one_of(COMMANDS, arguments, prog=prog, description=DESCRIPTION)
     console = Console(stderr=True)
     try:
         command.run(console)

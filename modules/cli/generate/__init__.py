@@ -1,0 +1,1 @@
+"""`kivi generate`: prompts and conversations over a quantized cache."""

@@ -1,0 +1,1 @@
+"""`kivi memory`: the bytes of a cache before there is one."""
