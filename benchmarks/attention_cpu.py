@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from paths import RESULTS  # which puts the project's folder on the path
-from timing import percentiles, take_turns
 from transformers import DynamicCache
 from transformers.cache_utils import StaticLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -32,6 +31,7 @@ from modules.evaluation.candidates import changes, written
 from modules.evaluation.environment import Environment
 from modules.evaluation.results import BenchmarkResult, save_result
 from modules.evaluation.tables import write_csv
+from modules.evaluation.timing import percentiles, take_turns
 from modules.options import KIVIOptions
 from modules.store.ledger import Geometry, Ledger
 from modules.store.step import Step

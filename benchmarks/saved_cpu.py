@@ -21,13 +21,13 @@ from decode_cpu import default_model
 from paths import RESULTS  # which puts the project's folder on the path
 from rich.console import Console
 from rich.table import Table
-from timing import percentiles, take_turns
 from transformers import PreTrainedModel
 
 from modules.cli.command import argument, check_least, group, parse
 from modules.evaluation.candidates import changes
 from modules.evaluation.environment import Environment
 from modules.evaluation.results import BenchmarkResult, save_result
+from modules.evaluation.timing import percentiles, take_turns
 from modules.models.families import load_any
 from modules.options import KIVIOptions
 

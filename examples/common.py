@@ -23,7 +23,7 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -221,7 +221,7 @@ def _convert(gguf: Path, target: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from modules.cli.generate.loading import load, quiet
+    from modules.cli.generate.loading import quiet
     from modules.cli.progress import progress
 
     with progress(f"Reading {gguf.name} (once)"), quiet():
@@ -249,6 +249,13 @@ class ModelFlags(RunFlags):
     """The flags of the model and of its cache."""
 
     model: str | None = argument(None, "a folder, a .gguf file or a name on the hub; None: a small one is fetched")
+
+
+def load(model: str | Path, **options: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """See `modules.cli.generate.loading.load`, which is imported here so that `--help` needs nothing installed."""
+    from modules.cli.generate.loading import load
+
+    return load(model, **options)
 
 
 def load_as_asked(

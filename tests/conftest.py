@@ -8,11 +8,21 @@ import pathlib
 import pytest
 import torch
 from layers import relative_error  # noqa: F401 - the tests take it from here
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from modeling_llama_kivi import LlamaForCausalLM_KIVI, LlamaKIVIConfig
 from modeling_qwen_kivi import Qwen2ForCausalLM_KIVI, Qwen2KIVIConfig, Qwen3ForCausalLM_KIVI, Qwen3KIVIConfig
 from modules.cli.folder import QWEN, SMOLLM2, VARIABLE, models_folder
+from modules.kernels import registry
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -81,6 +91,22 @@ def each_pair(request):
 def pair():
     """(stock, KIVI) with the same weights, for what all families share."""
     return make_pair("llama")
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """One token a character."""
+    tokenizer = Tokenizer(models.WordLevel({chr(code): code for code in range(128)}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+@pytest.fixture
+def without_numba(monkeypatch):
+    """Every new mix of bits would be compiled; torch needs no compilation."""
+    entry = registry.REGISTRY["numba"]
+    monkeypatch.setitem(registry.REGISTRY, "numba", entry._replace(needs="a_package_that_nobody_has"))
 
 
 def real_model_path(family: str) -> pathlib.Path:

@@ -9,12 +9,13 @@ import decode_cpu
 import gpu_bench
 import pytest
 import report
-import saved_cpu
 import torch
 from conftest import make_pair, relative_error, tokens
 from transformers import DynamicCache, StaticCache
 
+from modules.cli.benchmark import run as benchmark
 from modules.cli.command import parse
+from modules.evaluation import decoding
 from modules.evaluation.environment import Environment
 from modules.evaluation.report import write_report
 from modules.evaluation.results import BenchmarkResult, load_result, save_result
@@ -55,21 +56,12 @@ def test_filled_caches_hold_the_same_tokens():
     caches = {"dense": DynamicCache(), "static": StaticCache(model.config, max_cache_len=120)}
     caches |= {"exact": model.create_kivi_cache(**options), "coded": model.create_kivi_cache()}
     with torch.inference_mode():
-        decode_cpu.fill(caches, model.config, 100, torch.float32)
+        decoding.fill(caches, model.config, 100, torch.float32)
         assert [cache.get_seq_length() for cache in caches.values()] == [100] * 4
         dense, static, exact, coded = (model(tokens(1, 1), past_key_values=cache).logits for cache in caches.values())
     assert relative_error(static, dense) < 1e-5
     assert relative_error(exact, dense) < 1e-5 and relative_error(coded, dense) > 1e-5
     assert caches["coded"].get_cache_info()["tokens"]["packed"] == 64
-
-
-def test_a_saved_prompt_is_measured():
-    flags = parse(saved_cpu.Flags, ["--rounds", "1", "--k-bits", "4", "--backend", "torch"], description="")
-    row = saved_cpu.measure(make_pair("llama")[1], 300, flags)
-    assert 0 < row["alive_bytes"] < row["allocated_bytes"] < row["dense_bytes"]
-    assert (
-        0 < row["file_bytes"] - row["alive_bytes"] < 25_000 and min(row["save_ms"], row["load_ms"], row["feed_s"]) > 0
-    )
 
 
 def test_layers_of_the_gpu_benchmark_hold_what_they_say(monkeypatch):
@@ -92,11 +84,13 @@ def test_layers_of_the_gpu_benchmark_hold_what_they_say(monkeypatch):
     assert cache.get_seq_length() == 301
 
 
-@pytest.mark.parametrize("module", [attention_cpu, decode_cpu])
-def test_options_that_are_given_are_what_is_measured(module):
-    usual = parse(module.Flags, [], description="").contenders()
-    assert len(usual) >= 4
-    given = parse(module.Flags, ["--k-bits", "4", "--v-group-size", "16"], description="").contenders()
+@pytest.mark.parametrize(
+    ("flags", "contenders"),
+    [(attention_cpu.Flags, attention_cpu.Flags.contenders), (decode_cpu.Flags, benchmark.contenders)],
+)
+def test_options_that_are_given_are_what_is_measured(flags, contenders):
+    assert len(contenders(parse(flags, [], description=""))) >= 4
+    given = contenders(parse(flags, ["--k-bits", "4", "--v-group-size", "16"], description=""))
     ((name, options),) = given.items()
     assert "k_bits=4,v_group_size=16" in name
     assert options in ({"k_bits": 4, "v_group_size": 16}, KIVIOptions(k_bits=4, v_group_size=16))
@@ -111,7 +105,6 @@ def test_options_that_are_given_are_what_is_measured(module):
         (attention_cpu, ["--bits", "3"]),
         (decode_cpu, ["--tokens", "512", "0"]),
         (decode_cpu, ["--threads", "0"]),
-        (saved_cpu, ["--tokens", "0"]),
         (gpu_bench, ["--minutes", "-1"]),
         (compile_report, ["--jobs", "0"]),
         (compile_report, ["--arch", "91"]),

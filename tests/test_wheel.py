@@ -73,6 +73,7 @@ def test_a_wheel_works_without_this_folder(wheel, tmp_path):
     elsewhere.mkdir()
     (elsewhere / "use.py").write_text(USE)
     assert "generated 20" in run(python, "use.py", packages, where=elsewhere)
+    assert "30 layers" in run(python.parent / "kivi", "memory", "smollm2-135m", where=elsewhere)
 
 
 def test_the_wheel_says_what_it_needs(wheel, tmp_path):
@@ -81,6 +82,6 @@ def test_the_wheel_says_what_it_needs(wheel, tmp_path):
     metadata = next(tmp_path.glob("*.dist-info/METADATA")).read_text()
     needed = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
     assert {re.match(r"Requires-Dist: ([\w-]+)", line)[1] for line in needed} == {
-        "torch", "transformers", "triton", "numba", "accelerate", "sentencepiece", "tyro", "rich"
+        "torch", "transformers", "triton", "numba", "accelerate", "sentencepiece", "safetensors", "tyro", "rich"
     }  # fmt: skip
     assert "Provides-Extra: flash" in metadata and "Requires-Python: <3.13,>=3.11" in metadata

@@ -41,7 +41,11 @@ COMMANDS = {
     ),
     "evaluate": Entry("what quantization costs: perplexity, KL, passkeys", "modules.evaluation.__main__"),
     "calibrate": Entry("fixed INT8 ranges from a YAML file and texts", "modules.calibration.__main__"),
-    "benchmark": Entry("the time of a decode step beside transformers' own cache", "modules.cli.benchmark"),
+    "benchmark": Entry(
+        "the time of a decode step beside transformers' own caches",
+        "modules.cli.benchmark.run",
+        "modules.cli.benchmark.flags",
+    ),
 }
 
 HELP = """usage: kivi COMMAND [options]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from modules.cli.status import UserError
 
 MODEL_HELP = "a checkpoint's folder, a .gguf file or a name on the hub (owner/name)"
+_ON_HUB = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def source_of(model: str | Path, gguf_file: str | None = None) -> tuple[str, dict[str, str]]:
@@ -29,6 +31,6 @@ def source_of(model: str | Path, gguf_file: str | None = None) -> tuple[str, dic
         if path.suffix != ".gguf" or named:
             raise UserError(f"{model} is a file; give {MODEL_HELP}.")
         return str(path.parent), {"gguf_file": path.name}
-    if path.is_absolute() or str(model).count("/") != 1 or str(model).startswith((".", "~")):
+    if not _ON_HUB.fullmatch(str(model)):
         raise UserError(f"there is no file or folder {model}; give {MODEL_HELP}.")
     return str(model), named

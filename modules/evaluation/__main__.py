@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modules.cli.command import argument, check_least, group, parse_one_of
+from modules.cli.status import run
 from modules.evaluation.candidates import (
     CANDIDATE_SETS,
     Candidate,
@@ -350,15 +351,9 @@ COMMANDS = {"quality": Quality, "passkey": Passkey, "layers": Layers, "report": 
 
 
 def main(arguments: list[str] | None = None, prog: str = "python -m modules.evaluation") -> int:
-    """Run a command, called as `prog`; 0, or 2 after a mistake that a message explains."""
+    """Run a command, called as `prog`; its exit status."""
     command = parse_one_of(COMMANDS, arguments, prog=prog, description=DESCRIPTION)
-    console = Console(stderr=True)
-    try:
-        command.run(console)
-    except ValueError as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False)
-        return 2
-    return 0
+    return run(lambda: command.run(Console(stderr=True)))
 
 
 if __name__ == "__main__":

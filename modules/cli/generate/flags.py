@@ -1,6 +1,6 @@
 """Answers to prompts, streamed, over a quantized KV cache.
 
-The answer goes to stdout and all else to stderr, so that it can be piped. Several prompts, or --chat, are turns of one
+Without --prompt and --chat the prompt is what comes from stdin. The answer goes to stdout and all else to stderr. Several prompts, or --chat, are turns of one
 conversation: each feeds only what is new, and the cache holds the history. Ctrl-C ends an answer; in a chat the next
 turn goes on from what there is. At the end: tokens a second, and the cache's bytes beside float16's.
 
@@ -8,10 +8,9 @@ Examples:
   kivi generate path/to/model --prompt "Name three colours."
   kivi generate path/to/model --prompt "Name three colours." "Which is the darkest?" --k-bits 4 --v-bits 4
   kivi generate path/to/model --chat --temperature 0.7
-  cat report.txt question.txt | kivi generate path/to/model
-  kivi generate path/to/folder --gguf-file model.gguf --raw --prompt "The capital of France is"
-  kivi generate path/to/model --prompt "$(cat report.txt)" --save-cache report.kivi
+  kivi generate path/to/model --save-cache report.kivi < report.txt
   kivi generate path/to/model --load-cache report.kivi --prompt "What did it say of costs?"
+  kivi generate path/to/folder --gguf-file model.gguf --raw --prompt "The capital of France is"
 
 In a chat: /help lists the commands; Ctrl-D ends it.
 """
@@ -19,6 +18,7 @@ In a chat: /help lists the commands; Ctrl-D ends it.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 
 from modules.cli.command import argument, check_least, group
@@ -73,6 +73,8 @@ class Generate(RunFlags):
             check_least(self.prefill_chunk, 1, "--prefill-chunk")
         if any(not prompt.strip() for prompt in self.prompt):
             raise ValueError("--prompt must not be empty.")
+        if not (self.prompt or self.chat) and sys.stdin.isatty():
+            raise ValueError("there is nothing to answer: give --prompt TEXT, --chat, or a text on stdin.")
         if self.json and self.chat:
             raise ValueError("--json is for --prompt; a --chat is for a terminal.")
         if self.system is not None and (self.raw or self.load_cache):

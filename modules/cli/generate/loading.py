@@ -51,6 +51,7 @@ def load_for(
     flags: RunFlags, model: str | Path, *, stock: bool = False, gguf_file: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """`load` with the threads, the dtype, the device and the cache's options of a command line; a bar while it lasts."""
+    source_of(model, gguf_file)  # a mistake here needs no bar
     if flags.threads:
         torch.set_num_threads(flags.threads)
     device = flags.device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -15,6 +15,7 @@ from modules.cli.generate.flags import Generate
 from modules.cli.generate.loading import load_for
 from modules.cli.generate.stats import answer_figures, cache_figures, stats_table
 from modules.cli.generate.streaming import Answer, drawn
+from modules.cli.generate.warm import warm_up
 from modules.cli.status import UsageError, UserError
 from modules.evaluation.candidates import changes
 from modules.kivi_cache_general import KIVICache
@@ -142,8 +143,6 @@ def prompts(command: Generate) -> list[str]:
     """
     if command.prompt or command.chat:
         return list(command.prompt)
-    if sys.stdin.isatty():
-        raise UsageError("there is nothing to answer: give --prompt TEXT, --chat, or a text on stdin.")
     text = sys.stdin.read().strip()
     if not text:
         raise UsageError("stdin is empty; give --prompt TEXT, --chat, or a text on stdin.")
@@ -154,6 +153,7 @@ def start(command: Generate) -> Conversation:
     """The model and an empty conversation, or the one that was saved."""
     model, tokenizer = load_for(command, command.model, gguf_file=command.gguf_file)
     model.prefill_chunk = command.prefill_chunk
+    warm_up(model, model.create_kivi_cache())
     if command.load_cache is None:
         return Conversation(model, tokenizer, model.create_kivi_cache(), system=command.system, raw=command.raw)
     cache = KIVICache.load(command.load_cache, model, **changes(command.cache))

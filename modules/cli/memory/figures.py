@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from modules.cache.plan import planned_cache
 from modules.cli.presets import PRESETS
 from modules.cli.source import source_of
+from modules.cli.status import UserError
 from modules.options import MOST_TOKENS, KIVIOptions, head_dim_of
 
 FLOAT16_BYTES = 2
@@ -25,7 +27,11 @@ def model_config(model: str) -> PreTrainedConfig:
         return AutoConfig.for_model(fields.pop("model_type"), **fields)
     if Path(model).suffix == ".json" and Path(model).expanduser().is_file():
         return AutoConfig.from_pretrained(str(Path(model).expanduser()))
-    name, source = source_of(model)
+    try:
+        name, source = source_of(model)
+    except UserError as error:
+        near = difflib.get_close_matches(model.lower(), PRESETS, n=3, cutoff=0.5)
+        raise UserError(f"{error}" + (f" Names that are known: {', '.join(near)}, …" if near else "")) from error
     return AutoConfig.from_pretrained(name, **source)
 
 
@@ -90,26 +96,24 @@ class Plan:
             "bytes": size,
         }
 
-    def fit(self, options: KIVIOptions, room: int, lengths: list[int], batch: int) -> dict[str, Any]:
+    def fit(self, options: KIVIOptions | None, room: int, lengths: list[int], batch: int) -> dict[str, Any]:
         """The longest context of `batch` sequences, and the largest batch at each length, in `room` bytes.
 
         For prompts that come at once. All tensors of a cache have the batch as a dimension, so its bytes are `batch` times
         those of one sequence.
+
+        Args:
+            options: of the cache; None for float16.
         """
         at_once = dataclasses.replace(self, chunk=None)
 
-        def stored(tokens: int) -> int:
-            return at_once.row(options, tokens)["stored"]["bytes"]
-
-        def float16(tokens: int) -> int:
-            return at_once.row(options, tokens)["float16_bytes"]
+        def size(tokens: int) -> int:
+            row = at_once.row(options or KIVIOptions(use_kivi=False), tokens)
+            return row["stored"]["bytes"] if options else row["float16_bytes"]
 
         return {
-            count.__name__: {
-                "longest_context": _largest(lambda tokens, count=count: count(tokens) * batch <= room),  # type: ignore[misc]
-                "largest_batch": {tokens: max(0, room) // count(tokens) for tokens in lengths},
-            }
-            for count in (stored, float16)
+            "longest_context": _largest(lambda tokens: size(tokens) * batch <= room),
+            "largest_batch": {tokens: room // size(tokens) for tokens in lengths},
         }
 
 

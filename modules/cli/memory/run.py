@@ -72,11 +72,19 @@ def _gpu(command: Memory, plan: Plan, budget: int) -> dict[str, Any]:
             f"{command.overhead} is {decimal(max(0, budget))}; nothing is left for a cache. Give more --gpu-memory, or "
             "the size of quantized --weights."
         )
+    lengths, batch = command.lengths, command.batch
     fits = [
-        {"k_bits": options.k_bits, "v_bits": options.v_bits} | plan.fit(options, room, command.lengths, command.batch)
+        {"k_bits": options.k_bits, "v_bits": options.v_bits} | plan.fit(options, room, lengths, batch)
         for options in command.contenders
     ]
-    return {"memory": command.gpu_memory, "weights_bytes": weights, "room_bytes": room, "fits": fits}
+    float16 = plan.fit(None, room, lengths, batch)
+    return {
+        "memory": command.gpu_memory,
+        "weights_bytes": weights,
+        "room_bytes": room,
+        "fits": fits,
+        "float16": float16,
+    }
 
 
 def _bits(entry: dict[str, Any]) -> str:
@@ -92,14 +100,14 @@ def bytes_table(result: dict[str, Any]) -> Table:
     table = Table(
         title=f"{result['model']}: {shape['layers']} layers, {shape['kv_heads']} KV heads of {shape['head_dim']}; {sequences}",
         caption=f"group_size={options['group_size']} residual_length={options['residual_length']} "
-        f"sink_length={options['sink_length']}; the model in {result['dtype']}; against float16.\n"
+        f"sink_length={options['sink_length']}; a model in {result['dtype']}. K, V: bits of keys and values.\n"
         "Nominal: codes, and the window at 16 bits. Stored: also scales, minima, sinks, the window's whole ring "
         "and room for growth.",
         caption_justify="left",
         box=SIMPLE_HEAD,
         padding=(0, 0, 0, 1),
     )
-    columns = ("tokens", "bits K, V", "nominal bits", "ratio", "share", "stored bits", "ratio", "MB", "float16 MB")
+    columns = ("tokens", "K, V", "nominal bits", "ratio", "share", "stored bits", "ratio", "MB", "float16 MB")
     for column in columns:
         table.add_column(column, justify="right")
     for row in rows:
@@ -120,13 +128,13 @@ def fit_table(result: dict[str, Any]) -> Table:
         caption_justify="left",
         box=SIMPLE_HEAD,
     )
-    columns = {_bits(fit): fit["stored"] for fit in gpu["fits"]} | {"float16": gpu["fits"][0]["float16"]}
-    table.add_column("bits K, V")
+    columns = {_bits(fit): fit for fit in gpu["fits"]} | {"float16": gpu["float16"]}
+    table.add_column("K, V")
     for name in columns:
         table.add_column(name, justify="right")
     longest = [column["longest_context"] for column in columns.values()]
     most = [f"{tokens:,}" if tokens < MOST_TOKENS else f"{MOST_TOKENS:,} or more" for tokens in longest]
     table.add_row(f"longest context, batch {batch} (tokens)", *most)
-    for tokens in gpu["fits"][0]["stored"]["largest_batch"]:
+    for tokens in gpu["float16"]["largest_batch"]:
         table.add_row(f"largest batch at {tokens:,}", *(f"{c['largest_batch'][tokens]:,}" for c in columns.values()))
     return table

@@ -1,0 +1,1 @@
+"""`kivi benchmark`: the time of a decode step."""

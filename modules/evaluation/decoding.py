@@ -1,0 +1,79 @@
+"""One decode step of a whole model on the CPU: transformers' caches against KIVI caches, in turns within one run.
+
+The caches are filled with random keys and values of the model's shapes (the time of a step does not depend on them); each
+round then takes one step with every cache, so that what else the machine does hits them alike. A `StaticCache` is just large
+enough for all rounds; "compiled" is the stock model's forward under `torch.compile` with one.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
+from transformers.cache_utils import Cache
+
+from modules.evaluation.timing import WARM_UP, percentiles, take_turns
+from modules.kivi_cache_general import KIVICache
+from modules.options import head_dim_of
+from modules.store.step import Step
+
+COMPILED = "StaticCache, compiled"
+CONTENDERS: dict[str, dict[str, Any]] = {
+    "KIVI 2 bits, torch": {"backend": "torch"},
+    "KIVI 2 bits, numba": {"backend": "numba"},
+    "KIVI 4 bits, numba": {"k_bits": 4, "v_bits": 4, "backend": "numba"},
+    "KIVI 8 bits, numba": {"k_bits": 8, "v_bits": 8, "backend": "numba"},
+}
+
+
+def fill(caches: dict[str, Cache], config: PreTrainedConfig, tokens: int, dtype: torch.dtype) -> None:
+    """Put the same random tokens into every layer of every cache."""
+    shape = (1, config.num_key_value_heads, tokens, head_dim_of(config))
+    generator = torch.Generator().manual_seed(0)
+    key, value = (torch.randn(shape, generator=generator).to(dtype) for _ in "kv")
+    step = Step.of(None, 1, tokens)
+    for cache in caches.values():
+        if isinstance(cache, KIVICache):
+            for layer in cache.kivi_layers:
+                layer.append(key, value, step)
+            cache.ledger.commit(step)
+        else:
+            for index in range(config.num_hidden_layers):
+                cache.update(key.clone(), value.clone(), index)
+
+
+def measure_steps(
+    model: PreTrainedModel,
+    tokens: int,
+    contenders: Mapping[str, dict[str, Any]],
+    rounds: int,
+    stock: PreTrainedModel | None = None,
+) -> list[dict[str, Any]]:
+    """p20, p50 and p80 of a step in milliseconds at `tokens` tokens of context, of transformers' caches and KIVI caches.
+
+    Args:
+        contenders: options of the KIVI caches, by name.
+        rounds: steps of each.
+        stock: the stock model, which is compiled; None leaves that out.
+    """
+    room = tokens + rounds + 2 * WARM_UP
+    caches: dict[str, Cache] = {
+        "StaticCache": StaticCache(model.config, max_cache_len=room),
+        "DynamicCache": DynamicCache(),
+    }
+    caches |= {name: model.create_kivi_cache(**options) for name, options in contenders.items()}
+    token = torch.tensor([[100]])
+    steps = {name: functools.partial(model, token, past_key_values=cache) for name, cache in caches.items()}
+    if stock is not None:
+        caches[COMPILED] = StaticCache(model.config, max_cache_len=room)
+        torch._dynamo.reset()  # each length is a program of its own, as for a user who has one length
+        steps[COMPILED] = functools.partial(torch.compile(stock.forward), token, past_key_values=caches[COMPILED])
+    with torch.inference_mode():
+        fill(caches, model.config, tokens, model.dtype)
+        times = take_turns(steps, rounds)
+    about = {"tokens": tokens, "dtype": str(model.dtype).removeprefix("torch.")}
+    rows: list[dict[str, Any]] = [{"cache": name, **about, **percentiles(samples)} for name, samples in times.items()]
+    return [row | {"speedup": rows[0]["p50_ms"] / row["p50_ms"]} for row in rows]
