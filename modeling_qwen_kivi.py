@@ -1,7 +1,11 @@
-"""Qwen2, Qwen2.5, Qwen2.5-Coder and Qwen3 with a packed KIVI cache.
+"""Qwen with a packed KIVI cache: Qwen2 and 2.5, Qwen3, their mixtures of experts, the hybrids Qwen3-Next and Qwen3.5, and
+the models that take images: Qwen2-VL, Qwen2.5-VL, Qwen3-VL and Qwen3.5.
 
 model, tokenizer = load_qwen_kivi("Qwen/Qwen2.5-7B-Instruct", k_bits=2, v_bits=2)
 outputs = model.generate(**inputs, past_key_values=model.create_kivi_cache(), max_new_tokens=100)
+
+Each family has here `QwenNForCausalLM_KIVI` (with images `QwenNForConditionalGeneration_KIVI`), `QwenNKIVIConfig`, and the
+classes of its decoder: `QwenNKIVIModel`, `QwenNKIVIDecoderLayer`, `QwenNKIVISdpaAttention`, `QwenNKIVIFlashAttention2`.
 """
 
 from typing import Any
@@ -9,27 +13,16 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from modules.kivi_cache_general import KIVICache, print_kivi_stats
-from modules.models.families import classes_of, load_family
+from modules.models.families import FAMILIES, classes_bound_in, load_family
 
-_QWEN2 = classes_of("qwen2")
-Qwen2KIVIConfig = _QWEN2.config
-Qwen2KIVISdpaAttention = _QWEN2.sdpa_attention
-Qwen2KIVIFlashAttention2 = _QWEN2.flash_attention
-Qwen2KIVIDecoderLayer = _QWEN2.decoder_layer
-Qwen2KIVIModel = _QWEN2.model
-Qwen2ForCausalLM_KIVI = _QWEN2.causal_lm
-
-_QWEN3 = classes_of("qwen3")
-Qwen3KIVIConfig = _QWEN3.config
-Qwen3KIVISdpaAttention = _QWEN3.sdpa_attention
-Qwen3KIVIFlashAttention2 = _QWEN3.flash_attention
-Qwen3KIVIDecoderLayer = _QWEN3.decoder_layer
-Qwen3KIVIModel = _QWEN3.model
-Qwen3ForCausalLM_KIVI = _QWEN3.causal_lm
+_CLASSES = classes_bound_in(__name__)
+globals().update(_CLASSES)
 
 
 def load_qwen_kivi(model_name_or_path: str, **kwargs: Any) -> tuple[Any, PreTrainedTokenizerBase]:
-    """A Qwen2, Qwen2.5 or Qwen3 checkpoint as the KIVI model of its family, and its tokenizer.
+    """A checkpoint of a Qwen as the KIVI model of its family, and its tokenizer.
+
+    A model that takes images is loaded with all of it; `AutoProcessor.from_pretrained` gives what prepares them.
 
     Args:
         model_name_or_path: a folder or a name on the hub.
@@ -39,23 +32,8 @@ def load_qwen_kivi(model_name_or_path: str, **kwargs: Any) -> tuple[Any, PreTrai
     Raises:
         ValueError: for a checkpoint of another family, and for an option that is unknown or not allowed.
     """
-    return load_family(("qwen2", "qwen3"), model_name_or_path, **kwargs)
+    model_types = [family.model_type for family in FAMILIES.values() if family.module == __name__]
+    return load_family(model_types, model_name_or_path, **kwargs)
 
 
-__all__ = [
-    "KIVICache",
-    "Qwen2ForCausalLM_KIVI",
-    "Qwen2KIVIConfig",
-    "Qwen2KIVIDecoderLayer",
-    "Qwen2KIVIFlashAttention2",
-    "Qwen2KIVIModel",
-    "Qwen2KIVISdpaAttention",
-    "Qwen3ForCausalLM_KIVI",
-    "Qwen3KIVIConfig",
-    "Qwen3KIVIDecoderLayer",
-    "Qwen3KIVIFlashAttention2",
-    "Qwen3KIVIModel",
-    "Qwen3KIVISdpaAttention",
-    "load_qwen_kivi",
-    "print_kivi_stats",
-]
+__all__ = ["KIVICache", "load_qwen_kivi", "print_kivi_stats", *_CLASSES]

@@ -51,6 +51,8 @@ _WITHOUT_EFFECT = frozenset(
     )
 )
 _DENSE_ONLY = frozenset(("sliding_window", "is_causal"))  # known to the dense functions
+# All that an attention function here may be called with by name.
+ARGUMENTS = _WITHOUT_EFFECT | _DENSE_ONLY | {"query", "key", "value", "attention_mask", "dropout", "scaling"}
 
 
 def check_arguments(module: nn.Module, extra: dict[str, Any], allowed: frozenset[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import itertools
 from typing import Any
 
@@ -12,33 +14,23 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from modules.cache.cache import KIVICache
 from modules.models.config import over_codes
+from modules.models.pieces import TokenInputs
 from modules.store.step import Step
 
 
-class KIVIModelMixin:
-    """A base model that runs a step through a `KIVICache`: masks, positions, chunks; stock with any other cache.
+class StepMixin:
+    """A decoder that runs a step through a `KIVICache`: masks, positions, chunks; stock with any other cache."""
 
-    The stock constructor builds it; its layers then become those of the family.
-    """
+    _takes_positions: bool  # else it has biases by distance in their place
 
-    kivi_classes: Any
-
-    def __init__(self, config: PreTrainedConfig) -> None:
-        super().__init__(config)
-        self.become_kivi()
-
-    def become_kivi(self) -> None:
-        """Give the layers the classes of the family."""
-        classes = self.kivi_classes
-        flash = self.config._attn_implementation == "flash_attention_2"
-        for layer in self.layers:
-            layer.__class__ = classes.decoder_layer
-            layer.self_attn.__class__ = classes.flash_attention if flash else classes.sdpa_attention
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._takes_positions = "position_ids" in inspect.signature(cls.forward).parameters
 
     @property
-    def _slides(self) -> bool:
-        """Whether some layers have a sliding window: those attend as in the stock model, with a mask."""
-        return "sliding_attention" in (getattr(self.config, "layer_types", None) or ())
+    def _all_full(self) -> bool:
+        """Whether every layer attends to all tokens. Others run as in the stock model, by columns, padding included."""
+        return set(getattr(self.config, "layer_types", None) or ()) <= {"full_attention"}
 
     def forward(
         self,
@@ -55,18 +47,13 @@ class KIVIModelMixin:
         """As the stock model's. `kivi_step` says which new tokens are real where the caller has found out already, and
         `kivi_drafts` how many of them, at the end, may be taken back."""
         cache = past_key_values
-        tokens = input_ids if inputs_embeds is None else inputs_embeds
-        both = input_ids is not None and inputs_embeds is not None
-        if not isinstance(cache, KIVICache) or tokens is None or both:
+        given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "position_ids": position_ids}
+        inputs = {name: value for name, value in given.items() if value is not None}
+        if not isinstance(cache, KIVICache) or len(inputs.keys() - {"position_ids"}) != 1:
             return super().forward(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=cache,
-                inputs_embeds=inputs_embeds,
-                use_cache=use_cache,
-                **kwargs,
+                **inputs, attention_mask=attention_mask, past_key_values=cache, use_cache=use_cache, **kwargs
             )
+        tokens = inputs["input_ids"] if inputs_embeds is None else inputs_embeds
         if tokens.dim() != (2 if inputs_embeds is None else 3):
             raise ValueError(
                 f"a KIVI cache takes input_ids [batch, tokens] or inputs_embeds [batch, tokens, hidden_size]; got the shape "
@@ -75,13 +62,10 @@ class KIVIModelMixin:
         batch, length = tokens.shape[:2]
         cache.ran(self)
         step = kivi_step or cache.new_step(attention_mask, batch, length)
-        if position_ids is None:
+        if position_ids is None and self._takes_positions:
             position_ids = cache.next_positions(step, batch, tokens.device)
-        inputs = {
-            "input_ids": input_ids,
-            "inputs_embeds": inputs_embeds,
-            "position_ids": position_ids.expand(batch, -1) if position_ids.dim() == 2 else position_ids,
-        }
+        if position_ids is not None:
+            inputs["position_ids"] = position_ids.expand(batch, -1) if position_ids.dim() == 2 else position_ids
         pieces = cache.ledger.pieces(length, self.config.prefill_chunk, kivi_drafts)
         if len(pieces) > 1:
             with cache.undone_on_failure(step):
@@ -95,7 +79,7 @@ class KIVIModelMixin:
 
     def _forward_in_pieces(
         self,
-        inputs: dict[str, torch.Tensor | None],
+        inputs: dict[str, Any],
         attention_mask: torch.Tensor | None,
         cache: KIVICache,
         step: Step,
@@ -107,32 +91,51 @@ class KIVIModelMixin:
         They are of real tokens: each sequence of a padded batch is cut where it would be cut alone.
         """
         return_dict = kwargs.pop("return_dict", None)
-        if kwargs.get("output_attentions", self.config.output_attentions):
-            raise ValueError(
-                f"a forward in pieces of {pieces[0]} tokens gives no attention weights; got output_attentions=True. Set "
-                "prefill_chunk=None for it."
-            )
-        aligned = not self._slides
+        for asked in ("output_attentions", "output_router_logits"):
+            if kwargs.get(asked, getattr(self.config, asked, False)):
+                raise ValueError(
+                    f"a forward in pieces of {pieces[0]} tokens gives neither attention weights nor router logits; got "
+                    f"{asked}=True. Set prefill_chunk=None for it."
+                )
+        aligned = self._all_full
         stored = cache.get_seq_length()
         real = step.real
         if real is None and attention_mask is not None and not attention_mask[:, :stored].all():
             real = torch.ones_like(attention_mask[:, stored:], dtype=torch.bool)  # the past has padding
+        parts = TokenInputs.of(inputs | kwargs, step.length)
         if aligned and real is not None:
-            inputs = {name: None if t is None else step.real_first(t, dim=1) for name, t in inputs.items()}
-            real = step.real_first(real, dim=1)
+            parts, real = parts.real_first(step), step.real_first(real, dim=1)
         outputs = []
         for stop, size in zip(itertools.accumulate(pieces), pieces):
-            piece = slice(stop - size, stop)
             mask = None
             if real is not None:
                 past = real.new_ones(len(real), stored) if attention_mask is None else attention_mask[:, :stored].bool()
-                mask = torch.cat([past.to(real.device), real[:, : piece.stop]], dim=1)
-            part: dict[str, Any] = {name: None if t is None else t[:, piece] for name, t in inputs.items()}
-            outputs.append(self.forward(**part, attention_mask=mask, past_key_values=cache, return_dict=True, **kwargs))
+                mask = torch.cat([past.to(real.device), real[:, :stop]], dim=1)
+            part = parts.piece(slice(stop - size, stop))
+            outputs.append(self.forward(**part, attention_mask=mask, past_key_values=cache, return_dict=True))
         if aligned and step.order is not None:
             cache.ledger.set_columns(stored, step)
         joined = _join_outputs(outputs, step if aligned else None)
         return joined.to_tuple() if return_dict is False else joined
+
+
+class KIVIModelMixin(StepMixin):
+    """The base model of a family: the stock constructor builds it; its layers then become those of the family."""
+
+    kivi_classes: Any
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        super().__init__(config)
+        self.become_kivi()
+
+    def become_kivi(self) -> None:
+        """Give the layers the classes of the family."""
+        classes = self.kivi_classes
+        flash = self.config._attn_implementation == "flash_attention_2"
+        for layer in self.layers:
+            layer.__class__ = classes.decoder_layer
+            if hasattr(layer, "self_attn"):  # else it is a linear-attention layer
+                layer.self_attn.__class__ = classes.flash_attention if flash else classes.sdpa_attention
 
 
 def _join_outputs(outputs: list[BaseModelOutputWithPast], step: Step | None) -> BaseModelOutputWithPast:
@@ -141,8 +144,8 @@ def _join_outputs(outputs: list[BaseModelOutputWithPast], step: Step | None) -> 
         return joined if step is None else step.as_given(joined)
 
     states = [out.hidden_states for out in outputs]
-    return BaseModelOutputWithPast(
+    return dataclasses.replace(  # of the class that the family returns
+        outputs[-1],
         last_hidden_state=join(tuple(out.last_hidden_state for out in outputs)),
-        past_key_values=outputs[-1].past_key_values,
         hidden_states=None if states[0] is None else tuple(join(parts) for parts in zip(*states)),
     )

@@ -16,8 +16,8 @@ from modules.models.graphs import DecodeGraphs
 from modules.options import reject_unknown
 
 
-class KIVIForCausalLMMixin:
-    """A causal LM that can create and use a KIVI cache.
+class CachingMixin:
+    """A causal LM that can create and use a KIVI cache, with the options that its decoder's config carries.
 
     Attributes:
         use_kivi_cache: True lets `generate()` and `forward()` create a KIVI cache by themselves.
@@ -25,23 +25,16 @@ class KIVIForCausalLMMixin:
         use_cuda_graphs: False runs every step eagerly, also on a GPU.
     """
 
-    kivi_classes: Any
     use_cuda_graphs: bool = True
 
-    def __init__(self, config: PreTrainedConfig, **options: Any) -> None:
-        reject_unknown(options, FIELD_DEFAULTS, type(self).__name__)
-        config = as_kivi_config(config, type(self).config_class)
-        for name, value in options.items():
-            setattr(config, name, value)
-        check_config(config)
-        super().__init__(config)
-        self.model.__class__ = self.kivi_classes.model
-        self.model.become_kivi()
-        self._decode_graphs = DecodeGraphs()
+    @property
+    def _kivi_config(self) -> PreTrainedConfig:
+        """The config that carries the options: the decoder's."""
+        return self.config.get_text_config(decoder=True)
 
     @property
     def use_kivi_cache(self) -> bool:
-        return self.config.use_kivi_cache
+        return self._kivi_config.use_kivi_cache
 
     @use_kivi_cache.setter
     def use_kivi_cache(self, value: bool) -> None:
@@ -49,7 +42,7 @@ class KIVIForCausalLMMixin:
 
     @property
     def prefill_chunk(self) -> int | None:
-        return self.config.prefill_chunk
+        return self._kivi_config.prefill_chunk
 
     @prefill_chunk.setter
     def prefill_chunk(self, value: int | None) -> None:
@@ -57,12 +50,13 @@ class KIVIForCausalLMMixin:
 
     def _set_checked(self, name: str, value: Any) -> None:
         """Set a field of the config, or leave it and raise the `ValueError` of a value that is not allowed."""
-        previous = getattr(self.config, name)
-        setattr(self.config, name, value)
+        config = self._kivi_config
+        previous = getattr(config, name)
+        setattr(config, name, value)
         try:
-            check_fields(self.config)
+            check_fields(config)
         except ValueError:
-            setattr(self.config, name, previous)
+            setattr(config, name, previous)
             raise
 
     def create_kivi_cache(
@@ -90,46 +84,32 @@ class KIVIForCausalLMMixin:
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ):
         """As the stock model's, and with `use_kivi_cache` a new KIVI cache where none is passed.
 
         On a GPU, steps of one token replay a CUDA graph (see `use_cuda_graphs`).
         """
-        wants_cache = self.config.use_cache if use_cache is None else use_cache
+        wants_cache = self._kivi_config.use_cache if use_cache is None else use_cache
         if self.use_kivi_cache and past_key_values is None and wants_cache and not self.training:
             past_key_values = self.create_kivi_cache()
         if kwargs.get("kivi_step") is None and isinstance(past_key_values, KIVICache):
-            logits = self._decoded(
-                past_key_values,
-                input_ids,
-                attention_mask,
-                position_ids,
-                wants_cache,
-                {"inputs_embeds": inputs_embeds, "labels": labels, **kwargs},
-            )
+            logits = self._decoded(past_key_values, input_ids, attention_mask, position_ids, wants_cache, kwargs)
             if logits is not None:
                 return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
         if isinstance(past_key_values, KIVICache) and past_key_values.ledger.geometry.draft_room:
-            kept = logits_to_keep if isinstance(logits_to_keep, int) else 0
-            kwargs["kivi_drafts"] = max(
-                0, kept - 1
-            )  # assisted decoding wants the logits of the drafts and of one token before
-        return super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            use_cache=use_cache,
-            logits_to_keep=logits_to_keep,
-            **kwargs,
-        )
+            kept = kwargs.get("logits_to_keep", 0)
+            # assisted decoding wants the logits of the drafts and of one token before
+            kwargs["kivi_drafts"] = max(0, kept - 1) if isinstance(kept, int) else 0
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+        }
+        return super().forward(**{name: value for name, value in given.items() if value is not None}, **kwargs)
 
     def _decoded(
         self,
@@ -147,7 +127,7 @@ class KIVIForCausalLMMixin:
         return_dict = others.get("return_dict")
         plain = (
             wants_cache
-            and asked <= {"return_dict"}
+            and asked <= {"return_dict", "logits_to_keep"}  # of one token all are kept
             and (self.config.return_dict if return_dict is None else return_dict)
             and not (self.config.output_hidden_states or self.config.output_attentions)
         )
@@ -156,6 +136,8 @@ class KIVIForCausalLMMixin:
         runner = self._decode_graphs.runner(cache)
         if runner.running or (position_ids is not None and position_ids.dim() != 2):
             return None
+        if position_ids is None and self.get_decoder() is not self.base_model:
+            return None  # the model around the decoder finds the positions, by the images before
         step = cache.new_step(attention_mask, input_ids.shape[0], 1)
         return runner.step(self, cache, input_ids, step, position_ids).clone()
 
@@ -220,3 +202,21 @@ class KIVIForCausalLMMixin:
             )
         if isinstance(cache, KIVICache) and self.device.type == "cuda":
             cache.reserve(max_cache_length)  # once, so that a graph is recorded once
+
+
+class KIVIForCausalLMMixin(CachingMixin):
+    """The causal LM of a family."""
+
+    kivi_classes: Any
+
+    def __init__(self, config: PreTrainedConfig, **options: Any) -> None:
+        reject_unknown(options, FIELD_DEFAULTS, type(self).__name__)
+        config = as_kivi_config(config, type(self).config_class)
+        for name, value in options.items():
+            setattr(config, name, value)
+        check_config(config.get_text_config(decoder=True))
+        super().__init__(config)
+        decoder = self.get_decoder()
+        decoder.__class__ = self.kivi_classes.model
+        decoder.become_kivi()
+        self._decode_graphs = DecodeGraphs()

@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -36,15 +36,8 @@ def stock_checkpoints_are_meant() -> Iterator[None]:
         log.removeFilter(other)
 
 
-class KIVIConfigMixin(PreTrainedConfig):
-    """Config fields of a KIVI model: those of `KIVIOptions` and of `RunOptions`."""
-
-    __annotations__ = {name: type_ for name, (type_, _) in config_fields().items()}
-    locals().update(FIELD_DEFAULTS)
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
-        check_fields(self)
+class RoutedConfigMixin(PreTrainedConfig):
+    """A config that names what attends over codes while a forward runs over a KIVI cache."""
 
     @property
     def _attn_implementation(self) -> str | None:
@@ -60,17 +53,72 @@ class KIVIConfigMixin(PreTrainedConfig):
         super()._remove_keys_not_serialized(d)
         d.pop(_FORWARDS, None)
 
+
+class KIVIConfigMixin(RoutedConfigMixin):
+    """Config fields of a KIVI model: those of `KIVIOptions` and of `RunOptions`."""
+
+    __annotations__ = {name: type_ for name, (type_, _) in config_fields().items()}
+    locals().update(FIELD_DEFAULTS)
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        check_fields(self)
+
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        with stock_checkpoints_are_meant():
-            config = super().from_pretrained(*args, **kwargs)
-        loaded = config[0] if isinstance(config, tuple) else config
-        if loaded.model_type.removesuffix("_kivi") != cls.model_type.removesuffix("_kivi"):
-            raise ValueError(
-                f"{cls.__name__} takes checkpoints of the model type {cls.model_type.removesuffix('_kivi')!r}; got one of "
-                f"{loaded.model_type!r}."
-            )
-        return config
+        return _of_model_type(cls, super().from_pretrained, *args, **kwargs)
+
+
+class CompositeKIVIConfigMixin(PreTrainedConfig):
+    """The config of a model whose decoder has a config of its own: the fields are those of the decoder's, read and set here.
+
+    A property a field, so that `from_pretrained(path, k_bits=4)` and `config.k_bits` mean the decoder's.
+    """
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        given = {name: kwargs.pop(name) for name in FIELD_DEFAULTS if name in kwargs}
+        super().__post_init__(**kwargs)
+        _convert_sub_configs(self)
+        for name, value in given.items():
+            setattr(self, name, value)
+        check_fields(self.get_text_config(decoder=True))
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        return _of_model_type(cls, super().from_pretrained, *args, **kwargs)
+
+
+def with_text_config(stock: type[PreTrainedConfig], text_config: type[PreTrainedConfig]) -> dict[str, Any]:
+    """The class attributes by which a composite config that derives from `stock` makes a decoder's config of another class."""
+    name = "sub_configs_defaults" if "sub_configs_defaults" in vars(stock) else "sub_configs"  # the latter to 5.17
+    return {name: {**getattr(stock, name), "text_config": text_config}}
+
+
+def _field_of_decoder(name: str) -> property:
+    def get(self: PreTrainedConfig) -> Any:
+        return getattr(self.get_text_config(decoder=True), name)
+
+    def set_(self: PreTrainedConfig, value: Any) -> None:
+        setattr(self.get_text_config(decoder=True), name, value)
+
+    return property(get, set_, doc=f"`{name}` of the decoder's config.")
+
+
+for _name in FIELD_DEFAULTS:
+    setattr(CompositeKIVIConfigMixin, _name, _field_of_decoder(_name))
+
+
+def _of_model_type(cls: Any, load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What `load` gives; a `ValueError` where it is of another model type than `cls`."""
+    with stock_checkpoints_are_meant():
+        config = load(*args, **kwargs)
+    loaded = config[0] if isinstance(config, tuple) else config
+    if loaded.model_type.removesuffix("_kivi") != cls.model_type.removesuffix("_kivi"):
+        raise ValueError(
+            f"{cls.__name__} takes checkpoints of the model type {cls.model_type.removesuffix('_kivi')!r}; got one of "
+            f"{loaded.model_type!r}."
+        )
+    return config
 
 
 @contextlib.contextmanager
@@ -86,17 +134,30 @@ def over_codes(config: PreTrainedConfig) -> Iterator[bool]:
             config.__dict__[_FORWARDS] -= 1
 
 
+def forget_forwards(config: PreTrainedConfig) -> None:
+    """Take off what `over_codes` left on a config."""
+    config.__dict__.pop(_FORWARDS, None)
+
+
 def as_kivi_config(config: PreTrainedConfig, config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
     """`config`, or where it is a stock one its twin of `config_class`, so that what is saved is loaded as a KIVI model."""
     if isinstance(config, config_class):
         return config
     twin = object.__new__(config_class)
     twin.__dict__.update(copy.deepcopy(config.__dict__))
+    _convert_sub_configs(twin)
     return twin
 
 
+def _convert_sub_configs(config: PreTrainedConfig) -> None:
+    for name, config_class in type(config).sub_configs.items():
+        if issubclass(config_class, KIVIConfigMixin):
+            setattr(config, name, as_kivi_config(getattr(config, name), config_class))
+
+
 def check_config(config: PreTrainedConfig) -> None:
-    """Give a config the KIVI fields it lacks and raise `ValueError` for one that is not allowed or does not fit."""
+    """Give the config of a decoder the KIVI fields it lacks and raise `ValueError` for one that is not allowed or does not
+    fit."""
     for name, default in FIELD_DEFAULTS.items():
         if not hasattr(config, name):
             setattr(config, name, default)

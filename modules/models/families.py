@@ -12,12 +12,18 @@ from typing import Any
 
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.models.auto.configuration_auto import model_type_to_module_name
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from modules.models.base_model import KIVIModelMixin
 from modules.models.causal_lm import KIVIForCausalLMMixin
-from modules.models.config import KIVIConfigMixin
+from modules.models.config import CompositeKIVIConfigMixin, KIVIConfigMixin, with_text_config
+from modules.models.derived import derive
 
 SOURCE_OPTIONS = ("gguf_file", "revision", "subfolder", "cache_dir", "token", "local_files_only", "trust_remote_code")
 
@@ -31,29 +37,51 @@ class Family:
         model_type: as its checkpoints have it.
         module: where its classes are bound.
         helper: the function that loads it.
+        head: how the name of the class that generates ends; "ForConditionalGeneration" takes images beside text.
     """
 
     name: str
     model_type: str
     module: str
     helper: str
+    head: str = "ForCausalLM"
 
 
+_QWEN = ("modeling_qwen_kivi", "load_qwen_kivi")
+_WITH_IMAGES = "ForConditionalGeneration"
 FAMILIES = {
     family.model_type: family
     for family in (
         Family("Llama", "llama", "modeling_llama_kivi", "load_llama_kivi"),
-        Family("Qwen2", "qwen2", "modeling_qwen_kivi", "load_qwen_kivi"),
-        Family("Qwen3", "qwen3", "modeling_qwen_kivi", "load_qwen_kivi"),
+        Family("Qwen2", "qwen2", *_QWEN),
+        Family("Qwen2Moe", "qwen2_moe", *_QWEN),
+        Family("Qwen2VL", "qwen2_vl", *_QWEN, _WITH_IMAGES),
+        Family("Qwen2_5_VL", "qwen2_5_vl", *_QWEN, _WITH_IMAGES),
+        Family("Qwen3", "qwen3", *_QWEN),
+        Family("Qwen3Moe", "qwen3_moe", *_QWEN),
+        Family("Qwen3VL", "qwen3_vl", *_QWEN, _WITH_IMAGES),
+        Family("Qwen3Next", "qwen3_next", *_QWEN),
+        Family("Qwen3_5", "qwen3_5_text", *_QWEN),
+        Family("Qwen3_5", "qwen3_5", *_QWEN, _WITH_IMAGES),
+        Family("Qwen3_5Moe", "qwen3_5_moe_text", *_QWEN),
+        Family("Qwen3_5Moe", "qwen3_5_moe", *_QWEN, _WITH_IMAGES),
     )
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Classes:
-    """The classes of a family."""
+    """The classes of a family; those of the decoder are shared where it is also part of a model that takes images.
+
+    Attributes:
+        config: of `causal_lm`.
+        text_config: of the decoder, the same where there is nothing else.
+        model: the decoder.
+        causal_lm: what generates.
+    """
 
     config: type[Any]
+    text_config: type[Any]
     sdpa_attention: type[Any]
     flash_attention: type[Any]
     decoder_layer: type[Any]
@@ -82,52 +110,129 @@ def check_flash(name: str) -> None:
         )
 
 
+def _modeling_of(family: Family) -> Any:
+    module = model_type_to_module_name(family.model_type)
+    return getattr(getattr(transformers.models, module), f"modeling_{module}")
+
+
+@functools.cache
+def _decoder_of(name: str) -> dict[str, type[Any]]:
+    """The classes of the decoder of a family, by the fields of `Classes`; made once, whatever is around it."""
+    family = next(family for family in FAMILIES.values() if family.name == name)
+    modeling = _modeling_of(family)
+
+    def stock(part: str) -> type[Any]:
+        names = (f"{name}Text{part}", f"{name}{part}")  # of the text side, where there is another
+        return next(
+            getattr(place, full) for full in names for place in (modeling, transformers) if hasattr(place, full)
+        )
+
+    def made(part: str, suffix: str, doc: str, *bases: Any, **attributes: Any) -> type[Any]:
+        prefix = stock(part).__name__.removesuffix(part)
+        return derive(f"{prefix}{suffix}", *bases, __module__=family.module, __doc__=doc, **attributes)
+
+    attention = stock("Attention")
+    config = made(
+        "Config",
+        "KIVIConfig",
+        f"`{stock('Config').__name__}` with the options of the cache.",
+        KIVIConfigMixin,
+        stock("Config"),
+        model_type=f"{stock('Config').model_type}_kivi",
+    )
+    sdpa = made(
+        "Attention",
+        "KIVISdpaAttention",
+        f"{name}'s attention; over a KIVI cache, dense parts run through SDPA.",
+        attention,
+    )
+    flash = made(
+        "Attention",
+        "KIVIFlashAttention2",
+        f"{name}'s attention; over a KIVI cache, dense parts run through FlashAttention 2.",
+        KIVIFlashMixin,
+        sdpa,
+    )
+    layer = made(
+        "DecoderLayer", "KIVIDecoderLayer", f"A decoder layer of {name} with KIVI attention.", stock("DecoderLayer")
+    )
+    model = made("Model", "KIVIModel", f"The decoder of {name}.", KIVIModelMixin, stock("Model"), config_class=config)
+    # transformers finds what outputs a model can capture by its class's name, which a constructor enters: the decoder of
+    # what generates is built as a stock one.
+    dict.__setitem__(_CAN_RECORD_REGISTRY, str(model), model._can_record_outputs)
+    model._no_split_modules = _renamed(model._no_split_modules, layer)
+    return {
+        "text_config": config,
+        "sdpa_attention": sdpa,
+        "flash_attention": flash,
+        "decoder_layer": layer,
+        "model": model,
+    }
+
+
+def _renamed(names: Iterable[str] | None, layer: type[Any]) -> list[str]:
+    """Names of modules that stay on one device, with that of a KIVI decoder layer in place of the stock one's."""
+    stock = layer.__mro__[1].__name__
+    return [layer.__name__ if name == stock else name for name in names or ()]
+
+
 @functools.cache
 def classes_of(model_type: str) -> Classes:
     """The classes of a family, made once and registered with the Auto classes."""
     family = FAMILIES[model_type]
-    stock = getattr(transformers.models, model_type)
-    modeling = getattr(stock, f"modeling_{model_type}")
-
-    def derive(suffix: str, bases: tuple[type, ...], doc: str, **attributes: Any) -> type[Any]:
-        attributes |= {"__module__": family.module, "__doc__": doc}
-        return type(f"{family.name}{suffix}", bases, attributes)
-
-    name = family.name
-    attention, layer = getattr(modeling, f"{name}Attention"), getattr(modeling, f"{name}DecoderLayer")
-    config = derive(
-        "KIVIConfig",
-        (KIVIConfigMixin, getattr(transformers, f"{name}Config")),
-        f"`{name}Config` with the options of the cache.",
-        model_type=f"{model_type}_kivi",
-    )
-    sdpa = derive(
-        "KIVISdpaAttention", (attention,), f"{name}'s attention; over a KIVI cache, dense parts run through SDPA."
-    )
-    flash = derive(
-        "KIVIFlashAttention2",
-        (KIVIFlashMixin, sdpa),
-        f"{name}'s attention; over a KIVI cache, dense parts run through FlashAttention 2.",
-    )
-    decoder_layer = derive("KIVIDecoderLayer", (layer,), f"A decoder layer of {name} with KIVI attention.")
-    shared = {"config_class": config, "_no_split_modules": [decoder_layer.__name__]}
-    model = derive(
-        "KIVIModel", (KIVIModelMixin, getattr(modeling, f"{name}Model")), f"The base model of {name}.", **shared
-    )
+    decoder = _decoder_of(family.name)
+    config = text_config = decoder["text_config"]
+    if text_config.model_type != f"{model_type}_kivi":
+        stock_config = getattr(transformers, f"{family.name}Config")
+        config = derive(
+            f"{family.name}KIVIConfig",
+            CompositeKIVIConfigMixin,
+            stock_config,
+            __module__=family.module,
+            __doc__=f"`{stock_config.__name__}` with the options of the cache in its decoder's.",
+            model_type=f"{model_type}_kivi",
+            **with_text_config(stock_config, text_config),
+        )
+    stock = getattr(_modeling_of(family), f"{family.name}{family.head}")
+    name = f"{stock.__name__}_KIVI"
     causal_lm = derive(
-        "ForCausalLM_KIVI",
-        (KIVIForCausalLMMixin, getattr(modeling, f"{name}ForCausalLM")),
-        f"The causal LM: `{name}ForCausalLM_KIVI.from_pretrained(path, k_bits=2, v_bits=2)`.",
-        **shared,
+        name,
+        KIVIForCausalLMMixin,
+        stock,
+        __module__=family.module,
+        __doc__=f"What generates: `{name}.from_pretrained(path, k_bits=2, v_bits=2)`.",
+        config_class=config,
+        _no_split_modules=_renamed(stock._no_split_modules, decoder["decoder_layer"]),
     )
-    # transformers finds what outputs a model can capture by its class's name, which a constructor enters: the base model of
-    # a causal LM is built as a stock one.
-    dict.__setitem__(_CAN_RECORD_REGISTRY, str(model), model._can_record_outputs)
-    classes = Classes(config, sdpa, flash, decoder_layer, model, causal_lm)
-    model.kivi_classes = causal_lm.kivi_classes = classes
+    classes = Classes(config=config, causal_lm=causal_lm, **decoder)
+    causal_lm.kivi_classes = classes
+    if not hasattr(classes.model, "kivi_classes"):
+        classes.model.kivi_classes = classes
     AutoConfig.register(config.model_type, config, exist_ok=True)
     AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
+    _convert_as(stock, model_type, causal_lm)
+    if config is not text_config:
+        _convert_as(classes.model.__mro__[2], text_config.model_type.removesuffix("_kivi"), classes.model)
     return classes
+
+
+def _convert_as(stock: type[Any], model_type: str, derived: type[Any]) -> None:
+    """Have transformers convert checkpoints for a class as it does for the stock one: by its name, else by model type."""
+    for name in (stock.__name__, model_type):
+        conversions = get_checkpoint_conversion_mapping(name)
+        if conversions is not None:
+            register_checkpoint_conversion_mapping(derived.__name__, conversions, overwrite=True)
+            return
+
+
+def classes_bound_in(module: str) -> dict[str, type[Any]]:
+    """All classes of the families of a module, by name."""
+    return {
+        made.__name__: made
+        for family in FAMILIES.values()
+        if family.module == module
+        for made in vars(classes_of(family.model_type)).values()
+    }
 
 
 def load_any(name: str, **kwargs: Any) -> tuple[Any, PreTrainedTokenizerBase]:
