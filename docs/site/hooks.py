@@ -18,12 +18,13 @@ README = ROOT / "README.md"
 NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
 CODE = re.compile(r"(^```.*?^```$)", flags=re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#:]+)(#[^)\s]*)?\)")
+INDENT = re.compile(r"^( +)(?=\S)", flags=re.MULTILINE)
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', flags=re.DOTALL)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that lie outside docs/: their text is read, not copied."""
-    files.append(File.generated(config, "index.md", content=_relinked(README.read_text(), README.parent)))
+    files.append(File.generated(config, "index.md", content=_of_ours(README.read_text(), ROOT)))
     for notebook in NOTEBOOKS:
         text, resources = MarkdownExporter().from_filename(str(notebook), {"output_files_dir": notebook.stem})
         files.append(File.generated(config, f"{notebook.stem}.md", content=_relinked(text, notebook.parent)))
@@ -34,12 +35,18 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Links of the pages in docs/ to the README, notebooks and code."""
-    return markdown if page.file.generated_by else _relinked(markdown, Path(config.docs_dir))
+    return markdown if page.file.generated_by else _of_ours(markdown, Path(config.docs_dir))
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Formulas as MathML, which browsers draw by themselves."""
     return FORMULA.sub(lambda found: convert(unescape(found[2]), "block" if found[1] == "div" else "inline"), html)
+
+
+def _of_ours(markdown: str, folder: Path) -> str:
+    """A page of the project as MkDocs reads it: links, and lists indented by four where GitHub takes two."""
+    parts = CODE.split(_relinked(markdown, folder))
+    return "".join(part if number % 2 else INDENT.sub(r"\1\1", part) for number, part in enumerate(parts))
 
 
 def _relinked(markdown: str, folder: Path) -> str:
