@@ -122,7 +122,9 @@ def test_help_needs_nothing_installed(tmp_path):
 
 
 def test_the_page_has_the_table_of_the_options():
-    assert options_table() in (ROOT / "docs" / "choosing-options.md").read_text(), "python -m modules.cli.table prints the table"
+    assert options_table() in (ROOT / "docs" / "choosing-options.md").read_text(), (
+        "python -m modules.cli.table prints the table"
+    )
 
 
 def test_where_models_are_kept(monkeypatch, tmp_path):

@@ -7,6 +7,7 @@ import re
 from html import unescape
 from pathlib import Path
 
+import nbformat
 from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
@@ -26,7 +27,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages that lie outside docs/: their text is read, not copied."""
     files.append(File.generated(config, "index.md", content=_of_ours(README.read_text(), ROOT)))
     for notebook in NOTEBOOKS:
-        text, resources = MarkdownExporter().from_filename(str(notebook), {"output_files_dir": notebook.stem})
+        node = nbformat.read(notebook, nbformat.NO_CONVERT)
+        node.metadata["language_info"] = {"name": "python"}  # which highlights the code
+        text, resources = MarkdownExporter().from_notebook_node(node, {"output_files_dir": notebook.stem})
         files.append(File.generated(config, f"{notebook.stem}.md", content=_relinked(text, notebook.parent)))
         for name, picture in resources["outputs"].items():
             files.append(File.generated(config, name, content=picture))
@@ -40,7 +43,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Formulas as MathML, which browsers draw by themselves."""
-    return FORMULA.sub(lambda found: convert(unescape(found[2]), "block" if found[1] == "div" else "inline"), html)
+    return FORMULA.sub(
+        lambda found: convert(unescape(found[2]), display="block" if found[1] == "div" else "inline"), html
+    )
 
 
 def _of_ours(markdown: str, folder: Path) -> str:
