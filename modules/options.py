@@ -54,7 +54,7 @@ def _check_choice(name: str, value: Any, allowed: tuple) -> None:
 def _option(default: Any, help: str, choices: tuple | None = None) -> Any:
     """A field of `KIVIOptions`: its default, a sentence on it and, where it has them, the values it may take.
 
-    Config fields, command lines and the table of the README are made from these.
+    Config fields, command lines and the table of docs/choosing-options.md are made from these.
     """
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
 

@@ -1,6 +1,7 @@
-"""The shape of the code: imports point down, a decode step climbs nowhere back up, and the page on it is true.
+"""The shape of the code: imports point down, a decode step climbs nowhere back up, and the pages on it are true.
 
-The page is docs/architecture.md; a block of Python in it whose first line is a comment with a path is run as that file.
+The pages are docs/architecture.md and docs/extending.md; a block of Python in the latter whose first line is a comment with a
+path is run as that file.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import pages
 import pytest
 import torch
 from conftest import make_pair, relative_error, tokens
 from decoders import decoder
+from pages import DOCS, ROOT
 from transformers import DynamicCache
 
 from modules import options
@@ -38,8 +41,7 @@ from modules.store.layer import PackedLayer
 from modules.store.ledger import Geometry, Ledger
 from modules.store.step import Step
 
-ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "architecture.md"
+PAGE, ADDING = DOCS / "architecture.md", DOCS / "extending.md"
 
 LAYERS = (  # from the ground up; what stands in one line may import its like
     ("options", "files"),
@@ -137,8 +139,7 @@ def test_no_import_hides_in_a_function():
 
 
 def test_few_import_by_name():
-    """Backends, as their packages are optional, the commands of `kivi`, whose help needs no torch, and what `modules` names;
-    nothing else."""
+    """Backends, as their packages are optional, the commands of `kivi`, whose help needs no torch, and what `modules` names."""
     importers = ("import_module", "__import__")
     found = set()
     for name, file in sources().items():
@@ -146,7 +147,7 @@ def test_few_import_by_name():
             called = getattr(node, "attr", None) or getattr(node, "id", None) or getattr(node, "name", None)
             if called in importers:
                 found.add(name)
-    assert found == {"modules", "modules.cli.__main__", "modules.kernels.registry"}
+    assert found == {"modules", "modules.kernels.registry", "modules.cli.__main__"}
 
 
 @pytest.mark.parametrize("package,home", HOMES.items())
@@ -245,18 +246,19 @@ def test_the_page_follows_a_decode_step(packing_step):
 # what the page says otherwise
 
 
+@functools.cache
 def blocks() -> dict[str, str]:
-    """The blocks of Python of the page, by their first line."""
-    found = re.findall(r"```python\n# ([^\n]+)\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
-    return dict(found)
+    """The blocks of Python of the page on adding to it, by their first line without its hash."""
+    split = (block.code.split("\n", 1) for block in pages.blocks(ADDING, "python"))
+    return {first.removeprefix("# "): rest for first, rest in split}
 
 
-def test_every_path_on_the_page_is_there():
+def test_every_path_on_the_pages_is_there():
     added = {first.split(",")[0] for first in blocks()}
-    named = set(re.findall(r"`((?:modules|tests|docs)/[\w/.]*)`|\]\(([^)]+)\)", PAGE.read_text()))
-    paths = {ROOT / path if path else PAGE.parent / link for path, link in named}
-    assert len(paths) > 10
-    assert [str(p) for p in paths if not p.exists() and p.relative_to(ROOT).as_posix() not in added] == []
+    text = PAGE.read_text() + ADDING.read_text()
+    named = set(re.findall(r"`((?:modules|tests|docs)/[\w/.]*)`", text))
+    assert len(named) > 10
+    assert [path for path in named if not (ROOT / path).exists() and path not in added] == []
 
 
 def test_the_numbers_of_the_drawing():
@@ -286,7 +288,7 @@ def run_block(path: str, monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     name = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
     module = types.ModuleType(name)
     monkeypatch.setitem(sys.modules, name, module)
-    exec(compile(blocks()[path], f"{PAGE.name}: {path}", "exec"), vars(module))
+    exec(compile(blocks()[path], f"{ADDING.name}: {path}", "exec"), vars(module))
     return module
 
 

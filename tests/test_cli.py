@@ -134,8 +134,10 @@ def test_help_needs_nothing_installed(tmp_path):
     assert done.returncode == 1 and "pip install" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_the_readme_has_the_table_of_the_options():
-    assert options_table() in (ROOT / "README.md").read_text(), "python -m modules.cli.table prints the table"
+def test_the_page_has_the_table_of_the_options():
+    assert options_table() in (ROOT / "docs" / "choosing-options.md").read_text(), (
+        "python -m modules.cli.table prints the table"
+    )
 
 
 def test_where_models_are_kept(monkeypatch, tmp_path):

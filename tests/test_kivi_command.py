@@ -6,12 +6,11 @@ import json
 import os
 import pathlib
 import random
-import re
-import shlex
 import signal
 import subprocess
 import sys
 
+import pages
 import pytest
 import torch
 from conftest import make_pair, real_model_path
@@ -29,7 +28,7 @@ from modules.kivi_cache_general import KIVICache
 from modules.options import KIVIOptions
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "command.md"
+PAGE = pages.DOCS / "command.md"
 TEMPLATE = (
     "{% for message in messages %}<{{ message.role }}>{{ message.content }}|{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -448,28 +447,18 @@ def test_a_saved_conversation_goes_on(model_folder, capsys, tmp_path):
 # --- the page and real models --------------------------------------------------
 
 
-def blocks() -> list[tuple[str, str]]:
+def commands() -> list[tuple[str, str]]:
     """The commands of the page, one each, and the text that the page says they print, if it does."""
-    found = re.findall(r"```bash\n(.*?)```(?:\n\n```text\n(.*?)```)?", PAGE.read_text(), flags=re.DOTALL)
-    return [(line, output) for lines, output in found for line in lines.strip().splitlines()]
-
-
-def run_line(line: str, model: pathlib.Path, monkeypatch) -> int:
-    """A command of the page on a model, its stdin from the file that the line names, else empty but for a chat's turns."""
-    line, _, source = line.partition(" < ")
-    monkeypatch.setattr(sys, "stdin", io.StringIO(pathlib.Path(source).read_text() if source else "one\n/stats\n"))
-    name, *arguments = shlex.split(line.replace("path/to/model", str(model)))
-    assert name == "kivi"
-    return run(*arguments)
+    return [(line, block.output) for block in pages.blocks(PAGE, "bash") for line in block.commands]
 
 
 def test_the_commands_of_the_page_run(model_folder, without_numba, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
     pathlib.Path("report.txt").write_text("What is said here is not much. " * 10)
-    assert len(blocks()) > 10
-    for line, output in blocks():
-        assert run_line(line, model_folder, monkeypatch) == 0, line
+    assert len(commands()) > 10
+    for line, output in commands():
+        assert pages.run_kivi(line, model_folder, monkeypatch) == 0, line
         out = capsys.readouterr().out
         if output:
             assert [text.rstrip() for text in out.splitlines()] == [text.rstrip() for text in output.splitlines()], line

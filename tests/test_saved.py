@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import pages
 import pytest
 import torch
 from conftest import SMALL, make_pair, real_model_path, tokens
@@ -28,7 +29,7 @@ from modules.models.families import load_any
 from modules.store.live import live_tensors
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "saved-prompts.md"
+PAGE = pages.DOCS / "saved-prompts.md"
 GREEDY = {"do_sample": False, "max_new_tokens": 40}
 
 
@@ -571,7 +572,7 @@ def test_the_page_does_what_it_says(smollm2, tmp_path, monkeypatch):
     model, tokenizer = smollm2
     (tmp_path / "report.txt").write_text(PAGE.read_text()[:2000])
     names = {"load_llama_kivi": lambda *args, **kwargs: (model, tokenizer)}
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    blocks = pages.blocks(PAGE, "python")
     assert len(blocks) > 2
     for block in blocks:
-        exec(compile(block.replace("from modeling_llama_kivi import load_llama_kivi\n", ""), PAGE.name, "exec"), names)
+        pages.run_python(block, names, {"from modeling_llama_kivi import load_llama_kivi\n": ""})

@@ -1,4 +1,4 @@
-"""The README's table of the cache's options: `python -m modules.cli.table` prints it."""
+"""The table of the cache's options in docs/choosing-options.md: `python -m modules.cli.table` prints it."""
 
 from __future__ import annotations
 
