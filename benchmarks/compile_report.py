@@ -152,8 +152,10 @@ def _rows(states: str) -> Rows:
     return Rows(states, "i32", "i32", "i32")
 
 
-def _side(bits: int, states: str, codes: str = "*u8", scale: str = "*fp16") -> Side:
+def _side(bits: int, states: str, codes: str = "*u8", scale: str = "*fp16", static: bool = False) -> Side:
     """The types of a side's tensors; codes stand for what there is not."""
+    if static:
+        return Side("*i8", "*i8", "*i8", "*i8", "*i8", states, states)
     if bits == 16:
         return Side(states, states, states, states, states, states, states)
     return Side(codes, scale, "*fp16", "*u8", "*i64", states, states)
@@ -167,24 +169,34 @@ def attending(shape: launch.Shape, rows: int, dtype: str, arch: int) -> Compiled
     words = {1: "*i16", 2: "*i32", 4: "*i64"}[tile.META_PER_WORD]
     types = dict.fromkeys(attention.attend_splits.arg_names, "i32")
     types |= dict.fromkeys(("query", "new_keys", "new_values"), _rows(states))
-    types |= {"keys": _side(shape.k_bits, states), "values": _side(shape.v_bits, states, "*i16", words)}
+    static = shape.static
+    types |= {"keys": _side(shape.k_bits, states, static=static)}
+    types |= {"values": _side(shape.v_bits, states, "*i16", words, static=static)}
     types |= {"counts": "*i32", "new_lengths": "*i32", "partial": Partial("*fp32", "*fp32"), "factor": "fp32"}
     constants = {"ALL_NEW": True, "TILE": tile}
     numbers = ("sequences", "new_tokens", "splits", "row_blocks")
     options = launch.attention_options(tile)
     compiled = compile_kernel(attention.attend_splits, types, constants, arch, numbers, **options)
-    name = f"K{shape.k_bits} V{shape.v_bits} D{shape.head_dim} G{shape.group_size}/{shape.value_group_size} W{shape.wide} {dtype}, {rows} rows"
+    name = f"{_stored(shape)} {dtype}, {rows} rows"
     result, instructions = describe("attend_splits", name, arch, compiled)
     # The loop over codes masks them; the loop over full-precision tokens does not.
     body = max(loops(instructions), key=lambda b: sum(opcode(t).startswith(("LOP3", "LDGSTS")) for t in b))
     elements = tile.U * tile.T * shape.head_dim
-    code_bytes = elements * sum(bits for bits in (shape.k_bits, shape.v_bits) if bits < 16) // 8
+    code_bytes = elements * (16 if static else sum(bits for bits in (shape.k_bits, shape.v_bits) if bits < 16)) // 8
     result.loop = len(body)
     result.per_code = len(body) / (2 * elements / _WARP)
     copied = code_bytes and shape.head_dim * min(shape.k_bits, shape.v_bits) // 8 % _COPY == 0
     result.wide_copies = wide_copies(body, code_bytes) if copied else None
     result.opcodes = dict(collections.Counter(opcode(text) for text in body).most_common())
     return result
+
+
+def _stored(shape: launch.Shape) -> str:
+    """What a kernel reads, in short."""
+    if shape.static:
+        return f"static int8 D{shape.head_dim}"
+    groups = f"G{shape.group_size}/{shape.value_group_size} W{shape.wide}"
+    return f"K{shape.k_bits} V{shape.v_bits} D{shape.head_dim} {groups}"
 
 
 def combination(head_dim: int, dtype: str, arch: int) -> Compiled:
@@ -206,6 +218,19 @@ def packing(what: str, bits: int, method: str, head_dim: int, group_size: int, a
     numbers = ("heads", "first_token", "blocks")
     compiled = compile_kernel(pack.pack_states, types, constants, arch, numbers)
     return describe("pack_states", f"{what} {bits} bits {method} D{head_dim} G{group_size}", arch, compiled)[0]
+
+
+def appending_static(head_dim: int, arch: int) -> Compiled:
+    """Compile `append_step` for static INT8."""
+    types = dict.fromkeys(append.append_step.arg_names, "i32")
+    types |= dict.fromkeys(("new_keys", "new_values"), _rows("*bf16"))
+    types |= dict.fromkeys(("keys", "values"), _side(16, "*bf16", static=True))
+    types |= {"energy": "*i32", "counts": "*i32", "new_lengths": "*i32"}
+    tile = launch.pack_tile_of(False, head_dim, 1, 16, "none", tokens=1)
+    constants = {"SINK": 0, "RING": 1, "WINDOW": 1, "TOKENS": 1, "ALL_NEW": True}
+    constants |= {"K_TILE": tile._replace(KEYS=True), "V_TILE": tile}
+    compiled = compile_kernel(append.append_step, types, constants, arch, ("sequences", "heads"))
+    return describe("append_step", f"static int8 D{head_dim}", arch, compiled)[0]
 
 
 def appending(k_bits: int, v_bits: int, head_dim: int, arch: int, wide: int = 0) -> Compiled:
@@ -230,6 +255,12 @@ def shape_of(
     )
 
 
+def static_shape(head_dim: int) -> launch.Shape:
+    """Static INT8, which has neither sinks nor window, with the heads of `shape_of`."""
+    block = launch.BLOCK_AT_ONCE
+    return launch.Shape(head_dim, block, 16, 16, 8, 4, 0, 1, block, static=True, at_once=True)
+
+
 REFERENCE = (shape_of(128, 32, 2, 2), 4, "float16")
 
 
@@ -241,6 +272,7 @@ def variants(quick: bool) -> list[tuple[launch.Shape, int, str]]:
         (shape_of(128, 32, 4, 4), 4, "bfloat16"),
         (shape_of(64, 32, 2, 2, 64, 16), 4, "bfloat16"),
         (shape_of(128, 32, 2, 2, 64, 32), 64, "bfloat16"),
+        (static_shape(128), 4, "bfloat16"),
     ]
     if quick:
         return chosen
@@ -251,6 +283,8 @@ def variants(quick: bool) -> list[tuple[launch.Shape, int, str]]:
     chosen += [(shape_of(d, 32, 2, 2, 64 if d % 64 == 0 else 32, d // 4), 4, "bfloat16") for d in (64, 96, 256)]
     chosen += [(shape_of(64, 32, 2, 2, 64, 16), 64, "bfloat16"), (shape_of(128, 32, 2, 2, 64, 32), 4, "float32")]
     chosen += [(shape_of(d, 32, 2, 2), 4, "float32") for d in checks.HEAD_DIMS]
+    chosen += [(static_shape(d), rows, "bfloat16") for d in checks.HEAD_DIMS for rows in (4, 64)]
+    chosen += [(static_shape(128), 4, dtype) for dtype in ("float16", "float32")]
     return list(dict.fromkeys(chosen))
 
 
@@ -265,6 +299,7 @@ def work(archs: tuple[int, ...], quick: bool) -> list[functools.partial[Compiled
             functools.partial(packing, "keys", 2, "lsq", 128, 32, arch, wide=32),
             functools.partial(packing, "values", 2, "clipped", 128, 64, arch),
             functools.partial(appending, 2, 2, 128, arch, wide=32),
+            functools.partial(appending_static, 128, arch),
         ]
         if not quick:
             calls += [functools.partial(packing, what, 8, "lsq", 256, 128, arch) for what in ("keys", "values")]

@@ -29,7 +29,7 @@ from modules.options import KIVIOptions, check_count, check_flag, head_dim_of
 from modules.store.ledger import Geometry, Ledger, OpenStep
 from modules.store.step import Step
 
-_WATCHED_TOKENS = 16  # marks of a GPU are copied once in so many steps, or a group where that is longer
+_WATCHED_TOKENS = 32  # marks of a GPU are copied once in so many steps, or a group where that is longer
 DRAFT_ROOM = 64  # tokens that can be taken back exactly while a cache records its past
 OVER_CODES = "kivi"  # attention implementations under which states are handed on, to be attended over the codes
 

@@ -24,7 +24,7 @@ HEADS_OF_16_ROWS = (64, 128)  # head_dims at which 16 query rows fit the registe
 KEY_SEGMENTS = (32, 48, 16)  # bytes of a token in one product, the first that divides them
 PIPELINES = ((3, 64), (2, 64), (2, 32), (1, 32))  # stages, tokens a warp handles at a time; the first that fits
 WIDE_PIPELINE_OF_16_ROWS = (3, 32)
-CROWDED_PIPELINE = (2, 32)  # of heads that leave few registers
+CROWDED_PIPELINE = (2, 32)  # of heads that leave few registers, and of int8 that is converted there
 MOST_REGISTERS = {8: 255, 16: None}  # by query rows, see `attention_options`
 BLOCK_AT_ONCE = 32  # tokens of a block where they are packed one by one
 FULL_SEGMENT = 32  # channels of a full-precision tile where a whole head would spill
@@ -154,7 +154,7 @@ def _pipeline(shape: Shape, n: int, warps: int, item: int, shared: int) -> tuple
 
     The first of `PIPELINES` of which two programs fit `shared` bytes: all buffers but one are filled ahead. A token takes
     its codes, its share of the key metadata, and of the value metadata 2 bytes a group and a row of 16 minima; operands on
-    their way take 20 bytes a channel and query row. Heads padded to a power of two, 16 query rows and wide channels leave
+    their way take 20 bytes a channel and query row. Heads padded to a power of two, 16 query rows, wide channels and int8 leave
     fewer registers, the widest heads only for one block at a time.
     """
     d, g, k_bits, v_bits = shape[:4]
@@ -167,7 +167,7 @@ def _pipeline(shape: Shape, n: int, warps: int, item: int, shared: int) -> tuple
     if n > FEW_ROWS:
         stages, tokens = WIDE_PIPELINE_OF_16_ROWS if shape.wide else (min(stages, 2), tokens)
     padded = d != triton.next_power_of_2(d)
-    if padded or (d == 256 and (k_bits, v_bits) != (2, 2)):
+    if padded or shape.static or (d == 256 and (k_bits, v_bits) != (2, 2)):
         stages, tokens = CROWDED_PIPELINE
     if padded and 4 in (k_bits, v_bits):
         return stages, min(g, 16), 1
