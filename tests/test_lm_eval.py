@@ -96,3 +96,17 @@ def test_stock_flag_is_the_stock_class(stock):
             log_probs = model(ids).logits[0, start - 1 : -1].log_softmax(-1)
         total = log_probs.gather(1, ids[0, start:].unsqueeze(1)).sum()
         assert total.item() == pytest.approx(expected.item(), abs=1e-3)
+
+
+def test_the_script_evaluates_a_stock_model_with_a_cache_attached(monkeypatch, capsys, tmp_path):
+    monkeypatch.syspath_prepend(str(DATA.parents[1] / "examples"))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    import lm_eval_kivi
+
+    flags = f"--model {real_model_path('llama')} --tasks {DATA / 'long_passages.yaml'} --device cpu --dtype float32"
+    flags += " --backend torch --residual-length 32 --prefill-chunk 32 --limit 2"
+    monkeypatch.setattr("sys.argv", ["lm_eval_kivi.py", *flags.split()])
+    lm_eval_kivi.main()
+    printed = capsys.readouterr().out
+    results = json.loads(printed[printed.index("{\n") :])
+    assert results["long_passages"]["sample_len"] == 2 and 0 <= results["long_passages"]["acc,none"] <= 1
