@@ -11,14 +11,26 @@ import pytest
 import quickstart
 
 from modules.cli import command
+from modules.cli.benchmark.flags import Benchmark
 from modules.cli.command import argument, group, parse, plain_help
 from modules.cli.folder import DEFAULT, VARIABLE, models_folder
+from modules.cli.generate.flags import Generate
+from modules.cli.memory.flags import Memory
 from modules.cli.table import options_table
 from modules.evaluation import __main__ as evaluation
 from modules.options import KIVIOptions
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-COMMANDS = [quickstart.Quickstart, demos.Example, evaluation.Quality, evaluation.Passkey, evaluation.Layers]
+COMMANDS = [
+    quickstart.Quickstart,
+    demos.Example,
+    evaluation.Quality,
+    evaluation.Passkey,
+    evaluation.Layers,
+    Memory,
+    Generate,
+    Benchmark,
+]
 GIVEN = {
     "k_bits": [4, 2, 16],
     "v_bits": 8,
@@ -48,11 +60,12 @@ def flags(options: dict) -> list[str]:
 
 
 def required(which: type) -> list[str]:
-    return (
-        ["--model", "m"]
-        if any(f.name == "model" and f.default is dataclasses.MISSING for f in dataclasses.fields(which))
-        else []
-    )
+    """What must be given, and something to do for a command that would look for it on stdin."""
+    given = ["--prompt", "x"] if which is Generate else []
+    for field in dataclasses.fields(which):
+        if field.name == "model" and field.default is dataclasses.MISSING:
+            given = ["m", *given] if field.metadata["positional"] else ["--model", "m", *given]
+    return given
 
 
 @pytest.mark.parametrize("which", COMMANDS)

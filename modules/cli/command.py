@@ -93,10 +93,12 @@ def plain_help(command: type, description: str) -> str:
 
 
 def flags(command: type) -> Iterator[tuple[str, dataclasses.Field]]:
-    """Every flag of a command, those of its groups included, with the field it sets."""
+    """Every flag of a command, those of its groups included, with the field it sets; a positional one by its name."""
     for field in dataclasses.fields(command):
         if field.metadata.get("group"):
             yield from flags(typing.cast(type, field.default_factory))
+        elif field.metadata.get("positional"):
+            yield field.name.upper(), field
         elif field.default is True:
             yield f"--{field.name.replace('_', '-')}, --no-{field.name.replace('_', '-')}", field
         else:
