@@ -314,7 +314,7 @@ book.say(
 class OneLayer(nn.Module):
     """Tokens in, logits of the next one out; `stored` [2, 1, heads, capacity, head_dim] is its KV cache."""
 
-    def __init__(self, vocabulary: int = 64, width: int = 32, heads: int = 2, head_dim: int = 64) -> None:
+    def __init__(self, vocabulary: int = 64, width: int = 16, heads: int = 2, head_dim: int = 64) -> None:
         super().__init__()
         self.shape = (3, heads, head_dim)
         self.embedding = nn.Embedding(vocabulary, width)
@@ -329,7 +329,7 @@ class OneLayer(nn.Module):
             stored[:, :, :, n] = torch.stack([key[:, :, 0], value[:, :, 0]])
             key, value = stored[:, :, :, : n + 1]
         attended = scaled_dot_product_attention(query, key, value)
-        return self.logits(x + self.out(attended.transpose(1, 2).flatten(2)))[:, -1]
+        return self.logits((x + self.out(attended.transpose(1, 2).flatten(2)))[:, -1])
 
 
 @torch.inference_mode()
@@ -350,9 +350,9 @@ one_layer = OneLayer()
 seconds_of_steps(one_layer, 64, cached=True)  # the first calls are slower
 runs = {
     "with": np.median([seconds_of_steps(one_layer, 8192, cached=True) for _ in range(3)], axis=0),
-    "without": seconds_of_steps(one_layer, 1536, cached=False),
+    "without": seconds_of_steps(one_layer, 1792, cached=False),
 }
-FIT_FROM = {"with": 2048, "without": 512}
+FIT_FROM = {"with": 2048, "without": 768}
 THEORY = {"with": (1, 2), "without": (2, 3)}
 
 # %% [markdown]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from IPython.display import Code, Markdown, display
+from IPython.display import Markdown, display
 from matplotlib import pyplot
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import DynamicCache
@@ -46,7 +46,7 @@ def say(text: str) -> None:
 
 def code(source: str) -> None:
     """Show Python source."""
-    display(Code(source, language="python"))
+    display(Markdown(f"```python\n{source}\n```"))
 
 
 def table(rows: Sequence[dict[str, Any]], formats: dict[str, str] | None = None) -> pd.DataFrame:

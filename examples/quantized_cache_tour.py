@@ -118,7 +118,8 @@ book.say(
     "bytes too.  \n"
     "Values a code takes: "
     + ", ".join(f"{count} of {2**bits} at {bits} bits" for bits, count in used.items())
-    + ". Since the scale comes from the largest magnitude, the lowest code is never used; at 2 bits that is a quarter of them."
+    + ". Since the scale comes from the largest magnitude, the lowest code is never used; at 2 "
+    "bits that is a quarter of them."
 )
 
 # %% [markdown]
@@ -188,7 +189,7 @@ book.say(
 with torch.inference_mode():
     _, past = nano(held_out[None, :256])
 keys, values = past[1][0]  # second layer, first head
-count, half, codes, scale = keys.numel(), keys.numel() * 2, keys.numel() // 2, keys.shape[1]
+half, codes, scale = keys.numel() * 2, keys.numel() // 2, keys.shape[1]
 book.say(
     f"Keys {list(keys.shape)}: {keys.nbytes:,} bytes in float32. Mean squared error at 4 bits "
     f"{(keys - by_token(keys, 4)).square().mean():.6f}, relative error "
@@ -282,7 +283,7 @@ book.caption(
 
 
 def channel_outlier(states: torch.Tensor) -> float:
-    """How much larger the largest channel is than the median one, by mean magnitude; the first 4 tokens left out."""
+    """The largest channel over the median one, by mean magnitude without the first 4 tokens."""
     size = states[..., 4:, :].abs().mean(dim=(0, 2))
     return float((size.amax(-1) / size.median(-1).values).mean())
 
@@ -437,16 +438,16 @@ for track in TRACKS:
         f"{gain(track, 'keys', 2):.1f} times smaller, that of attention "
         f"{gain(track, 'attention', 2):.1f} times, KL {gain(track, 'KL', 2):.1f} times. At 4 "
         f"bits: {gain(track, 'keys', 4):.1f}, {gain(track, 'attention', 4):.1f} and "
-        f"{gain(track, 'KL', 4):.1f}; at 8 bits both have a KL below "
-        f"{max(at[track, name, 8]['KL'] for name in SCHEMES):.0e}."
+        f"{gain(track, 'KL', 4):.1f}; at 8 bits both have a KL of at most "
+        f"{max(at[track, name, 8]['KL'] for name in SCHEMES):.1e}."
     )
-three, kivi_two = at["Llama", "by token, symmetric", 3], at["Llama", "KIVI", 2]
+nearly_equal = {track: (at[track, "by token, symmetric", 3], at[track, "KIVI", 2]) for track in TRACKS}
+three, two = nearly_equal["Llama"]
 book.say(
-    "A part of that is paid with metadata: KIVI's 2 bits are "
-    f"{kivi_two['bits with metadata']:.2f} here. By token one has 3-bit codes for that "
-    f"({three['bits with metadata']:.2f} bits): KL {three['KL']:.3f} in the Llama, against "
-    f"{kivi_two['KL']:.3f}, with {three['keys'] / kivi_two['keys']:.1f} times the error of the "
-    "keys."
+    f"A part of that is paid with metadata: KIVI's 2 bits are {two['bits with metadata']:.2f} here. "
+    f"By token one has 3-bit codes for that ({three['bits with metadata']:.2f} bits). KL, by token and KIVI: "
+    + "; ".join(f"{track} {a['KL']:.4f} and {b['KL']:.4f}" for track, (a, b) in nearly_equal.items())
+    + ". What cutting the keys by channel is good for are outlier channels, and the nanoGPT has none."
 )
 
 # %% [markdown]
@@ -547,8 +548,9 @@ bare = stored[stored["setting"] == "bare"].set_index("bits")["KL"]
 book.say(
     "The bare setting has the KL of the pretended one, so the codes say what they should: "
     + ", ".join(f"{bare[bits]:.5f} and {at['Llama', 'KIVI', bits]['KL']:.5f} at {bits} bits" for bits in BITS)
-    + f". *Times smaller* is against float32, in which this model runs; the full-precision tokens of a cache are float32 too, and with {PAST} tokens "
-    "they are a large part of it. Long texts are the next picture."
+    + ". *Times smaller* is against float32, in which this model runs; the full-precision "
+    f"tokens of a cache are float32 too, and with {PAST} tokens they are a large part of it. "
+    "Long texts are the next picture."
 )
 
 # %%

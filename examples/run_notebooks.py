@@ -9,7 +9,7 @@ A notebook is edited as text, `examples/NAME.py`; `examples/NAME.ipynb` is made 
 from __future__ import annotations
 
 import argparse
-import os
+import sys
 import time
 from pathlib import Path
 
@@ -45,10 +45,19 @@ def execute(notebook: NotebookNode) -> NotebookNode:
         record_timing=False,
         extra_arguments=["--log-level=ERROR"],  # else it warns that it talks over TCP
     )
-    quiet = {**os.environ, "PYTHONWARNINGS": "ignore:IProgress not found"}  # tqdm's, for want of ipywidgets
-    client.execute(env=quiet)
+    client.execute()
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            _move_warnings(cell)
     notebook.metadata.pop("language_info", None)  # the version of the Python that ran it is printed by the notebook
     return notebook
+
+
+def _move_warnings(cell: NotebookNode) -> None:
+    """What libraries say on stderr goes to ours: it is of this machine's packages, and no part of the lesson."""
+    for output in [output for output in cell.outputs if output.get("name") == "stderr"]:
+        print(output.text, file=sys.stderr, end="")
+        cell.outputs.remove(output)
 
 
 def main() -> None:
