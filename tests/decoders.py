@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 _SIZES = {
     "vocab_size": 131,
@@ -56,11 +56,72 @@ DECODERS: dict[str, dict[str, Any]] = {
 HYBRIDS = ("qwen3_next", "qwen3_5_text")  # their linear-attention layers cannot be cropped
 
 
+_MORE = {"qwen2_moe": _EXPERTS | {"hidden_size": 192}, "qwen3_5_moe_text": _EXPERTS | _LINEAR}  # much as those above
+_VISION = {
+    "depth": 2,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_heads": 2,
+    "patch_size": 4,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+}
+_TOKENS = {"image_token_id": 120, "video_token_id": 121, "vision_start_token_id": 122, "vision_end_token_id": 123}
+
+
+def _planes(*section: int) -> dict[str, Any]:
+    """Positions in time, height and width, with so many frequencies each."""
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(section)}}
+
+
+# Models that take images: what the decoder and what the side of images needs.
+WITH_IMAGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "qwen2_vl": ({"hidden_size": 192} | _planes(4, 6, 6), {"embed_dim": 32, "hidden_size": 192, "mlp_ratio": 1}),
+    "qwen2_5_vl": (
+        {"hidden_size": 192} | _planes(4, 6, 6),
+        {"out_hidden_size": 192, "window_size": 16, "fullatt_block_indexes": [1]},
+    ),
+    "qwen3_vl": (
+        _planes(6, 5, 5),
+        {"out_hidden_size": 96, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
+    ),
+    "qwen3_5": (_LINEAR | _planes(2, 1, 1), {"out_hidden_size": 96, "num_position_embeddings": 16}),
+    "qwen3_5_moe": (_EXPERTS | _LINEAR | _planes(2, 1, 1), {"out_hidden_size": 96, "num_position_embeddings": 16}),
+}
+
+
+def prompt(model_type: str, length: int, seed: int = 0) -> dict[str, torch.Tensor]:
+    """A prompt `[1, length]`, for a model that takes images with two of them in it, as its processor would give it."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 110, (1, length), generator=generator)
+    if model_type not in WITH_IMAGES:
+        return {"input_ids": ids}
+    grids, place = torch.tensor([[1, 4, 8], [1, 4, 4]]), 5
+    for grid in grids:
+        merged = int(grid.prod()) // 4
+        ids[0, place], ids[0, place + 1 + merged] = 122, 123
+        ids[0, place + 1 : place + 1 + merged] = 120
+        place += merged + 15
+    return {
+        "input_ids": ids,
+        "pixel_values": torch.randn(int(grids.prod(1).sum()), 3 * 2 * 4 * 4, generator=generator),
+        "image_grid_thw": grids,
+        "mm_token_type_ids": (ids == 120).int(),
+    }
+
+
 def decoder(model_type: str, **changes: Any) -> PreTrainedModel:
-    """A stock model of random weights."""
+    """A stock model of random weights; `changes` are of the decoder's config."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **{**_SIZES, **DECODERS.get(model_type, {}), **changes})
-    model = AutoModelForCausalLM.from_config(config).eval()
+    if model_type in WITH_IMAGES:
+        text, vision = WITH_IMAGES[model_type]
+        config = AutoConfig.for_model(
+            model_type, text_config=_SIZES | text | changes, vision_config=_VISION | vision, **_TOKENS
+        )
+        model = AutoModelForImageTextToText.from_config(config).eval()
+    else:
+        config = AutoConfig.for_model(model_type, **{**_SIZES, **(DECODERS | _MORE).get(model_type, {}), **changes})
+        model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):

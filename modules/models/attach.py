@@ -95,7 +95,7 @@ def detach_kivi(model: Model) -> Model:
     Raises:
         ValueError: where nothing was attached.
     """
-    if not isinstance(model, AttachedModelMixin):
+    if not issubclass(type(model), AttachedModelMixin):
         raise ValueError(f"attach_kivi() was not called on this {type(model).__name__}; there is nothing to detach.")
     decoder = model.get_decoder()
     config = decoder.config

@@ -11,7 +11,14 @@ from collections.abc import Iterable
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
@@ -160,6 +167,7 @@ def _decoder_of(name: str) -> dict[str, type[Any]]:
     # transformers finds what outputs a model can capture by its class's name, which a constructor enters: the decoder of
     # what generates is built as a stock one.
     dict.__setitem__(_CAN_RECORD_REGISTRY, str(model), model._can_record_outputs)
+    AutoModel.register(config, model, exist_ok=True)  # some models that take images make their decoder by its config
     model._no_split_modules = _renamed(model._no_split_modules, layer)
     return {
         "text_config": config,
@@ -211,8 +219,7 @@ def classes_of(model_type: str) -> Classes:
     AutoConfig.register(config.model_type, config, exist_ok=True)
     AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
     _convert_as(stock, model_type, causal_lm)
-    if config is not text_config:
-        _convert_as(classes.model.__mro__[2], text_config.model_type.removesuffix("_kivi"), classes.model)
+    _convert_as(classes.model.__mro__[2], text_config.model_type.removesuffix("_kivi"), classes.model)
     return classes
 
 
