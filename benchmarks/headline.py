@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,21 +66,27 @@ NEEDS: tuple[tuple[str, str, dict[str, Any]], ...] = (  # what for, the name in 
 )
 
 
-def spread(values: list[float]) -> str:
+def spread(values: Sequence[float]) -> str:
     """The least and the largest, with two digits; below 0.0001 four decimals."""
     low, high = (f"{value:.2g}" if value >= 1e-4 else f"{value:.4f}" for value in (min(values), max(values)))
     return low if low == high else f"{low} to {high}"
 
 
 def quality_cells(name: str, results: list[QualityResult]) -> list[str]:
-    """Stored bits, and KL and the largest rise of perplexity over the texts that have this cache."""
-    own = [(result.row(name), result.row(FULL)) for result in results if any(row.name == name for row in result.rows)]
-    bits = number(own[0][0].stored_bits, 2)
+    """Stored bits, and KL and the largest rise of perplexity over the texts on which this cache was measured."""
     if name == FULL:
-        return [bits, MISSING, MISSING]
-    row, full = max(own, key=lambda pair: pair[0].perplexity / pair[1].perplexity)
-    note = "" if len(own) == len(results) else f" ({len(own)} text)"
-    return [bits, spread([row.kl for row, _ in own]) + note, percent(row.perplexity, full.perplexity)]
+        return [number(results[0].row(FULL).stored_bits, 2), MISSING, MISSING]
+    measured = [
+        (row.stored_bits, row.kl, row.perplexity / full)
+        for result in results
+        for row in result.rows
+        if row.name == name and row.kl is not None and row.perplexity and (full := result.row(FULL).perplexity)
+    ]
+    if not measured:
+        return [MISSING] * 3
+    bits, costs, rises = zip(*measured)
+    note = "" if len(measured) == len(results) else f" ({len(measured)} of {len(results)} texts)"
+    return [number(bits[0], 2), spread(costs) + note, percent(max(rises), 1)]
 
 
 def memory_cell(options: dict[str, Any] | None) -> str:
@@ -89,7 +96,8 @@ def memory_cell(options: dict[str, Any] | None) -> str:
     row = Plan(model_config(SHAPE)).row(KIVIOptions(**options), CACHE_TOKENS)
     if not options.get("use_kivi", True):
         return f"{row['float16_bytes'] / 1e6:,.0f} MB"
-    return f"{row['stored']['bytes'] / 1e6:,.0f} MB, {row['stored']['ratio']:.1f}×"
+    stored = row["stored"]
+    return f"{stored['bytes'] / 1e6:,.0f} MB, {stored['ratio']:.1f}×"
 
 
 def speed_cell(rows: list[dict[str, Any]], key: str, name: str | None) -> str:
@@ -102,8 +110,8 @@ def speed_cell(rows: list[dict[str, Any]], key: str, name: str | None) -> str:
         baseline = next(iter(times.values()))
         found.append((times[name], baseline / times[name]) if name else (baseline, 1.0))
     digits = 0 if min(time for time, _ in found) >= 10 else 1
-    times = " / ".join(f"{time:.{digits}f}" for time, _ in found) + " ms"
-    return f"{times}, {' / '.join(f'{faster:.1f}×' for _, faster in found)}" if name else times
+    shown = " / ".join(f"{time:.{digits}f}" for time, _ in found) + " ms"
+    return f"{shown}, {' / '.join(f'{faster:.1f}×' for _, faster in found)}" if name else shown
 
 
 def speed_of(folder: Path, name: str) -> BenchmarkResult:

@@ -18,7 +18,7 @@ from modules.store.ledger import Geometry  # noqa: E402
 INK, SOFT = "#1f2328", "#6e7781"
 SINKS, PACKED, WINDOW = "#f6c26b", "#7aa7f0", "#9fd8a4"
 GROUP, TOKENS, CHANNELS = 4, 12, 16  # of the small example that is drawn
-EDGE = {"edgecolor": INK, "linewidth": 0.8}
+EDGE: dict[str, Any] = {"edgecolor": INK, "linewidth": 0.8}
 
 
 def states(outliers: dict[int, float]) -> numpy.ndarray:

@@ -30,6 +30,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         node = nbformat.read(notebook, nbformat.NO_CONVERT)
         node.metadata["language_info"] = {"name": "python"}  # which highlights the code
         text, resources = MarkdownExporter().from_notebook_node(node, {"output_files_dir": notebook.stem})
+        text = re.sub(r"<table[^>]*>", "<table>", text)  # those of pandas look like the others
         files.append(File.generated(config, f"{notebook.stem}.md", content=_relinked(text, notebook.parent)))
         for name, picture in resources["outputs"].items():
             files.append(File.generated(config, name, content=picture))
