@@ -46,6 +46,15 @@ def check_flag(name: str, value: Any, *others: Any) -> None:
         raise ValueError(f"{name} must be {', '.join(map(str, (True, *others)))} or False; got {value!r}.")
 
 
+def check_path(name: str, value: Any) -> None:
+    """Raise `ValueError` where `value` is neither None nor the path of a file as a string, which a config can be saved with."""
+    if not isinstance(value, (str, type(None))):
+        raise ValueError(
+            f"{name} must be the path of a file, as a string that a config is saved with, or None; got an object of the type "
+            f"{type(value).__name__}. Save it and give its path, or pass it to create_kivi_cache({name}=…)."
+        )
+
+
 def _check_choice(name: str, value: Any, allowed: tuple) -> None:
     if not isinstance(value, (int, str, type(None))) or isinstance(value, bool) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}.")
@@ -241,11 +250,7 @@ class RunOptions:
         check_flag("use_kivi_cache", self.use_kivi_cache)
         if self.prefill_chunk is not None:
             check_count("prefill_chunk", self.prefill_chunk)
-        if not isinstance(self.static, (str, type(None))):
-            raise ValueError(
-                f"static must be the path of a file, which a config can name, or None; got {type(self.static).__name__}. Save the "
-                "parameters and give their path, or pass them to create_kivi_cache(static=…)."
-            )
+        check_path("static", self.static)
 
 
 def config_fields() -> dict[str, tuple[str, Any]]:

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 
 from modules.cache.cache import OVER_CODES
 from modules.models.attention import ROUTES
-from modules.options import KIVIOptions, RunOptions, config_fields, head_dim_of
+from modules.options import KIVIOptions, RunOptions, check_path, config_fields, head_dim_of
 
 FIELD_DEFAULTS: dict[str, Any] = {name: default for name, (_, default) in config_fields().items()}
 _FORWARDS = "_forwards_over_codes"  # attribute of a config: forwards that run over a KIVI cache now
@@ -110,6 +110,7 @@ for _name in FIELD_DEFAULTS:
 
 def _of_model_type(cls: Any, load: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """What `load` gives; a `ValueError` where it is of another model type than `cls`."""
+    check_path("static", kwargs.get("static"))  # before transformers shows the config as JSON
     with stock_checkpoints_are_meant():
         config = load(*args, **kwargs)
     loaded = config[0] if isinstance(config, tuple) else config
