@@ -15,18 +15,31 @@ import torch
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache
 
+from modules.codecs.static import ChannelScales, StaticParameters, model_facts
 from modules.evaluation.timing import WARM_UP, percentiles, take_turns
 from modules.kivi_cache_general import KIVICache
 from modules.options import head_dim_of
 from modules.store.step import Step
 
+STATIC = "static INT8, numba"
+_RANGE = 4.0  # of random states, for their scales
 COMPILED = "StaticCache, compiled"
 CONTENDERS: dict[str, dict[str, Any]] = {
     "KIVI 2 bits, torch": {"backend": "torch"},
     "KIVI 2 bits, numba": {"backend": "numba"},
     "KIVI 4 bits, numba": {"k_bits": 4, "v_bits": 4, "backend": "numba"},
     "KIVI 8 bits, numba": {"k_bits": 8, "v_bits": 8, "backend": "numba"},
+    STATIC: {"static": True, "backend": "numba"},
 }
+
+
+def scales_of_random_states(config: PreTrainedConfig) -> StaticParameters:
+    """Static INT8 for states that nobody calibrated on, the same scale for all channels: what they are takes no time."""
+    facts = model_facts(config)
+    high = torch.full((facts["num_key_value_heads"], facts["head_dim"]), _RANGE)
+    scales, layers = ChannelScales.from_range(-high, high, symmetric=True), range(facts["num_hidden_layers"])
+    ranges = (-high, high, -high, high)
+    return StaticParameters(dict.fromkeys(layers, (scales, scales)), facts, {}, dict.fromkeys(layers, ranges), 0)
 
 
 def fill(caches: dict[str, Cache], config: PreTrainedConfig, tokens: int, dtype: torch.dtype) -> None:
@@ -55,7 +68,7 @@ def measure_steps(
     """p20, p50 and p80 of a step in milliseconds at `tokens` tokens of context, of transformers' caches and KIVI caches.
 
     Args:
-        contenders: options of the KIVI caches, by name.
+        contenders: options of the KIVI caches, by name; `static` stands for static INT8.
         rounds: steps of each.
         stock: the stock model, which is compiled; None leaves that out.
     """
@@ -64,7 +77,9 @@ def measure_steps(
         "StaticCache": StaticCache(model.config, max_cache_len=room),
         "DynamicCache": DynamicCache(),
     }
-    caches |= {name: model.create_kivi_cache(**options) for name, options in contenders.items()}
+    for name, options in contenders.items():
+        static = {"static": scales_of_random_states(model.config)} if "static" in options else {}
+        caches[name] = model.create_kivi_cache(**{**options, **static})
     token = torch.tensor([[100]])
     steps = {name: functools.partial(model, token, past_key_values=cache) for name, cache in caches.items()}
     if stock is not None:
