@@ -14,8 +14,10 @@ import torch
 pytest.importorskip("triton")
 
 from conftest import FAMILIES, SIZES, SMALL, relative_error, tokens
+from layers import random_scales
 from triton_cases import kernels  # noqa: F401 - a fixture
 
+from modules.codecs.static import StaticParameters, model_facts
 from modules.kernels.registry import REGISTRY, Entry
 from modules.kernels.triton import attention
 from modules.models.graphs import DecodeRunner, _Capture, _warn_of_hooks
@@ -55,14 +57,22 @@ def left_padded(batch, length, padding):
     return ids.to(DEVICE), mask.to(DEVICE)
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
-def test_logits_of_whole_models(kernels, allowed, family):  # noqa: F811
+def static_parameters(config):
+    """Scales for all layers of a model, not fitted to it."""
+    shape = config.num_key_value_heads, config.head_dim
+    scales = random_scales(*shape, True), random_scales(*shape, False)
+    return StaticParameters(dict.fromkeys(range(config.num_hidden_layers), scales), model_facts(config), {}, {}, 0)
+
+
+@pytest.mark.parametrize("family, static", [*((family, False) for family in FAMILIES), ("llama", True)])
+def test_logits_of_whole_models(kernels, allowed, family, static):  # noqa: F811
     """A padded batch in chunks and single tokens, over a packing: as with the torch backend."""
     model = small_model(family)
+    options = {"static": static_parameters(model.config)} if static else {}
     ids, mask = left_padded(2, 69, 7)
     logits = {}
     for backend in ("torch", "triton"):
-        cache, outputs, seen = model.create_kivi_cache(backend=backend), [], 0
+        cache, outputs, seen = model.create_kivi_cache(backend=backend, **options), [], 0
         with torch.inference_mode():
             for piece in ids.split([64, 2, 1, 1, 1], dim=1):
                 seen += piece.shape[1]
@@ -107,19 +117,20 @@ def graphs_without_a_gpu(monkeypatch):
     return records
 
 
-@pytest.mark.parametrize("reserved", [False, True])
-def test_replayed_decoding_is_eager_decoding(kernels, allowed, monkeypatch, reserved):  # noqa: F811
+@pytest.mark.parametrize("reserved, static", [(False, False), (True, False), (True, True)])
+def test_replayed_decoding_is_eager_decoding(kernels, allowed, monkeypatch, reserved, static):  # noqa: F811
     """Tokens, lengths and masks over several packings. A cache that knows its length is recorded once; one that grows,
     again each time it moves."""
-    model, steps = small_model("llama"), 36
+    model, steps = small_model("llama"), 12 if static else 36
     ids, mask = left_padded(2, 42, 7)
     greedy = {"attention_mask": mask, "do_sample": False, "min_new_tokens": steps, "max_new_tokens": steps}
     model.use_cuda_graphs = False
-    eager = model.create_kivi_cache(backend="triton", residual_length=0)
+    options = {"static": static_parameters(model.config)} if static else {"residual_length": 0}
+    eager = model.create_kivi_cache(backend="triton", **options)
     expected = model.generate(ids, past_key_values=eager, **greedy)
     model.use_cuda_graphs = True
     records = graphs_without_a_gpu(monkeypatch)
-    cache = model.create_kivi_cache(backend="triton", residual_length=0)
+    cache = model.create_kivi_cache(backend="triton", **options)
     if reserved:
         cache.reserve(ids.shape[1] + steps)
     assert torch.equal(model.generate(ids, past_key_values=cache, **greedy), expected)

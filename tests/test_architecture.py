@@ -370,11 +370,11 @@ def test_a_new_family_runs_over_its_cache(monkeypatch, tmp_path):
 
 
 def test_a_new_codec_is_stored_and_attended(monkeypatch, rebuilt):
-    static = run_block("modules/codecs/static8.py", monkeypatch).Static8Codec(0.05, group_size=16)
-    layer, states = filled((static, static), [100, 84])
+    fixed = run_block("modules/codecs/fixed8.py", monkeypatch).Fixed8Codec(0.05, group_size=16)
+    layer, states = filled((fixed, fixed), [100, 84])
     assert layer.packed == [64, 48] and layer.key.codes.dtype == torch.int8
     for name in ("torch", "numba"):  # whose kernels would read these bytes as others
-        with pytest.raises(ValueError, match="layout static8"):
+        with pytest.raises(ValueError, match="layout fixed8"):
             registry.pick_backend(name, layer)
     for row, length in enumerate(layer.lengths):
         for side, given in zip(layer.sides, states):

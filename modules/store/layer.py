@@ -16,8 +16,8 @@ from modules.store.side import PackedSide
 from modules.store.step import Step
 
 _SLACK = 64  # capacity grows by a sixty-fourth: at most 1.6 % of the packed part is unused
-_LEAST_SLACK = 32  # tokens, where no group is longer
-_LEAST_SLACK_ON_GPU = 256  # a graph is recorded again each time memory moves
+_SLACK_AT_ONCE = 32  # tokens, where they are packed one by one: a short cache would grow at each
+_LEAST_SLACK = 256  # tokens, on a GPU: a graph is recorded again each time memory moves
 _CAST_TOKENS = 1024  # codes are dequantized this many tokens at a time
 _SLICE_ELEMENTS = 1 << 21  # queries squared at a time
 
@@ -230,8 +230,9 @@ class PackedLayer:
         """Grow the packed part to `need` tokens and some more where they do not fit; its memory moves then."""
         if need <= self.key.capacity:
             return
-        least = _LEAST_SLACK_ON_GPU if self.key.window.device.type == "cuda" else _LEAST_SLACK
-        slack = max(need // _SLACK, self.group_size, least)
+        least = _LEAST_SLACK if self.key.window.device.type == "cuda" else 0
+        unit = _SLACK_AT_ONCE if self.ledger.geometry.at_once else self.group_size
+        slack = max(need // _SLACK, unit, least)
         capacity = max((need + slack) // self.group_size * self.group_size, self._expected())
         for side in self.sides:
             side.grow(capacity)
