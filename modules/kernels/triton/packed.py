@@ -328,15 +328,17 @@ def attend_packed(query, keys, values, partial, out_at, packed, first, last, fac
 
     for step in tl.range(first, last, num_stages=TILE.STAGES):
         block = step * BATCH + block_of_batch
-        inside = (block < tl.cdiv(packed, T))[:, None]
         if TILE.AT_ONCE:
-            inside = inside & (block[:, None] * T + tl.arange(0, T)[None, :] < packed)
-        block = tl.minimum(block, tl.cdiv(packed, T) - 1)
+            inside = (block[:, None] * T + tl.arange(0, T)[None, :] < packed)[:, :, None]
+            block = tl.minimum(block, tl.cdiv(packed, T) - 1)
+        else:  # whole blocks
+            inside = (block < packed // T)[:, None, None]
+            block = tl.minimum(block, packed // T - 1)
         if TILE.K_BITS < 16:
             scores = _scores_of_codes(folded, keys, block, TILE)
         else:
             scores = _scores_of_states(folded, keys, block, packed, TILE)
-        scores = tl.where(inside[:, :, None], scores, float("-inf"))
+        scores = tl.where(inside, scores, float("-inf"))
         p, decay, maximum, total = _softmax_step(scores, folded.to_score, maximum, total, TILE)
 
         # The tokens of a warp side by side: [WARPS, U * T, N].
