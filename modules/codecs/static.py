@@ -145,7 +145,7 @@ class StaticParameters:
         layers: the scales of keys and of values, by `layer_idx`.
         model: what it fits, see `model_facts`.
         spec: the YAML spec it was made with, as plain data.
-        ranges: of each layer the observed key low, key high, value low and value high, float32 `[H, D]`.
+        ranges: of each layer, where they are known, the observed key low, key high, value low and value high, float32 `[H, D]`.
         tokens: how many tokens were observed.
     """
 
@@ -183,8 +183,8 @@ class StaticParameters:
         tensors: dict[str, torch.Tensor] = {}
         for index, sides in self.layers.items():
             for number, (what, scales) in enumerate(zip(_SIDES, sides)):
-                low, high = self.ranges[index][2 * number : 2 * number + 2]
-                named = {"scale": scales.scale, "offset": scales.offset, "low": low, "high": high}
+                named = {"scale": scales.scale, "offset": scales.offset}
+                named |= dict(zip(("low", "high"), self.ranges.get(index, ())[2 * number : 2 * number + 2]))
                 tensors |= {f"{index}.{what}.{name}": t.detach().cpu().clone() for name, t in named.items()}
         return tensors
 
@@ -202,7 +202,7 @@ class StaticParameters:
         """
         indices = sorted({int(name.split(".")[0]) for name in tensors})
         layers = {index: _sides_of(tensors, index) for index in indices}
-        ranges = {index: _ranges_of(tensors, index) for index in indices}
+        ranges = {index: _ranges_of(tensors, index) for index in indices if f"{index}.key.low" in tensors}
         return cls(layers, about["model"], about["spec"], ranges, about["tokens"])
 
     def save(self, path: str | os.PathLike) -> None:
