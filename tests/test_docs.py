@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import demos
 import headline
@@ -21,6 +22,7 @@ import torch
 from conftest import REAL_MODELS, real_model_path
 from pages import DOCS, PAGES, ROOT, Block
 
+from modeling_llama_kivi import load_llama_kivi
 from modules.cli.command import parse, parse_one_of
 from modules.evaluation import __main__ as evaluation
 
@@ -60,6 +62,18 @@ def ids_of(found: list) -> list[str]:
 # snippets
 
 
+def given(page: Path) -> dict[str, Any]:
+    """What a page takes for granted: names, and the file that it shows."""
+    if page == FIRST_USAGE:
+        return {"torch": torch}
+    if page.name != "int8.md":
+        return {}
+    Path("spec.yaml").write_text(pages.blocks(page, "yaml")[0].code)
+    model, tokenizer = load_llama_kivi(real_model_path("llama"), dtype=torch.float32)
+    inputs = tokenizer("A text that is read. " * 20, return_tensors="pt")
+    return {"model": model, "inputs": inputs, "batches": [inputs.input_ids]}
+
+
 @pytest.mark.real_model
 @pytest.mark.filterwarnings("ignore:KIVI attends with plain torch")
 @pytest.mark.parametrize(
@@ -68,7 +82,7 @@ def ids_of(found: list) -> list[str]:
 def test_snippets_run(page, without_numba, tmp_path, monkeypatch, capsys):
     """One after the other, as a reader would, on models of the same families; no statement of theirs is left out."""
     monkeypatch.chdir(tmp_path)
-    names: dict = {"torch": torch} if page == FIRST_USAGE else {}
+    names = given(page)
     for block in pages.blocks(page, "python"):
         if not block.not_run:
             pages.run_python(block, names, replaced())
