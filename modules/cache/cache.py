@@ -25,7 +25,7 @@ from modules.cache.saved import read, write
 from modules.cache.static import GEOMETRY, check_alone, check_packed, options_beside, parameters_of
 from modules.cache.undo import Savepoint
 from modules.codecs.static import StaticParameters
-from modules.options import KIVIOptions, check_count, check_flag, head_dim_of
+from modules.options import KIVIOptions, check_count, check_flag, head_dims_of
 from modules.store.ledger import Geometry, Ledger, OpenStep
 from modules.store.step import Step
 
@@ -102,7 +102,8 @@ class KIVICache(Cache):
         self.offloading = offloading
 
     def _layers_of(self, config: PreTrainedConfig) -> list[CacheLayerMixin]:
-        self.options.check_head_dim(head_dim_of(config))
+        for head_dim in head_dims_of(config):
+            self.options.check_head_dim(head_dim)
         layers = DynamicCache(config=config).layers  # transformers' own choice of layer for each kind of attention
         for index, layer in enumerate(layers):
             if type(layer) is DynamicLayer:

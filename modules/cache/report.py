@@ -21,6 +21,13 @@ def _storage_bytes(*tensors: torch.Tensor | None) -> int:
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
+def _states_of(layer: Any) -> list[torch.Tensor]:
+    """The states of a linear-attention layer of transformers: one of each kind to 5.17, by number later."""
+    states = [getattr(layer, name, None) for name in ("conv_states", "recurrent_states")]
+    held = [list(state.values()) if isinstance(state, dict) else [state] for state in states]
+    return [state for some in held for state in some if isinstance(state, torch.Tensor)]
+
+
 def cache_report(cache: Any) -> dict[str, Any]:
     """What `KIVICache.get_cache_info()` returns; bytes are those of the tensors' storages.
 
@@ -28,7 +35,8 @@ def cache_report(cache: Any) -> dict[str, Any]:
         seq_length: columns seen, padding included (tokens); batch_size: sequences; num_layers; backend.
         tokens: `sinks`, `packed`, `window` of the longest sequence, and `lengths` of all.
         bytes: `codes`, `metadata` (scales, minima; the order of the channels), `full_precision` (sinks, window and 16-bit
-            sides), `slack` (codes and metadata that are allocated and unused), `other_layers` (sliding windows), `total`;
+            sides), `slack` (codes and metadata that are allocated and unused), `other_layers` (sliding windows), `recurrent` (states of linear-attention layers, whose size does
+            not grow with the tokens), `total`;
             `dense` is the same tokens in the model's dtype; `ratio` is `dense / total`.
         bits: an element's, `stored` (all bytes over all stored elements), `packed` (codes and metadata alone), `nominal`
             (the table's `(R*16 + (T-R)*bits)/T`).
@@ -77,15 +85,17 @@ def cache_report(cache: Any) -> dict[str, Any]:
     total = _storage_bytes(*(t for layer in layers for t in layer.tensors().values()))
     others = [layer for layer in cache.layers if layer not in cache.kivi_layers]
     other = _storage_bytes(*(getattr(layer, name, None) for layer in others for name in ("keys", "values")))
+    recurrent = _storage_bytes(*(state for layer in others for state in _states_of(layer)))
     info["bytes"] = {
         "codes": codes,
         "metadata": metadata + fixed,
         "full_precision": full,
         "slack": slack,
         "other_layers": other,
-        "total": total + other,
-        "dense": dense + other,
-        "ratio": (dense + other) / (total + other) if total + other else 0.0,
+        "recurrent": recurrent,
+        "total": total + other + recurrent,
+        "dense": dense + other + recurrent,
+        "ratio": (dense + other + recurrent) / (total + other + recurrent) if total + other + recurrent else 0.0,
     }
     bits = [bits for layer in cache.kivi_layers for bits in layer.bits]
     info["bits"] = {
@@ -97,6 +107,9 @@ def cache_report(cache: Any) -> dict[str, Any]:
         keys, values = (sum(counts) for counts in zip(*[(0, 0), *(layer.saturated() for layer in layers)]))
         info["saturated"] = {"keys": keys, "values": values, "total": keys + values}
     return info
+
+
+_OTHERS = {"other_layers": "sliding windows of other layers", "recurrent": "states of linear attention"}
 
 
 def _megabytes(count: float) -> str:
@@ -119,6 +132,7 @@ def format_report(info: dict[str, Any]) -> str:
         ("scales and minima", _megabytes(size["metadata"])),
         ("full precision", _megabytes(size["full_precision"])),
         ("of these unused (room to grow)", _megabytes(size["slack"])),
+        *((name, _megabytes(size[key])) for key, name in _OTHERS.items() if size[key]),
         ("total", _megabytes(size["total"])),
         ("the same tokens unquantized", f"{_megabytes(size['dense'])}: {size['ratio']:.2f} times as much"),
         ("bits an element, all stored", f"{bits['stored']:.2f}"),

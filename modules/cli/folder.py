@@ -9,6 +9,7 @@ VARIABLE = "KIVI_MODELS"
 DEFAULT = "~/.cache/kivi-models"
 SMOLLM2 = "smollm2-135m-instruct"
 QWEN = "qwen2.5-coder-0.5b-instruct"
+GEMMA = "gemma-3-270m"
 
 
 def models_folder(given: str | Path | None = None) -> Path:

@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 
 from modules.models.base_model import StepMixin
 from modules.models.causal_lm import CachingMixin
-from modules.models.common_pattern import check_attachable
+from modules.models.common_pattern import check_attachable, decoder_of
 from modules.models.config import FIELD_DEFAULTS, RoutedConfigMixin, check_config, forget_forwards
 from modules.models.derived import derive
 from modules.models.graphs import DecodeGraphs
@@ -73,7 +73,7 @@ def attach_kivi(model: Model, **options: Any) -> Model:
     """
     reject_unknown(options, FIELD_DEFAULTS, "attach_kivi()")
     check_attachable(model)
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     config = decoder.config
     fields = {**FIELD_DEFAULTS, "use_kivi_cache": True, **options}
     _check_fields(config, fields)
@@ -97,7 +97,7 @@ def detach_kivi(model: Model) -> Model:
     """
     if not issubclass(type(model), AttachedModelMixin):
         raise ValueError(f"attach_kivi() was not called on this {type(model).__name__}; there is nothing to detach.")
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     config = decoder.config
     for attached in (model, decoder, config):
         _become_stock(attached)

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 
 from modules.cache.cache import OVER_CODES
 from modules.models.attention import ROUTES
-from modules.options import KIVIOptions, RunOptions, check_path, config_fields, head_dim_of
+from modules.options import KIVIOptions, RunOptions, check_path, config_fields, head_dims_of
 
 FIELD_DEFAULTS: dict[str, Any] = {name: default for name, (_, default) in config_fields().items()}
 _FORWARDS = "_forwards_over_codes"  # attribute of a config: forwards that run over a KIVI cache now
@@ -163,7 +163,8 @@ def check_config(config: PreTrainedConfig) -> None:
         if not hasattr(config, name):
             setattr(config, name, default)
     options = check_fields(config)
-    options.check_head_dim(head_dim_of(config))
+    for head_dim in head_dims_of(config):
+        options.check_head_dim(head_dim)
     options.bits_of_layer(0, config.num_hidden_layers)
 
 

@@ -27,9 +27,10 @@ from transformers.models.auto.configuration_auto import model_type_to_module_nam
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
+from modules.models.attach import attach_kivi
 from modules.models.base_model import KIVIModelMixin
 from modules.models.causal_lm import KIVIForCausalLMMixin
-from modules.models.config import CompositeKIVIConfigMixin, KIVIConfigMixin, with_text_config
+from modules.models.config import FIELD_DEFAULTS, CompositeKIVIConfigMixin, KIVIConfigMixin, with_text_config
 from modules.models.derived import derive
 
 SOURCE_OPTIONS = ("gguf_file", "revision", "subfolder", "cache_dir", "token", "local_files_only", "trust_remote_code")
@@ -243,8 +244,15 @@ def classes_bound_in(module: str) -> dict[str, type[Any]]:
 
 
 def load_any(name: str, **kwargs: Any) -> tuple[Any, PreTrainedTokenizerBase]:
-    """A checkpoint of any family as a KIVI model, and its tokenizer; see `load_family`."""
-    return load_family(FAMILIES, name, **kwargs)
+    """A checkpoint as a KIVI model, and its tokenizer; see `load_family`. One of no family is a stock model with
+    `attach_kivi()`, whose `use_kivi_cache` is False, as it is in a family, unless it is given."""
+    source = {key: kwargs[key] for key in SOURCE_OPTIONS if key in kwargs}
+    config = kwargs.get("config") or AutoConfig.from_pretrained(name, **source)
+    if config.model_type.removesuffix("_kivi") in FAMILIES:
+        return load_family(FAMILIES, name, **kwargs)
+    options = {key: kwargs.pop(key) for key in FIELD_DEFAULTS if key in kwargs}
+    model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
+    return attach_kivi(model, **{"use_kivi_cache": False, **options}), AutoTokenizer.from_pretrained(name, **source)
 
 
 def load_family(model_types: Iterable[str], name: str, **kwargs: Any) -> tuple[Any, PreTrainedTokenizerBase]:
