@@ -69,7 +69,8 @@ def live_of_rows(layer: PackedLayer, rows: Sequence[int]) -> dict[str, torch.Ten
 def joined(parts: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """What `live_of_rows` gave of several layers, as of one layer with all of the sequences."""
     return {
-        name: torch.cat([part[name] for part in parts], dim=0 if name.endswith(_BY_SEQUENCE) else 1) for name in parts[0]
+        name: torch.cat([part[name] for part in parts], dim=0 if name.endswith(_BY_SEQUENCE) else 1)
+        for name in parts[0]
     }
 
 
