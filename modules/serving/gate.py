@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import hmac
 import json
@@ -16,6 +17,7 @@ log = logging.getLogger("kivi.serve")
 OPEN = ("/health",)  # needs no key
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 _GONE = 499  # of a client that went away
+_LINGER = 2.0  # seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Gate:
                 self._check(scope)
                 body = await self._body(scope, receive)
             except ApiError as error:
+                await self._discard(receive)
                 await _refuse(counted, error)
             else:
                 if body is not None:
@@ -113,6 +116,17 @@ class Gate:
         except TimeoutError:
             raise too_slow(self.limits.max_seconds) from None
 
+    async def _discard(self, receive: Any) -> None:
+        """Read some of what is left of a body, which is not kept: a client that still sends does not see the answer."""
+        left = 2 * self.limits.max_body
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(min(_LINGER, self.limits.max_seconds)):
+                while left > 0:
+                    message = await receive()
+                    left -= len(message.get("body", b""))
+                    if not message.get("more_body"):
+                        return
+
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the body is larger than {self.limits.max_body} bytes.", code="body_too_large")
 
@@ -133,6 +147,6 @@ def _replayed(body: bytes, receive: Any) -> Any:
 async def _refuse(send: Any, error: ApiError) -> None:
     body = json.dumps(error.body()).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    headers += [(b"connection", b"close")]  # what is left of the body is not read
+    headers += [(b"connection", b"close")]  # a body may not have been read to its end
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

@@ -14,7 +14,7 @@ from modules.cli.generate.warm import warm_up
 from modules.serving.app import Served, create_app
 from modules.serving.engine import Engine
 from modules.serving.flags import Serve
-from modules.serving.gate import LOOPBACK, Gate, Limits
+from modules.serving.gate import LOOPBACK, Limits
 from modules.serving.prompts import Prompts
 
 GRACE = 10  # seconds that answers being made have once the server is to end
@@ -27,17 +27,21 @@ def run(command: Serve) -> None:
     logging.getLogger("kivi.serve").setLevel(logging.INFO)
     model, tokenizer = load_for(command, command.model, gguf_file=command.gguf_file)
     warm_up(model, model.create_kivi_cache())
-    Server(application(command, model, tokenizer), command).run()
+    Server(served_by(command, model, tokenizer), command).run()
 
 
-def application(command: Serve, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Gate:
-    """The ASGI application of a command for a model that is loaded."""
+def served_by(command: Serve, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Served:
+    """A model that is loaded, as a command offers it.
+
+    Raises:
+        ValueError: for a model of unknown context.
+    """
     config = model.config.get_text_config(decoder=True)
     context = getattr(config, "max_position_embeddings", None) or command.max_context
     if context is None:
         raise ValueError("the model's config says no max_position_embeddings; give --max-context.")
     context = min(context, command.max_context or context)
-    served = Served(
+    return Served(
         name=command.model_name or Path(command.model).name,
         model=model,
         tokenizer=tokenizer,
@@ -47,16 +51,16 @@ def application(command: Serve, model: PreTrainedModel, tokenizer: PreTrainedTok
         prompts=Prompts(tokenizer, context, config.vocab_size, command.max_new_tokens),
         max_seconds=command.max_seconds,
     )
-    hosts = LOOPBACK if command.key is None else None
-    return create_app(served, Limits(command.key, command.body_bytes, command.max_seconds, hosts))
 
 
 class Server(uvicorn.Server):
     """uvicorn with the settings of a command; says where it listens once it does."""
 
-    def __init__(self, app: Gate, command: Serve) -> None:
+    def __init__(self, served: Served, command: Serve) -> None:
+        self.served = served
+        hosts = LOOPBACK if command.key is None else None
         config = uvicorn.Config(
-            app,
+            create_app(served, Limits(command.key, command.body_bytes, command.max_seconds, hosts)),
             host=command.host,
             port=command.port,
             log_config=None,

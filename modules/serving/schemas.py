@@ -103,9 +103,9 @@ class CompletionRequest(Request):
 
 
 def where_and_why(errors: list[Any]) -> tuple[str | None, str]:
-    """The field that the first of pydantic's errors is about, as the API writes it, and a sentence on it."""
-    error = errors[0]
-    place = [part for part in error["loc"] if part != "body"]
+    """The field that one of pydantic's errors is about, as the API writes it, and a sentence on it."""
+    error = next((each for each in errors if not each["type"].endswith("_type")), errors[0])  # the nearest of a union
+    place = [] if error["type"] == "json_invalid" else [part for part in error["loc"] if part != "body"]
     named = [str(part) for part in place if isinstance(part, int) or str(part).isidentifier()]
     param = ".".join(part for part in named if part not in _KINDS) or None
     reason = _REASONS.get(error["type"], lambda e: e["msg"])(error)
