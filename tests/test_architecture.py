@@ -53,6 +53,7 @@ LAYERS = (  # from the ground up; what stands in one line may import its like
     ("models",),
     ("modeling_llama_kivi", "modeling_qwen_kivi"),
     ("calibration", "evaluation", "cli"),
+    ("serving",),
 )
 RANKS = {package: rank for rank, packages in enumerate(LAYERS) for package in packages}
 RANKS[""] = len(LAYERS)  # `modules` itself, which names what most people need and imports it when it is asked for

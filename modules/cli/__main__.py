@@ -39,6 +39,11 @@ COMMANDS = {
         "modules.cli.generate.run",
         "modules.cli.generate.flags",
     ),
+    "serve": Entry(
+        "an endpoint that speaks OpenAI's API",
+        "modules.serving.run",
+        "modules.serving.flags",
+    ),
     "evaluate": Entry("what quantization costs: perplexity, KL, passkeys", "modules.evaluation.__main__"),
     "calibrate": Entry("fixed INT8 ranges from a YAML file and texts", "modules.calibration.__main__"),
     "benchmark": Entry(

@@ -10,7 +10,8 @@ from typing import Any
 
 OK, FAILED, USAGE, INTERRUPTED, NO_READER = 0, 1, 2, 130, 141
 _ROOT = Path(__file__).resolve().parents[2]
-_OF_EVAL = ("matplotlib", "pandas", "jinja2", "lm_eval", "optimum", "hqq")  # packages of the extra "eval"
+_EXTRAS = {package: "eval" for package in ("matplotlib", "pandas", "jinja2", "lm_eval", "optimum", "hqq")}
+_EXTRAS |= {package: "serve" for package in ("fastapi", "uvicorn")}  # and what is in neither is in "demo"
 
 
 class UserError(Exception):
@@ -42,7 +43,7 @@ def run(main: Callable[[], Any]) -> int:
 
 
 def _command_for(package: str) -> str:
-    extra = "eval" if package.split(".")[0] in _OF_EVAL else "demo"
+    extra = _EXTRAS.get(package.split(".")[0], "demo")
     if (_ROOT / "pyproject.toml").exists():
         return f"pip install -e '{_ROOT}[{extra}]'"
     return f"pip install 'kivi-kv-cache[{extra}]'"

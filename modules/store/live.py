@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -13,6 +13,7 @@ from modules.store.ledger import Ledger
 from modules.store.side import PackedSide
 
 Tensors = Callable[[str], torch.Tensor]
+_BY_SEQUENCE = ("order", "query_energy")  # of these sequences are the first dimension
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,15 +49,29 @@ def live_tensors(layer: PackedLayer) -> dict[str, torch.Tensor]:
     it is. Of the queries: `query_energy` as it is, and `newest_energy`
     `[n, B, H, D]` with `newest_tokens` `[n]`.
     """
-    tensors: dict[str, torch.Tensor] = {}
-    for name, side in _named_sides(layer):
-        tensors |= {f"{name}.{part}": t for part, t in _live_of_side(side, layer).items()}
-    if layer.query_energy is not None:
-        tensors["query_energy"] = layer.query_energy
+    tensors = live_of_rows(layer, range(layer.batch_size))
     if layer.newest_energy:
         tokens, squares = zip(*layer.newest_energy)
         tensors |= {"newest_tokens": torch.tensor(tokens), "newest_energy": torch.stack(squares)}
     return {name: t.cpu().contiguous() for name, t in tensors.items()}
+
+
+def live_of_rows(layer: PackedLayer, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+    """`live_tensors` of the sequences `rows`, on the device of the layer and without the newest queries."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, side in _named_sides(layer):
+        tensors |= {f"{name}.{part}": t for part, t in _live_of_side(side, layer, rows).items()}
+    if layer.query_energy is not None:
+        tensors["query_energy"] = layer.query_energy[list(rows)]
+    return tensors
+
+
+def joined(parts: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """What `live_of_rows` gave of several layers, as of one layer with all of the sequences."""
+    return {
+        name: torch.cat([part[name] for part in parts], dim=0 if name.endswith(_BY_SEQUENCE) else 1)
+        for name in parts[0]
+    }
 
 
 def fill(layer: PackedLayer, names: set[str], tensor: Tensors) -> None:
@@ -89,8 +104,9 @@ def _named_sides(layer: PackedLayer) -> Iterator[tuple[str, PackedSide]]:
     return zip(("key", "value"), layer.sides)
 
 
-def _live_of_side(side: PackedSide, layer: PackedLayer) -> dict[str, torch.Tensor]:
-    geometry, spans = layer.ledger.geometry, list(enumerate(extents(layer.ledger)))
+def _live_of_side(side: PackedSide, layer: PackedLayer, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+    geometry, alive = layer.ledger.geometry, extents(layer.ledger)
+    spans = [(row, alive[row]) for row in rows]
     tensors = {}
     for name, part in side.parts.items():
         stored = getattr(side, name)
@@ -98,12 +114,12 @@ def _live_of_side(side: PackedSide, layer: PackedLayer) -> dict[str, torch.Tenso
     tensors["sinks"] = torch.cat([side.sinks[row, :, : span.sinks] for row, span in spans], dim=1)
     slots = [
         side.window[row, :, slot]
-        for (row, span), length in zip(spans, layer.lengths)
-        for slot in geometry.window_slots(length, span.first)
+        for row, span in spans
+        for slot in geometry.window_slots(layer.lengths[row], span.first)
     ]
     tensors["window"] = torch.cat(slots or [side.window[0, :, :0]], dim=1)
     if side.order is not None:
-        tensors["order"] = side.order
+        tensors["order"] = side.order[list(rows)]
     return tensors
 
 

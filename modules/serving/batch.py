@@ -1,0 +1,70 @@
+"""Answers that are made together: one cache whose sequences come and go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from modules.cache.rows import gather
+from modules.kivi_cache_general import KIVICache
+from modules.serving.job import Job
+
+
+class Batch:
+    """Jobs that have their first token, and the cache that holds the tokens before their newest one, a sequence each.
+
+    Each prompt is fed alone, over a cache of its own; its sequence then joins the others as it is stored, so that a job gets
+    what it gets alone, up to the order in which floats of a larger matrix are added.
+
+    Args:
+        leave: called with each job that is over, and a cache of its own that it leaves; None where nobody wants those.
+    """
+
+    def __init__(self, model: PreTrainedModel, leave: Callable[[Job, KIVICache], None] | None) -> None:
+        self.model, self.leave = model, leave
+        self.jobs: list[Job] = []
+        self._cache: KIVICache | None = None
+
+    def join(self, arrived: Sequence[tuple[Job, KIVICache]]) -> None:
+        """Take in jobs that were prefilled; those that are over by then leave at once."""
+        caches = [] if self._cache is None else [self._cache]
+        for job, cache in arrived:
+            if not job.is_over():
+                self.jobs.append(job)
+                caches.append(cache)
+            elif self.leave is not None:
+                self.leave(job, cache)
+        if len(caches) > 1:
+            self._cache = gather([(cache, range(cache.batch_size)) for cache in caches])
+        elif caches:
+            self._cache = caches[0]
+
+    def step(self) -> None:
+        """One more token of each job."""
+        if not self.jobs:
+            return
+        newest = torch.tensor([job.tokens[-1:] for job in self.jobs], device=self.model.device)
+        logits = self.model(input_ids=newest, past_key_values=self._cache, use_cache=True).logits[:, -1]
+        for row, job in enumerate(self.jobs):
+            job.take(int(job.choose(logits[row : row + 1])))
+        self.drop_those_over()
+
+    def drop_those_over(self) -> None:
+        """Let jobs go that have ended or that nobody waits for."""
+        over = [row for row, job in enumerate(self.jobs) if job.is_over()]
+        if not over or self._cache is None:
+            return
+        cache, alone = self._cache, len(self.jobs) == 1
+        if self.leave is not None:
+            for row in over:
+                self.leave(self.jobs[row], cache if alone else gather([(cache, [row])]))
+        staying = [row for row in range(len(self.jobs)) if row not in over]
+        self.jobs = [self.jobs[row] for row in staying]
+        self._cache = gather([(cache, staying)]) if staying else None
+
+    def clear(self) -> list[Job]:
+        """Forget all; the jobs that were in it."""
+        jobs, self.jobs, self._cache = self.jobs, [], None
+        return jobs

@@ -1,0 +1,86 @@
+"""What `kivi serve` does."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+import uvicorn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from modules.cli.generate.loading import load_for
+from modules.cli.generate.warm import warm_up
+from modules.serving.app import Served, create_app
+from modules.serving.engine import Engine
+from modules.serving.flags import Serve
+from modules.serving.gate import LOOPBACK, Limits
+from modules.serving.prompts import Prompts
+
+GRACE = 10  # seconds that answers being made have once the server is to end
+_SPARE = 32  # connections beside those of requests that run or wait
+
+
+def run(command: Serve) -> None:
+    """Load the model and serve it until Ctrl-C or SIGTERM."""
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(message)s")
+    logging.getLogger("kivi.serve").setLevel(logging.INFO)
+    model, tokenizer = load_for(command, command.model, gguf_file=command.gguf_file)
+    warm_up(model, model.create_kivi_cache())
+    Server(served_by(command, model, tokenizer), command).run()
+
+
+def served_by(command: Serve, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Served:
+    """A model that is loaded, as a command offers it.
+
+    Raises:
+        ValueError: for a model of unknown context.
+    """
+    config = model.config.get_text_config(decoder=True)
+    context = getattr(config, "max_position_embeddings", None) or command.max_context
+    if context is None:
+        raise ValueError("the model's config says no max_position_embeddings; give --max-context.")
+    context = min(context, command.max_context or context)
+    return Served(
+        name=command.model_name or Path(command.model).name,
+        model=model,
+        tokenizer=tokenizer,
+        engine=Engine(
+            model, max_batch=command.max_batch, max_waiting=command.max_waiting, cache_memory=command.cache_bytes
+        ),
+        prompts=Prompts(tokenizer, context, config.vocab_size, command.max_new_tokens),
+        max_seconds=command.max_seconds,
+    )
+
+
+class Server(uvicorn.Server):
+    """uvicorn with the settings of a command; says where it listens once it does."""
+
+    def __init__(self, served: Served, command: Serve) -> None:
+        self.served = served
+        hosts = LOOPBACK if command.key is None else None
+        config = uvicorn.Config(
+            create_app(served, Limits(command.key, command.body_bytes, command.max_seconds, hosts)),
+            host=command.host,
+            port=command.port,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            ws="none",
+            limit_concurrency=command.max_batch + command.max_waiting + _SPARE,
+            timeout_graceful_shutdown=GRACE,
+        )
+        super().__init__(config)
+
+    async def startup(self, sockets: list | None = None) -> None:
+        """As uvicorn's."""
+        await super().startup(sockets)
+        for address in self.addresses:
+            logging.getLogger("kivi.serve").info("listening on http://%s:%d/v1; Ctrl-C ends it", *address)
+
+    @property
+    def addresses(self) -> list[tuple[str, int]]:
+        """Hosts and ports that it listens on."""
+        if not self.started:
+            return []
+        return [socket.getsockname()[:2] for server in self.servers for socket in server.sockets]
