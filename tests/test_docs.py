@@ -28,11 +28,12 @@ from modules.evaluation import __main__ as evaluation
 
 README = ROOT / "README.md"
 FIRST_USAGE = Path(__file__).parent / "data" / "first_usage.md"
-HERE = [page for page in PAGES if page.name not in ("saved-prompts.md", "command.md", "extending.md")]
+HERE = [page for page in PAGES if page.name not in ("saved-prompts.md", "command.md", "extending.md", "server.md")]
 ELSEWHERE = {  # pages whose blocks other tests run
     "saved-prompts.md": "tests/test_saved.py",
     "command.md": "tests/test_kivi_command.py",
     "extending.md": "tests/test_architecture.py",
+    "server.md": "tests/test_serving.py",
 }
 NOT_RUN = {  # commands, and who runs them instead, or why nobody does
     r"python3 start\.py (demo|test)": "tests/test_start.py",
