@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 
 import modules.models.attention  # noqa: F401 - registers "kivi"
 from modules import files
+from modules.cache import cache as cache_module
 from modules.codecs.static import ChannelScales, StaticParameters, model_facts
 from modules.kivi_cache_general import KIVICache, StaticInt8Cache
 from modules.models.families import load_any
@@ -177,6 +178,7 @@ def test_room_and_limits_are_those_of_a_new_cache(model, path):
     cache = filled(model)
     cache.save(path)
     assert model.load_kivi_cache(path, max_length=400).layers[0].store.key.capacity > 300
+    cache_module._warn_of_nothing_to_offload.cache_clear()  # it warns once a process
     with pytest.warns(UserWarning, match="no effect"):
         run(model, model.load_kivi_cache(path, offloading=True), [tokens(1, 1)])
     with pytest.raises(ValueError, match="holds 150 tokens; got max_length=149"):

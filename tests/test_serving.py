@@ -285,12 +285,17 @@ def test_a_kept_cache_is_found_by_its_tokens_and_stays_as_it_is():
     PrefixCache(0, 1).keep(one, caches[0])
 
 
+def caches_alive() -> list[KIVICache]:
+    """By their own class: what other objects say theirs is may have gone."""
+    return [each for each in gc.get_objects() if issubclass(type(each), KIVICache)]
+
+
 def test_memory_stays_within_the_limit_over_500_conversations(chat_tokenizer):
     """The bytes are those of the caches that are alive, counted anew; nothing else holds on to one."""
     model = make_pair("llama", backend="torch")[1]
     limit = 2_000_000
     engine = Engine(model, max_batch=8, max_waiting=500, cache_memory=limit)
-    before = sum(isinstance(each, KIVICache) for each in gc.get_objects())
+    before = len(caches_alive())
     engine.start()
     ended = threading.Semaphore(0)
     sizes, failed = [], []
@@ -311,8 +316,7 @@ def test_memory_stays_within_the_limit_over_500_conversations(chat_tokenizer):
     engine.close()
     assert not failed and max(sizes) <= limit and min(sizes[-100:]) > limit // 2
     gc.collect()
-    alive = [each for each in gc.get_objects() if isinstance(each, KIVICache)]
-    assert len(alive) - before == len(engine.prefixes) < 500
+    assert len(caches_alive()) - before == len(engine.prefixes) < 500
     kept = [cache for _, cache, _ in engine.prefixes._kept.values()]
     assert sum(cache.get_cache_info()["bytes"]["total"] for cache in kept) == engine.prefixes.size <= limit
 
@@ -451,7 +455,7 @@ def test_a_client_that_goes_away_frees_its_place(chat_tokenizer):
         asked = {"model": "tiny", "prompt": "abc", "max_tokens": 1000, "temperature": 0}
         stream = client.completions.create(stream=True, **asked)
         next(iter(stream))
-        assert engine.running == 1
+        assert until(lambda: engine.running == 1)
         waiting = socket.create_connection(address)
         body = json.dumps(asked).encode()
         waiting.sendall(
@@ -464,7 +468,7 @@ def test_a_client_that_goes_away_frees_its_place(chat_tokenizer):
         stream.close()
         start = time.monotonic()
         assert client.completions.create(**asked | {"max_tokens": 3}).usage.completion_tokens == 3
-        assert time.monotonic() - start < 3 and until(lambda: not engine.running)
+        assert time.monotonic() - start < 5 and until(lambda: not engine.running)
 
 
 def test_time_and_places_are_limited(chat_tokenizer):
