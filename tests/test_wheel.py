@@ -82,6 +82,7 @@ def test_the_wheel_says_what_it_needs(wheel, tmp_path):
     metadata = next(tmp_path.glob("*.dist-info/METADATA")).read_text()
     needed = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
     assert {re.match(r"Requires-Dist: ([\w-]+)", line)[1] for line in needed} == {
-        "torch", "transformers", "triton", "numba", "accelerate", "sentencepiece", "safetensors", "tyro", "rich"
+        "torch", "transformers", "triton", "numba", "accelerate", "sentencepiece", "safetensors", "tyro", "rich",
+        "PyYAML", "pydantic",
     }  # fmt: skip
     assert "Provides-Extra: flash" in metadata and "Requires-Python: <3.13,>=3.11" in metadata
