@@ -450,7 +450,8 @@ class CacheMachine(RuleBasedStateMachine):
     @rule()
     def reset(self) -> None:
         self.cache.reset()
-        self.plain = self.nothing(self.plain.batch, self.plain.draft_room)
+        kept = self.plain.batch if self.max_length is not None else 0  # sequences too are forgotten with their memory
+        self.plain = self.nothing(kept, self.plain.draft_room)
 
     @precondition(lambda self: not self.plain.draft_room)
     @rule()
