@@ -109,7 +109,7 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: 
             second = first + tokenizer(said + QUESTION, add_special_tokens=False).input_ids
             for memory, address in (("1GB", keeping), ("0B", forgetting)):
                 seconds, cached, _ = ask(address, second)
-                times[memory].append(seconds)
+                times[memory].append(1e3 * seconds)
                 kept = max(kept, cached)
     with_cache, without = (percentiles(times[memory])["p50_ms"] for memory in ("1GB", "0B"))
     return {"tokens": tokens, "kept": kept, "with_ms": with_cache, "without_ms": without, "ratio": without / with_cache}
