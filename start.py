@@ -141,7 +141,7 @@ def test(arguments):
     for name, command in (
         ("ruff", ("-m", "ruff", "check", "--output-format", "concise", ".")),
         ("mypy", ("-m", "mypy")),
-        ("fetching the models", (ROOT / "examples" / "common.py", "smollm2", "qwen2.5-coder")),
+        ("fetching the models", (ROOT / "examples" / "common.py", "smollm2", "qwen2.5-coder", "gemma3")),
         ("pytest", ("-m", "pytest", "-n", "2", "--dist", "worksteal", "-rs", *arguments)),
     ):
         if name == "pytest" and failed:
