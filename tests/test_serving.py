@@ -263,7 +263,9 @@ def test_answers_go_on_while_a_prompt_is_fed(chat_tokenizer, gone):
         late.cancelled = gone and forwards[-1] == 1500
 
     model.register_forward_pre_hook(begins, with_kwargs=True)
-    model.register_forward_hook(lambda _, __, inputs, ___: forwards.append(-inputs["input_ids"].shape[1]), with_kwargs=True)
+    model.register_forward_hook(
+        lambda _, __, inputs, ___: forwards.append(-inputs["input_ids"].shape[1]), with_kwargs=True
+    )
     with started(model) as engine:
         engine.submit(job_of(chat_tokenizer, "abc", first, 400))
         assert until(lambda: engine.running == 1)
@@ -380,8 +382,8 @@ def test_a_kept_cache_is_found_by_its_tokens_and_stays_as_it_is():
     caches = [cache_of(one), cache_of(other)]
     size = caches[0].get_cache_info()["bytes"]["total"]
     kept = PrefixCache(2 * size, worth=36)
-    for tokens, cache in zip((one, other), caches):
-        kept.keep(tokens, cache)
+    for held, cache in zip((one, other), caches):
+        kept.keep(held, cache)
     assert len(kept) == 2 and kept.size == 2 * size
     assert kept.find([5] * 35 + [7] * 9) is None  # too little
     assert kept.find([*other[:90], 7]).get_seq_length() == 90
@@ -551,7 +553,12 @@ def test_errors_say_what_is_wrong(server):
         (chat(messages=[{"role": "tool", "content": "x"}]), 400, "messages.0.role", "'system', 'user' or 'assistant'"),
         (chat(messages=[{"role": "user", "content": "x", "name": "Ada"}]), 400, "messages.0.name", "no names"),
         (chat(messages=[said(tool_calls=[{"id": "1"}])]), 400, "messages.0.tool_calls", "tools are not supported"),
-        (chat(messages=[said(function_call={"name": "f"})]), 400, "messages.0.function_call", "tools are not supported"),
+        (
+            chat(messages=[said(function_call={"name": "f"})]),
+            400,
+            "messages.0.function_call",
+            "tools are not supported",
+        ),
         (chat(messages=[said(refusal="no")]), 400, "messages.0.refusal", "null or empty"),
         (chat(messages=[said(audio={"id": "1"})]), 400, "messages.0.audio", "null or empty"),
         (chat(messages=[said(annotations=[{}])]), 400, "messages.0.annotations", "null or empty"),

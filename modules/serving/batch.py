@@ -30,7 +30,7 @@ class Batch:
     def join(self, job: Job, cache: KIVICache) -> None:
         """Take in a job that has its first token; one that is over by then leaves at once. A failure changes nothing."""
         if job.is_over():
-            self._let_go(job, lambda: cache)
+            self._let_go(job, cache, 0)
             return
         parts = [cache] if self._cache is None else [self._cache, cache]
         self._cache = gather([(part, range(part.batch_size)) for part in parts]) if len(parts) > 1 else cache
@@ -52,16 +52,16 @@ class Batch:
         over = [row for row, job in enumerate(self.jobs) if job.is_over()]
         if not over or self._cache is None:
             return
-        cache, alone = self._cache, len(self.jobs) == 1
+        cache = self._cache
         for row in over:
-            self._let_go(self.jobs[row], lambda row=row: cache if alone else gather([(cache, [row])]))
+            self._let_go(self.jobs[row], cache, row)
         staying = [row for row in range(len(self.jobs)) if row not in over]
         self.jobs = [self.jobs[row] for row in staying]
         self._cache = gather([(cache, staying)]) if staying else None
 
-    def _let_go(self, job: Job, cache: Callable[[], KIVICache]) -> None:
+    def _let_go(self, job: Job, cache: KIVICache, row: int) -> None:
         if self.leave is not None and not job.broken:
-            self.leave(job, cache())
+            self.leave(job, cache if cache.batch_size == 1 else gather([(cache, [row])]))
 
     def clear(self) -> list[Job]:
         """Forget all; the jobs that were in it."""
