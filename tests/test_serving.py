@@ -38,6 +38,7 @@ from modules.serving.stops import StopText
 
 PAGE = pages.DOCS / "server.md"
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
+SINKS, GROUP, RESIDUAL = 4, 16, 32  # of the small models
 
 
 @pytest.fixture(scope="module")
@@ -363,7 +364,8 @@ def test_turns_over_kept_caches_are_those_of_the_whole_history(chat_tokenizer):
         assert usage.prompt_tokens_details.cached_tokens == history - 1  # the last token was never fed
         assert len(engine.prefixes) == 1  # the longer one took its place
         _, usage = ask(turn("or rather?", said))
-        assert usage.prompt_tokens_details.cached_tokens == history + len("|<user>")
+        shared = history + len("|<user>")  # and no group of the first answer is cut
+        assert usage.prompt_tokens_details.cached_tokens == SINKS + (shared - SINKS - RESIDUAL) // GROUP * GROUP
         assert len(engine.prefixes) == 2
         _, usage = ask([{"role": "user", "content": text_of(2, 300)}])
         assert usage.prompt_tokens_details.cached_tokens == 0 and len(engine.prefixes) == 3
@@ -378,7 +380,7 @@ def test_a_kept_cache_is_found_by_its_tokens_and_stays_as_it_is():
             model(torch.tensor([tokens]), past_key_values=cache)
         return cache
 
-    one, other = [5] * 100, [5] * 60 + [6] * 40
+    one, other = [5] * 110, [5] * 60 + [6] * 50
     caches = [cache_of(one), cache_of(other)]
     size = caches[0].get_cache_info()["bytes"]["total"]
     kept = PrefixCache(2 * size, worth=36)
@@ -386,20 +388,17 @@ def test_a_kept_cache_is_found_by_its_tokens_and_stays_as_it_is():
         kept.keep(held, cache)
     assert len(kept) == 2 and kept.size == 2 * size
     assert kept.find([5] * 35 + [7] * 9) is None  # too little
-    assert kept.find([*other[:90], 7]).get_seq_length() == 90
-    assert kept.find(one).get_seq_length() == 99  # one token is left to be fed
+    assert kept.find([*other[:104], 7]).get_seq_length() == 104
+    assert kept.find(one).get_seq_length() == 109  # one token is left to be fed
     found = kept.find([*one, 7])
     with torch.no_grad():
         model(torch.tensor([[7, 8]]), past_key_values=found)
-    assert found.get_seq_length() == 102 and caches[0].get_seq_length() == 100
-    kept.keep([9] * 100, cache_of([9] * 100))  # `other` was used least lately
+    assert found.get_seq_length() == 112 and caches[0].get_seq_length() == 110
+    kept.keep([9] * 110, cache_of([9] * 110))  # `other` was used least lately
     assert len(kept) == 2 and kept.find([*other[:90], 7]) is None and kept.size == 2 * size
     kept.keep([9] * 60, cache_of([9] * 60))
     assert len(kept) == 2  # it is the beginning of one that is there
     PrefixCache(0, 1).keep(one, caches[0])
-
-
-SINKS, GROUP, RESIDUAL = 4, 16, 32  # of the small models
 
 
 @pytest.mark.parametrize("kept_length", [300, 317])
@@ -407,8 +406,8 @@ SINKS, GROUP, RESIDUAL = 4, 16, 32  # of the small models
 def test_a_cut_conversation_is_as_one_that_was_never_longer(kept_length):
     """Cut at every token: at the ends of sinks, groups and window. Without wide channels, which are chosen by what was fed first.
 
-    What stays packed is what would be packed alone, bit for bit, and no token in full precision was ever packed. Where all
-    that is shared is kept, the tokens that follow get the logits that they get alone.
+    What stays packed is what would be packed alone, and no token in full precision was ever packed. Where all that is shared
+    is kept, the tokens that follow get the logits that they get alone. Up to codes at whose edges floats of larger matrices lie.
     """
     model = make_pair("llama", backend="torch", k_bits=4, v_bits=2)[1]
     ids, new = tokens(1, kept_length), tokens(1, 40, seed=7)
@@ -427,7 +426,7 @@ def test_a_cut_conversation_is_as_one_that_was_never_longer(kept_length):
             continue
         assert found.get_seq_length() == expected and found.ledger.packed == [alone_packed]
         lengths.add(expected)
-        if shared % 7 and shared % GROUP not in (SINKS, SINKS + 1, SINKS - 1):
+        if shared % 5 and shared % GROUP not in (SINKS, SINKS + 1, SINKS - 1):
             continue
         alone_cache = model.create_kivi_cache()
         model(ids[:, :shared], past_key_values=alone_cache)
@@ -437,14 +436,16 @@ def test_a_cut_conversation_is_as_one_that_was_never_longer(kept_length):
                 states, expected_states = (
                     layer.dense(layer.store.sides[side])[:, :, :expected] for layer in (mine, its)
                 )
-                assert relative_error(states, expected_states) < 1e-6
+                assert relative_error(states, expected_states) < 1e-3
         if in_window:
-            model(new[:, :5], past_key_values=found), model(new[:, :5], past_key_values=alone_cache)
+            for each in (found, alone_cache):
+                model(new[:, :5], past_key_values=each)
             for token in new[0, 5:]:
                 logits, alone_logits = (model(token.view(1, 1), past_key_values=c).logits for c in (found, alone_cache))
-                assert relative_error(logits, alone_logits) < 1e-4
-        model(ids[:, found.get_seq_length() : shared], past_key_values=found) if expected < shared else None
-        assert found.ledger.packed[0] >= alone_packed
+                assert relative_error(logits, alone_logits) < 1e-3
+        elif expected < shared:
+            model(ids[:, expected:shared], past_key_values=found)
+            assert found.ledger.packed == alone_cache.ledger.packed and found.ledger.lengths == [shared]
     assert len(lengths) > 20
 
 

@@ -152,7 +152,8 @@ class Engine:
             job.draw(logits[:, -1])
             self._batch.join(job, cache)
         except _NotWanted:
-            job.fail(_going_down())
+            if not job.is_over():
+                job.fail(_going_down())
         except Exception:
             log.exception("a prompt failed")
             job.fail(server_error("the model failed on this prompt; see the server's log."))
