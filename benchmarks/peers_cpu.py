@@ -1,0 +1,169 @@
+"""Decode steps of other engines' quantized caches on this CPU, beside ours: one small model, read from one GGUF file.
+
+    pip install llama-cpp-py-sync ik-llama-cpp-python openvino     # whichever you want to compare with
+    python benchmarks/peers_cpu.py                                 # all that are installed, and ours
+    python benchmarks/peers_cpu.py --only "llama.cpp q8_0" "KIVI 2 bits"   # the others keep their rows
+
+Each row is the time of a step after 512, 8,000 and 30,000 tokens. The engines multiply weights in other ways, and Python's share
+differs; so attention's part is shown apart: what a step after the most tokens takes more than one after the fewest. Every cache
+is filled without running the prompt: a step's time depends on the number of tokens, not on what they are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from paths import RESULTS  # which puts the project's folder on the path
+from transformers import DynamicCache, StaticCache
+
+import peer_llama
+import peer_openvino
+from modules.cli.command import argument, check_least, parse
+from modules.cli.folder import SMOLLM2, models_folder
+from modules.cli.generate.loading import load
+from modules.evaluation.decoding import fill
+from modules.evaluation.environment import Environment
+from modules.evaluation.results import BenchmarkResult, load_result, save_result
+from modules.evaluation.timing import WARM_UP, percentiles, take_turns
+
+TOKENS = (512, 8000, 30000)
+OURS: dict[str, dict[str, Any]] = {
+    "KIVI 2 bits": {"k_bits": 2, "v_bits": 2},
+    "KIVI 4 bits": {"k_bits": 4, "v_bits": 4},
+    "KIVI 8 bits": {"k_bits": 8, "v_bits": 8},
+}
+STOCK = {"StaticCache": "float32", "DynamicCache": "float32"}
+Step = Callable[[], object]
+
+
+class Contender(NamedTuple):
+    """A cache of an engine: a function from the flags and a number of tokens to a step, and what it is called with."""
+
+    prepare: Callable[[Flags, int], Step]
+    about: Callable[[], str]  # the package, its version, and what it was built for
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flags:
+    """The command line."""
+
+    gguf: Path | None = argument(None, "of the model; None: SmolLM2-135M-Instruct in the folder of the models")
+    model: Path | None = argument(None, "a folder with the same model, for ours; None: likewise")
+    only: tuple[str, ...] | None = argument(None, "rows to measure; None: all that are installed")
+    tokens: tuple[int, ...] = argument(TOKENS, "of context")
+    rounds: int = argument(24, "steps of each")
+    threads: int = argument(2, "of every engine")
+    output: Path = argument(RESULTS / "peers_cpu.json", "the result, to whose rows these are added")
+
+    def __post_init__(self) -> None:
+        for count in self.tokens:
+            check_least(count, 1, "--tokens")
+        check_least(self.rounds, 5, "--rounds")
+        check_least(self.threads, 1, "--threads")
+        unknown = set(self.only or ()) - set(contenders())
+        if unknown:
+            raise ValueError(f"--only must name rows of {', '.join(contenders())}; got {', '.join(sorted(unknown))}.")
+
+    @property
+    def gguf_file(self) -> Path:
+        return self.gguf or models_folder() / f"{SMOLLM2}.gguf"
+
+    @property
+    def model_folder(self) -> Path:
+        return self.model or models_folder() / SMOLLM2
+
+
+def contenders() -> dict[str, Contender]:
+    """Every row by name, ours first."""
+    found = {name: Contender(functools.partial(our_step, name), our_version) for name in (*STOCK, *OURS)}
+    for engine, library in peer_llama.LIBRARIES.items():
+        for cache in peer_llama.CACHES:
+            found[f"{engine} {cache}"] = Contender(
+                functools.partial(llama_step, engine, cache), lambda library=library: peer_llama.version(library())
+            )
+    for cache in peer_openvino.CACHES:
+        found[f"OpenVINO {cache}"] = Contender(functools.partial(openvino_step, cache), peer_openvino.version)
+    return found
+
+
+def llama_step(engine: str, cache: str, flags: Flags, tokens: int) -> Step:
+    """A step of llama.cpp or a fork of it."""
+    return peer_llama.decode_step(peer_llama.LIBRARIES[engine](), flags.gguf_file, cache, tokens, flags.threads)
+
+
+def openvino_step(cache: str, flags: Flags, tokens: int) -> Step:
+    """A step of OpenVINO."""
+    return peer_openvino.decode_step(flags.gguf_file, cache, tokens, flags.threads)
+
+
+def our_step(name: str, flags: Flags, tokens: int) -> Step:
+    """A step of transformers with one of its caches or ours."""
+    torch.set_num_threads(flags.threads)
+    model = load(str(flags.model_folder), dtype=torch.float32)[0]
+    room = tokens + flags.rounds + 2 * WARM_UP
+    caches: dict[str, Callable[[], Any]] = {
+        "StaticCache": lambda: StaticCache(model.config, max_cache_len=room),
+        "DynamicCache": lambda: DynamicCache(config=model.config),
+    }
+    cache = caches[name]() if name in caches else model.create_kivi_cache(**OURS[name])
+    fill({name: cache}, model.config, tokens, torch.float32)
+    return functools.partial(model, torch.tensor([[100]]), past_key_values=cache)
+
+
+def our_version() -> str:
+    """What ours and transformers' caches run on."""
+    return f"torch {torch.__version__}, transformers {importlib.metadata.version('transformers')}, float32"
+
+
+@torch.inference_mode()
+def rows_of(name: str, contender: Contender, flags: Flags) -> list[dict[str, Any]]:
+    """A row a number of tokens."""
+    rows = []
+    for tokens in flags.tokens:
+        samples = take_turns({name: contender.prepare(flags, tokens)}, flags.rounds)[name]
+        rows.append({"cache": name, "tokens": tokens, **percentiles(samples), "with": contender.about()})
+    return rows
+
+
+def merged(rows: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
+    """The rows of a file with `rows` in the place of those of the same caches and tokens, in the order of `contenders`."""
+    earlier = load_result(path).rows if path.exists() else []
+    new = {(row["cache"], row["tokens"]): row for row in [*earlier, *rows]}
+    order = list(contenders())
+    return sorted(new.values(), key=lambda row: (order.index(row["cache"]), row["tokens"]))
+
+
+def measure(flags: Flags) -> list[str]:
+    """Measure what is asked for and installed, and write after every row; the names of what is not installed."""
+    missing = []
+    for name, contender in contenders().items():
+        if flags.only is not None and name not in flags.only:
+            continue
+        try:
+            rows = rows_of(name, contender, flags)
+        except ModuleNotFoundError as error:
+            missing.append(f"{name}: {error}")
+            continue
+        for row in rows:
+            print(f"{name:18} {row['tokens']:6} tokens  {row['p50_ms']:8.2f} ms", flush=True)
+        settings = {"model": flags.gguf_file.stem, "rounds": flags.rounds, "threads": flags.threads}
+        here = Environment.here()
+        save_result(BenchmarkResult("peers", merged(rows, flags.output), here, settings), flags.output)
+    return missing
+
+
+def main() -> None:
+    """Measure, print and write."""
+    flags = parse(Flags, description=__doc__)
+    for line in measure(flags):
+        print(f"left out: {line}")
+
+
+if __name__ == "__main__":
+    main()
