@@ -1,12 +1,13 @@
 """Decode steps of other engines' quantized caches on this CPU, beside ours: one small model, read from one GGUF file.
 
-    pip install llama-cpp-py-sync ik-llama-cpp-python openvino     # whichever you want to compare with
+    pip install xllamacpp ik-llama-cpp-python openvino     # whichever you want to compare with
     python benchmarks/peers_cpu.py                                 # all that are installed, and ours
     python benchmarks/peers_cpu.py --only "llama.cpp q8_0" "KIVI 2 bits"   # the others keep their rows
 
 Each row is the time of a step after 512, 8,000 and 30,000 tokens. The engines multiply weights in other ways, and Python's share
-differs; so attention's part is shown apart: what a step after the most tokens takes more than one after the fewest. Every cache
-is filled without running the prompt: a step's time depends on the number of tokens, not on what they are.
+differs; so attention's part is shown apart: what a step after the most tokens takes more than one after the fewest. But for
+llama.cpp's, whose server takes whole requests and is left out after 30,000 tokens, the caches are filled without running that long
+a prompt: a step's time depends on the number of tokens, not on what they are.
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.metadata
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from paths import RESULTS  # which puts the project's folder on the path
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-import peer_llama
+import peer_ik_llama
+import peer_llama_cpp
 import peer_openvino
 from modules.cli.command import argument, check_least, parse
 from modules.cli.folder import SMOLLM2, models_folder
@@ -38,15 +41,17 @@ OURS: dict[str, dict[str, Any]] = {
     "KIVI 4 bits": {"k_bits": 4, "v_bits": 4},
     "KIVI 8 bits": {"k_bits": 8, "v_bits": 8},
 }
-STOCK = {"StaticCache": "float32", "DynamicCache": "float32"}
+STOCK = ("StaticCache", "DynamicCache")
+LEAST_REQUESTS = 5
 Step = Callable[[], object]
 
 
 class Contender(NamedTuple):
-    """A cache of an engine: a function from the flags and a number of tokens to a step, and what it is called with."""
+    """A cache of an engine."""
 
-    prepare: Callable[[Flags, int], Step]
+    sample: Callable[[Flags, int], list[float]]  # milliseconds of steps after so many tokens
     about: Callable[[], str]  # the package, its version, and what it was built for
+    most_tokens: int = max(TOKENS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,31 +86,37 @@ class Flags:
 
 def contenders() -> dict[str, Contender]:
     """Every row by name, ours first."""
-    found = {name: Contender(functools.partial(our_step, name), our_version) for name in (*STOCK, *OURS)}
-    for engine, library in peer_llama.LIBRARIES.items():
-        for cache in peer_llama.CACHES:
-            found[f"{engine} {cache}"] = Contender(
-                functools.partial(llama_step, engine, cache), lambda library=library: peer_llama.version(library())
-            )
-    for cache in peer_openvino.CACHES:
-        found[f"OpenVINO {cache}"] = Contender(functools.partial(openvino_step, cache), peer_openvino.version)
+    found = {name: Contender(functools.partial(our_samples, name), our_version) for name in (*STOCK, *OURS)}
+    for cache in peer_llama_cpp.CACHES:
+        found[f"llama.cpp {cache}"] = Contender(
+            functools.partial(llama_cpp_samples, cache), peer_llama_cpp.version, peer_llama_cpp.MOST_TOKENS
+        )
+    for engine, peer in (("ik_llama.cpp", peer_ik_llama), ("OpenVINO", peer_openvino)):
+        for cache in peer.CACHES:
+            found[f"{engine} {cache}"] = Contender(functools.partial(peer_samples, peer, cache), peer.version)
     return found
 
 
-def llama_step(engine: str, cache: str, flags: Flags, tokens: int) -> Step:
-    """A step of llama.cpp or a fork of it."""
-    return peer_llama.decode_step(peer_llama.LIBRARIES[engine](), flags.gguf_file, cache, tokens, flags.threads)
+def timed(step: Step, rounds: int) -> list[float]:
+    """Milliseconds of a step, after two that warm up."""
+    return take_turns({"": step}, rounds)[""]
 
 
-def openvino_step(cache: str, flags: Flags, tokens: int) -> Step:
-    """A step of OpenVINO."""
-    return peer_openvino.decode_step(flags.gguf_file, cache, tokens, flags.threads)
+def peer_samples(peer: types.ModuleType, cache: str, flags: Flags, tokens: int) -> list[float]:
+    """Steps of an engine that gives a function a step."""
+    return timed(peer.decode_step(flags.gguf_file, cache, tokens, flags.threads), flags.rounds)
 
 
-def our_step(name: str, flags: Flags, tokens: int) -> Step:
-    """A step of transformers with one of its caches or ours."""
+def llama_cpp_samples(cache: str, flags: Flags, tokens: int) -> list[float]:
+    """Steps of llama.cpp, as means over the tokens of its requests."""
+    steps = peer_llama_cpp.request_steps(flags.gguf_file, cache, tokens, flags.threads)
+    return [steps() for _ in range(max(LEAST_REQUESTS, flags.rounds // peer_llama_cpp.NEW))]
+
+
+def our_samples(name: str, flags: Flags, tokens: int) -> list[float]:
+    """Steps of transformers with one of its caches or ours."""
     torch.set_num_threads(flags.threads)
-    model = load(str(flags.model_folder), dtype=torch.float32)[0]
+    model = our_model(flags.model_folder)
     room = tokens + flags.rounds + 2 * WARM_UP
     caches: dict[str, Callable[[], Any]] = {
         "StaticCache": lambda: StaticCache(model.config, max_cache_len=room),
@@ -113,7 +124,13 @@ def our_step(name: str, flags: Flags, tokens: int) -> Step:
     }
     cache = caches[name]() if name in caches else model.create_kivi_cache(**OURS[name])
     fill({name: cache}, model.config, tokens, torch.float32)
-    return functools.partial(model, torch.tensor([[100]]), past_key_values=cache)
+    return timed(functools.partial(model, torch.tensor([[100]]), past_key_values=cache), flags.rounds)
+
+
+@functools.cache
+def our_model(folder: Path) -> PreTrainedModel:
+    """The model as a KIVI model, in float32, in which transformers' own caches are fastest on a CPU."""
+    return load(str(folder), dtype=torch.float32)[0]
 
 
 def our_version() -> str:
@@ -126,8 +143,9 @@ def rows_of(name: str, contender: Contender, flags: Flags) -> list[dict[str, Any
     """A row a number of tokens."""
     rows = []
     for tokens in flags.tokens:
-        samples = take_turns({name: contender.prepare(flags, tokens)}, flags.rounds)[name]
-        rows.append({"cache": name, "tokens": tokens, **percentiles(samples), "with": contender.about()})
+        if tokens <= contender.most_tokens:
+            samples = contender.sample(flags, tokens)
+            rows.append({"cache": name, "tokens": tokens, **percentiles(samples), "with": contender.about()})
     return rows
 
 
