@@ -35,7 +35,9 @@ def converted(gguf: Path) -> Any:
         link.symlink_to(gguf.absolute())
         openvino_genai.LLMPipeline(link, "CPU", enable_save_ov_model=True, ATTENTION_BACKEND="SDPA")
         # Into memory, as the folder goes.
-        return openvino.Core().read_model(Path(folder, _MODEL).read_bytes(), Path(folder, "openvino_model.bin").read_bytes())
+        return openvino.Core().read_model(
+            Path(folder, _MODEL).read_bytes(), Path(folder, "openvino_model.bin").read_bytes()
+        )
 
 
 def compiled(gguf: Path, cache: str, threads: int) -> Any:

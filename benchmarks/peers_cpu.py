@@ -20,13 +20,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import peer_ik_llama
+import peer_llama_cpp
+import peer_openvino
 import torch
 from paths import RESULTS  # which puts the project's folder on the path
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
-import peer_ik_llama
-import peer_llama_cpp
-import peer_openvino
 from modules.cli.command import argument, check_least, parse
 from modules.cli.folder import SMOLLM2, models_folder
 from modules.cli.generate.loading import load

@@ -19,7 +19,6 @@ import concurrent.futures
 import dataclasses
 import functools
 import itertools
-import math
 import multiprocessing
 import os
 import statistics
@@ -115,7 +114,7 @@ def choose(times: dict[Pipeline, Times]) -> Pipeline:
 
 
 def why_not(compiled: concurrent.futures.Future, shared: int) -> str:
-    """What speaks against a compiled candidate; nothing: "". """
+    """What speaks against a compiled candidate; nothing: ""."""
     try:
         result = compiled.result()
     except Exception as error:  # of the compiler
@@ -130,23 +129,26 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:100]}"
 
 
-def compile_all(shape: launch.Shape, rows: int, arch: int, trials: list[Trial], shared: int) -> None:
+def compilers() -> concurrent.futures.ProcessPoolExecutor:
+    """Processes that compile, one a core; not forked, as CUDA and threads do not survive that."""
+    return concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn"))
+
+
+def leave_out(trials: list[Trial], compiled: list[concurrent.futures.Future], shared: int) -> None:
     """Leave out the trials that do not compile, spill, or take more shared memory than there is; never the first, the default."""
-    # Not by forking: threads and CUDA do not survive that.
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(os.cpu_count(), mp_context=context) as pool:
-        compiled = [pool.submit(compile_report.attending, shape, rows, DTYPE, arch, trial.pipeline) for trial in trials]
-        for trial, future in zip(trials[1:], compiled[1:]):
-            trial.left_out = why_not(future, shared)
+    for trial, future in zip(trials[1:], compiled[1:]):
+        trial.left_out = why_not(future, shared)
 
 
-def time_all(trials: list[Trial], measure: Callable[[Pipeline], Times], until: float) -> dict[Pipeline, Times]:
-    """Times of the trials that are not left out, until `until` (`time.monotonic`); the first two whatever the time."""
+def time_all(
+    trials: list[Trial], measure: Callable[[Pipeline], Times], until: float, least: int = 0
+) -> dict[Pipeline, Times]:
+    """Times of the trials that are not left out, until `until` (`time.monotonic`); the first `least` whatever the time."""
     times: dict[Pipeline, Times] = {}
     for number, trial in enumerate(trials):
         if trial.left_out:
             continue
-        if number > 1 and time.monotonic() > until:
+        if number >= least and time.monotonic() > until:
             trial.left_out = "no time left"
             continue
         try:
@@ -158,7 +160,7 @@ def time_all(trials: list[Trial], measure: Callable[[Pipeline], Times], until: f
 
 def search(layout: str, trials: list[Trial], measure: Callable[[Pipeline], Times], until: float) -> tuning.Tuned | None:
     """The fastest of `trials`, then of its splits, which are added to them; None where nothing ran."""
-    times = time_all(trials, measure, until)
+    times = time_all(trials, measure, until, least=2)
     if not times:
         return None
     best = choose(times)
@@ -167,7 +169,7 @@ def search(layout: str, trials: list[Trial], measure: Callable[[Pipeline], Times
     default, best = trials[0].pipeline, choose(times)
     trials += more
     if default not in times:
-        return None  # whoever tunes must know first why the default does not run
+        return None  # why the default does not run comes first
     return tuning.Tuned(**best._asdict(), microseconds=times[best][0], default_microseconds=times[default][0])
 
 
@@ -186,9 +188,7 @@ class Workload:
         )
 
     def attend(self, layer: PackedLayer, pipeline: Pipeline) -> torch.Tensor:
-        return attention.attend(
-            self.query, self.key, self.value, layer, self.scaling, self.step, pipeline=pipeline
-        )
+        return attention.attend(self.query, self.key, self.value, layer, self.scaling, self.step, pipeline=pipeline)
 
     def measure(self, pipeline: Pipeline, timer: Callable[[list], float] = gpu_bench.time_graphed) -> float:
         """Microseconds of a step.
@@ -202,36 +202,28 @@ class Workload:
         return timer([functools.partial(self.attend, layer, pipeline) for layer in self.layers])
 
 
-def shape_of(case: Case) -> launch.Shape:
-    """The shape of attention over a layer of a case."""
-    return launch.Shape.of(gpu_bench.single_layer(1, case.kv_heads, case.head_dim, 256, (case.bits, case.bits)), case.heads)
+class Candidates:
+    """What is tried for a case, already being compiled."""
 
+    def __init__(self, case: Case, shared: int, arch: int, pool: concurrent.futures.Executor) -> None:
+        bits = (case.bits, case.bits)
+        shape = launch.Shape.of(gpu_bench.single_layer(1, case.kv_heads, case.head_dim, 256, bits), case.heads)
+        item, rows = getattr(torch, DTYPE).itemsize, case.new_tokens * shape.group
+        self.case, self.shared = case, shared
+        self.layout = tuning.layout(shape, case.many_rows, item)
+        default = launch.default_pipeline(shape, case.many_rows, item, shared)
+        self.trials = [Trial.of(self.layout, each) for each in candidates(default)]
+        self.compiled = [
+            pool.submit(compile_report.attending, shape, rows, DTYPE, arch, trial.pipeline) for trial in self.trials
+        ]
 
-def tune(case: Case, until: float) -> tuple[str, list[Trial], tuning.Tuned | None]:
-    """The layout of a case, everything tried, and the fastest."""
-    shape, device = shape_of(case), torch.device(gpu_bench.DEVICE)
-    item = getattr(torch, DTYPE).itemsize
-    layout, shared = tuning.layout(shape, case.many_rows, item), launch.shared_memory(device)
-    trials = [
-        Trial.of(layout, each) for each in candidates(launch.default_pipeline(shape, case.many_rows, item, shared))
-    ]
-    major, minor = torch.cuda.get_device_capability(device)
-    compile_all(shape, case.new_tokens * shape.group, 10 * major + minor, trials, shared)
-    workloads = [Workload(case, batch, tokens) for batch, tokens in WORKLOADS]
-    found = search(layout, trials, lambda pipeline: tuple(each.measure(pipeline) for each in workloads), until)
-    return layout, trials, found
-
-
-def dry_run(case: Case, arch: int) -> tuple[str, list[Trial], None]:
-    """The same without a GPU: everything but the times."""
-    shape, item = shape_of(case), getattr(torch, DTYPE).itemsize
-    shared = compile_report.SHARED[arch]
-    layout = tuning.layout(shape, case.many_rows, item)
-    trials = [
-        Trial.of(layout, each) for each in candidates(launch.default_pipeline(shape, case.many_rows, item, shared))
-    ]
-    compile_all(shape, case.new_tokens * shape.group, arch, trials, shared)
-    return layout, trials, None
+    def search(self, until: float) -> tuning.Tuned | None:
+        """The fastest on this GPU; every trial knows then how it went."""
+        leave_out(self.trials, self.compiled, self.shared)
+        workloads = [Workload(self.case, batch, tokens) for batch, tokens in WORKLOADS]
+        return search(
+            self.layout, self.trials, lambda pipeline: tuple(each.measure(pipeline) for each in workloads), until
+        )
 
 
 def show(trials: list[Trial], found: tuning.Tuned | None) -> None:
@@ -263,32 +255,51 @@ class Flags:
 def tune_all(flags: Flags, device: str) -> int:
     """Tune every layout; after each the table and the record are written, so that a run that is cut short leaves them."""
     end, layouts = time.monotonic() + 60 * flags.minutes, dict(tuning.tuned_layouts(device))
+    major, minor = torch.cuda.get_device_capability()
+    shared = launch.shared_memory(torch.device(gpu_bench.DEVICE))
     rows: list[dict] = []
-    for number, name in enumerate(flags.layouts):
-        now = time.monotonic()
-        layout, trials, found = tune(CASES[name], now + max(0.0, end - now) / (len(flags.layouts) - number))
-        show(trials, found)
-        rows += [dataclasses.asdict(trial) for trial in trials]
-        if found:
-            layouts[layout] = found
-            table = tuning.Table(device=device, kernels=tuning.kernels(), layouts=layouts)
-            for folder in (tuning.folder(), flags.out):
-                tuning.save(table, folder / tuning.file_name(device))
-        save_result(BenchmarkResult("tuning", rows, Environment.here(device=gpu_bench.DEVICE)), flags.out / "tune.json")
-        torch.cuda.empty_cache()
+    with compilers() as pool:
+        left = [Candidates(CASES[name], shared, 10 * major + minor, pool) for name in flags.layouts]
+        while left:
+            tried, now = left.pop(0), time.monotonic()
+            found = tried.search(now + max(0.0, end - now) / (len(left) + 1))
+            show(tried.trials, found)
+            rows += [dataclasses.asdict(trial) for trial in tried.trials]
+            if found:
+                layouts[tried.layout] = found
+                save_table(layouts, device, flags.out)
+            record = BenchmarkResult("tuning", rows, Environment.here(device=gpu_bench.DEVICE))
+            save_result(record, flags.out / "tune.json")
+            torch.cuda.empty_cache()
     return 0 if any(row["microseconds"] for row in rows) else 1
+
+
+def save_table(layouts: dict[str, tuning.Tuned], device: str, out: Path) -> None:
+    """Write the table for the user, from where it is read, and into the results."""
+    table = tuning.Table(device=device, kernels=tuning.kernels(), layouts=layouts)
+    for folder in (tuning.folder(), out):
+        tuning.save(table, folder / tuning.file_name(device))
+
+
+def dry_run(flags: Flags) -> None:
+    """Show what would be timed on a GPU that is not here."""
+    shared = compile_report.SHARED[flags.arch]
+    with compilers() as pool:
+        for tried in [Candidates(CASES[name], shared, flags.arch, pool) for name in flags.layouts]:
+            leave_out(tried.trials, tried.compiled, shared)
+            show(tried.trials, None)
 
 
 def main() -> int:
     flags = parse(Flags, description=__doc__)
     if flags.dry_run:
-        for name in flags.layouts:
-            _, trials, found = dry_run(CASES[name], flags.arch)
-            show(trials, found)
+        dry_run(flags)
         return 0
     device = tuning.device_name(torch.device(gpu_bench.DEVICE))
     if device is None:
-        print("tune_gpu.py times kernels on a CUDA GPU and there is none here. Without one: --dry-run.", file=sys.stderr)
+        print(
+            "tune_gpu.py times kernels on a CUDA GPU and there is none here. Without one: --dry-run.", file=sys.stderr
+        )
         return 2
     torch.manual_seed(0)
     return tune_all(flags, device)

@@ -181,7 +181,9 @@ def test_ours_are_timed_at_the_tokens_they_say(monkeypatch):
     model, held = make_pair("llama")[1], []
     monkeypatch.setattr(peers_cpu, "our_model", lambda folder: model)
     monkeypatch.setattr(
-        peers_cpu, "timed", lambda step, rounds: [step() and held.append(step.keywords["past_key_values"].get_seq_length())]
+        peers_cpu,
+        "timed",
+        lambda step, rounds: [step() and held.append(step.keywords["past_key_values"].get_seq_length())],
     )
     for name in ("StaticCache", "DynamicCache", "KIVI 2 bits"):
         with torch.inference_mode():

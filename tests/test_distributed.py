@@ -73,7 +73,9 @@ def test_cases_are_shared_out_and_come_back_in_order(monkeypatch):
         assert sorted(case for share in shares for case in share) == list(range(cases))
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
         sent: list = []
-        monkeypatch.setattr("modules.evaluation.processes.gather_object", lambda mine, sent=sent: sent.extend(mine) or sent)
+        monkeypatch.setattr(
+            "modules.evaluation.processes.gather_object", lambda mine, sent=sent: sent.extend(mine) or sent
+        )
         gathered = [team.gather(f"result {case}" for case in share) for team, share in zip(teams[::-1], shares[::-1])]
         assert gathered[-1] == [f"result {case}" for case in range(cases)]
     Processes().refuse("this")

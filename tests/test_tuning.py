@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import subprocess
+import warnings
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
+import compile_report
 import gpu_bench
 import tune_gpu
 from conftest import relative_error
@@ -68,7 +72,7 @@ def test_a_table_of_the_user_goes_before_that_of_the_package(tables):
 def test_without_a_gpu_there_is_no_table():
     assert tuning.device_name(torch.device("cpu")) is None
     tile = launch.attention_tile(SHAPE, False, tuning.pipeline(torch.device("cpu"), SHAPE, False, 2))
-    assert (tile.STAGES, tile.U * tile.T, tile.WARPS) == launch.default_pipeline(SHAPE, False)[:3]
+    assert launch.default_pipeline(SHAPE, False)[:3] == (tile.STAGES, tile.U * tile.T, tile.WARPS)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +114,9 @@ def test_a_damaged_table_is_left_aside_with_a_warning(tables, text, words):
     with pytest.warns(UserWarning, match=words):
         found = tuning.pipeline(CUDA, SHAPE, False, 2)
     assert found == launch.default_pipeline(SHAPE, False)
-    tuning.pipeline(CUDA, SHAPE, False, 2)  # warned of once: the next warning would be an error here
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tuning.pipeline(CUDA, SHAPE, False, 2)  # warned of once
 
 
 def test_a_layout_names_all_that_the_default_depends_on():
@@ -188,11 +194,11 @@ def test_the_search_leaves_out_what_fails_and_is_the_same_each_time():
         results.append((tune_gpu.search("a layout", tried, measure, LATER), tried))
     (found, tried), again = results
     assert (found, tried) == again
-    assert found.pipeline == Pipeline(3, 64, 4, 8) or found.pipeline.programs == 8
+    assert found.pipeline == FIRST._replace(programs=8)  # it won with 2, and each further split made it faster
     assert found.default_microseconds == measure(FIRST)[0] > found.microseconds == measure(found.pipeline)[0]
     assert tried[1].left_out == "RuntimeError: out of resource: shared memory" and tried[1].microseconds is None
     assert tried[3].left_out == "spills 16 bytes" and tried[3].microseconds is None
-    assert [trial.programs for trial in tried[4:]] == [p for p in tune_gpu.SPLITS if p != tried[4 - 1].programs]
+    assert [trial.pipeline for trial in tried[4:]] == [FIRST._replace(programs=count) for count in tune_gpu.SPLITS]
 
 
 def test_without_time_the_default_stays():
@@ -200,6 +206,7 @@ def test_without_time_the_default_stays():
     found = tune_gpu.search("a layout", tried, lambda pipeline: (float(pipeline.tokens),), until=0.0)
     assert [trial.left_out for trial in tried[:3]] == ["", "", "no time left"]
     assert found.pipeline == SECOND  # both were measured, and it was the faster
+    assert all(trial.left_out == "no time left" for trial in tried[3:])
 
 
 def test_a_default_that_does_not_run_is_not_replaced_in_silence():
@@ -228,27 +235,54 @@ def test_wrong_attention_is_no_candidate(monkeypatch):
 
 def test_what_the_compiler_spills_is_left_out_but_never_the_default():
     """For a GPU that is not here: by the machine code."""
-    spilling = Pipeline(2, 64, 4, 2)
     shape = SHAPE._replace(k_bits=8, v_bits=8, head_dim=256, value_group_size=32, wide=0)
-    tried = trials([spilling, spilling, launch.default_pipeline(shape, False)])
-    tune_gpu.compile_all(shape, 4, 90, tried, shared=launch.SHARED_H100)
-    assert tried[0].left_out == tried[2].left_out == "" and tried[1].left_out.startswith("spills ")
-    tried = trials([spilling, launch.default_pipeline(shape, False)])
-    tune_gpu.compile_all(shape, 4, 90, tried, shared=1024)
+    spilling, fitting = Pipeline(2, 64, 4, 2), launch.default_pipeline(shape, False)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        compiled = [
+            pool.submit(compile_report.attending, shape, 4, tune_gpu.DTYPE, 90, each) for each in (spilling, fitting)
+        ]
+        broken = pool.submit(compile_report.attending, shape, 4, "float8", 90)
+    tried = trials([spilling, spilling, fitting, fitting])
+    tune_gpu.leave_out(tried, [compiled[0], *compiled, broken], launch.SHARED_H100)
+    assert tried[0].left_out == tried[2].left_out == ""
+    assert tried[1].left_out.startswith("spills ") and tried[3].left_out == "KeyError: 'float8'"
+    tried = trials([spilling, fitting])
+    tune_gpu.leave_out(tried, compiled, shared=1024)
     assert "bytes of shared memory" in tried[1].left_out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_the_table_and_the_record_are_written_after_every_layout(tables, tmp_path, monkeypatch):
-    """What was tuned before stays; a layout that fails costs only itself."""
+    """From the candidates of real layouts to the file that is read; what was tuned before stays, and a layout whose default
+    does not run costs only itself."""
     save(tables, "user", layouts={"an earlier layout": TUNED})
-    results = iter([("one", trials([FIRST]), TUNED), ("two", trials([SECOND]), None)])
-    monkeypatch.setattr(tune_gpu, "tune", lambda case, until: next(results))
-    flags = tune_gpu.Flags(out=tmp_path / "out", layouts=("2 bits", "4 bits"))
-    assert tune_gpu.tune_all(flags, GPU) == 1  # no times: nothing was measured
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+
+    class Made:
+        """Stands in for the pool of compilers and for what they give."""
+
+        spilled = shared = 0
+        submit = result = lambda self, *_: self
+
+    monkeypatch.setattr(tune_gpu, "compilers", lambda: contextlib.nullcontext(Made()))
+    monkeypatch.setattr(tune_gpu, "WORKLOADS", ((1, 256),))
+
+    def measure(self: Workload, pipeline: Pipeline) -> float:
+        if self.layers[0].key.bits == 4:
+            raise RuntimeError("no kernel image")
+        return 10.0 - pipeline.stages - pipeline.programs / 10
+
+    monkeypatch.setattr(Workload, "measure", measure)
+    flags = tune_gpu.Flags(out=tmp_path / "out", layouts=("4 bits", "2 bits"))
+    assert tune_gpu.tune_all(flags, GPU) == 0
     for folder in ("user", "out"):
-        assert set(tuning.load(tmp_path / folder / tuning.file_name(GPU)).layouts) == {"an earlier layout", "one"}
-    assert len(json.loads((tmp_path / "out" / "tune.json").read_text())["rows"]) == 2
+        layouts = tuning.load(tmp_path / folder / tuning.file_name(GPU)).layouts
+        assert list(layouts) == ["an earlier layout", LAYOUT]
+    assert tuning.pipeline(CUDA, SHAPE, False, 2) == Pipeline(4, 32, 2, 8)  # by `measure`, whatever its layout
+    rows = json.loads((tmp_path / "out" / "tune.json").read_text())["rows"]
+    assert {row["left_out"] for row in rows if row["layout"] != LAYOUT} == {"RuntimeError: no kernel image"}
+    flags = tune_gpu.Flags(out=tmp_path / "out", layouts=("4 bits",))
+    assert tune_gpu.tune_all(flags, GPU) == 1  # nothing was measured
 
 
 # the script and what it keeps
@@ -262,7 +296,9 @@ echo done
 """
 
 
-def run_gpu(folder: pathlib.Path, *arguments: str, fails: str = "nothing") -> tuple[subprocess.CompletedProcess, list[str]]:
+def run_gpu(
+    folder: pathlib.Path, *arguments: str, fails: str = "nothing"
+) -> tuple[subprocess.CompletedProcess, list[str]]:
     """The script with a stand-in for Python: what came of it, and the calls of Python."""
     python, calls = folder / "python", folder / "calls"
     python.write_text(PYTHON)

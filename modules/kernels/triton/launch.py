@@ -200,9 +200,7 @@ def _full_segment(head_dim: int, k_bits: int, item: int) -> int:
 
 
 @functools.cache
-def attention_tile(
-    shape: Shape, many_rows: bool, pipeline: Pipeline, item: int = 2, asm: bool = True
-) -> AttentionTile:
+def attention_tile(shape: Shape, many_rows: bool, pipeline: Pipeline, item: int = 2, asm: bool = True) -> AttentionTile:
     """The tile of `attend_splits`.
 
     Args:
