@@ -139,40 +139,35 @@ def our_version() -> str:
 
 
 @torch.inference_mode()
-def rows_of(name: str, contender: Contender, flags: Flags) -> list[dict[str, Any]]:
-    """A row a number of tokens."""
-    rows = []
-    for tokens in flags.tokens:
-        if tokens <= contender.most_tokens:
-            samples = contender.sample(flags, tokens)
-            rows.append({"cache": name, "tokens": tokens, **percentiles(samples), "with": contender.about()})
-    return rows
+def row_of(name: str, contender: Contender, flags: Flags, tokens: int) -> dict[str, Any]:
+    """The times of a contender after `tokens` tokens."""
+    return {"cache": name, "tokens": tokens, **percentiles(contender.sample(flags, tokens)), "with": contender.about()}
 
 
-def merged(rows: list[dict[str, Any]], path: Path) -> list[dict[str, Any]]:
-    """The rows of a file with `rows` in the place of those of the same caches and tokens, in the order of `contenders`."""
+def merged(row: dict[str, Any], path: Path) -> list[dict[str, Any]]:
+    """The rows of a file with `row` in the place of that of the same cache and tokens, in the order of `contenders`."""
     earlier = load_result(path).rows if path.exists() else []
-    new = {(row["cache"], row["tokens"]): row for row in [*earlier, *rows]}
+    rows = {(each["cache"], each["tokens"]): each for each in [*earlier, row]}
     order = list(contenders())
-    return sorted(new.values(), key=lambda row: (order.index(row["cache"]), row["tokens"]))
+    return sorted(rows.values(), key=lambda each: (order.index(each["cache"]), each["tokens"]))
 
 
 def measure(flags: Flags) -> list[str]:
     """Measure what is asked for and installed, and write after every row; the names of what is not installed."""
     missing = []
+    settings = {"model": flags.gguf_file.stem, "rounds": flags.rounds, "threads": flags.threads}
     for name, contender in contenders().items():
         if flags.only is not None and name not in flags.only:
             continue
         try:
-            rows = rows_of(name, contender, flags)
+            for tokens in flags.tokens:
+                if tokens <= contender.most_tokens:
+                    row = row_of(name, contender, flags, tokens)
+                    print(f"{name:18} {tokens:6} tokens  {row['p50_ms']:8.2f} ms", flush=True)
+                    result = BenchmarkResult("peers", merged(row, flags.output), Environment.here(), settings)
+                    save_result(result, flags.output)
         except ModuleNotFoundError as error:
             missing.append(f"{name}: {error}")
-            continue
-        for row in rows:
-            print(f"{name:18} {row['tokens']:6} tokens  {row['p50_ms']:8.2f} ms", flush=True)
-        settings = {"model": flags.gguf_file.stem, "rounds": flags.rounds, "threads": flags.threads}
-        here = Environment.here()
-        save_result(BenchmarkResult("peers", merged(rows, flags.output), here, settings), flags.output)
     return missing
 
 

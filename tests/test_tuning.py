@@ -326,8 +326,8 @@ def test_a_part_that_fails_stops_no_other(tmp_path):
 def test_each_part_runs_alone(tmp_path, part):
     done, calls = run_gpu(tmp_path, "--only", part)
     assert done.returncode == 0 and f"{part}: exit 0; results in" in done.stdout
-    assert calls and all(("pytest" in call) == (part == "tests") for call in calls)
-    assert all(("tune_gpu" in call) == (part == "tune") for call in calls)
+    assert calls and all(("-m pytest" in call) == (part == "tests") for call in calls)
+    assert all(("tune_gpu.py" in call) == (part == "tune") for call in calls)
 
 
 def test_the_script_names_mistakes_and_shows_what_it_would_do(tmp_path):
