@@ -1,9 +1,8 @@
-"""Decode steps of ik_llama.cpp, a fork of llama.cpp for CPUs, over a cache of any length that is filled in seconds.
+"""Decode steps of ik_llama.cpp, a fork of llama.cpp for CPUs, over a cache of any length that is filled by copying.
 
 The library is that of the package `ik-llama-cpp-python`, called below its Python class, which chooses no type of the cache. A
-prompt of 30,000 tokens would take a quarter of an hour, mostly its attention. Here pieces of it are sequences of their own, each
-of which attends to itself alone; then every cell of the cache is given to sequence 0 as well, which attends to them all from
-then on.
+prompt of 30,000 tokens would take a quarter of an hour, mostly its attention. Here a short piece is run, what it left in the cache
+is copied as often as it takes, and every cell is given to sequence 0, which attends to them all from then on.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import os
 import random
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +64,30 @@ class Context:
         self.library.llama_synchronize(self.pointer)
 
     def fill(self, tokens: int) -> None:
-        """Put `tokens` random tokens into the cache, all of them of sequence 0."""
+        """Put `tokens` tokens into the cache, all of them of sequence 0: copies of the same `PIECE`, and what is left of it."""
         random_ids = random.Random(0)
-        for sequence, start in enumerate(range(0, tokens, PIECE), 1):
-            count = min(PIECE, tokens - start)
-            self.decode([random_ids.randrange(1000, 20000) for _ in range(count)], start, sequence)
+        ids = [random_ids.randrange(1000, 20000) for _ in range(PIECE)]
+        whole, rest = divmod(tokens, PIECE)
+        if rest:
+            self.decode(ids[:rest], tokens - rest, 0)
+        if whole:
+            self.decode(ids, 0, 1)
+            self.copy(1, range(2, whole + 1))
+        for sequence in range(1, whole + 1):
             self.library.llama_kv_cache_seq_cp(self.pointer, sequence, 0, -1, -1)
+
+    def copy(self, sequence: int, others: Iterable[int]) -> None:
+        """Copy the cells of a sequence into others.
+
+        Raises:
+            RuntimeError: where the library has copied none.
+        """
+        size = self.library.llama_state_seq_get_size(self.pointer, sequence, 0)
+        state = ctypes.create_string_buffer(size)
+        self.library.llama_state_seq_get_data(self.pointer, state, size, sequence, 0)
+        for other in others:
+            if not self.library.llama_state_seq_set_data(self.pointer, state, size, other, 0):
+                raise RuntimeError(f"the cells of sequence {sequence} could not be copied into sequence {other}")
 
 
 @functools.cache
@@ -82,6 +99,13 @@ def library() -> ctypes.CDLL:
     loaded, integer = load_shared_library(), ctypes.c_int32
     loaded.llama_kv_cache_seq_cp.argtypes = [ctypes.c_void_p, integer, integer, integer, integer]
     loaded.llama_kv_cache_seq_cp.restype = None
+    for name, arguments in (
+        ("get_size", [integer, ctypes.c_uint32]),
+        ("get_data", [ctypes.c_char_p, ctypes.c_size_t, integer, ctypes.c_uint32]),
+        ("set_data", [ctypes.c_char_p, ctypes.c_size_t, integer, ctypes.c_uint32]),
+    ):
+        function = getattr(loaded, f"llama_state_seq_{name}")
+        function.argtypes, function.restype = [ctypes.c_void_p, *arguments], ctypes.c_size_t
     loaded.llama_synchronize.argtypes, loaded.llama_synchronize.restype = [ctypes.c_void_p], None
     loaded.llama_print_system_info.restype = ctypes.c_char_p
     api.llama_backend_init()
