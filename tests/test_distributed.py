@@ -14,6 +14,7 @@ import torch
 from conftest import FAMILIES, SIZES, make_pair
 from transformers import AutoModelForCausalLM
 
+from modules.evaluation.__main__ import main as evaluate
 from modules.evaluation.processes import Processes
 from modules.evaluation.results import load_result
 
@@ -44,11 +45,11 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def run(*command: object, timeout: int = 300) -> None:
+def run(*command: object) -> None:
     """A command of the project's Python, on the CPU."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, timeout=timeout
+        [sys.executable, *map(str, command)], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -88,23 +89,25 @@ def test_two_ranks_measure_what_one_process_does(tokenizer, tmp_path):
     model = tmp_path / "model"
     make_pair("llama")[0].save_pretrained(model)
     tokenizer.save_pretrained(model)
-    caches = [part for options in ("k_bits=2", "k_bits=4", "v_bits=4") for part in ("--options", options)]
-    common = ["--model", model, *caches, "--no-peers", "--chunk", "64", "--device", "cpu"]
-    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2]
-    for command in (["quality", "--tokens", 300, "--skip", 64], ["passkey", "--lengths", 300, "--depths", 3]):
-        results = []
-        for name, start in (("one", []), ("two", [*launcher, "--main_process_port", free_port()])):
-            output = tmp_path / f"{command[0]}-{name}.json"
-            run(*start, "-m", "modules.evaluation", command[0], *common, *command[1:], "--output", output)
-            results.append(load_result(output))
-        one, two = results
-        assert len(one.rows) == (4 if command[0] == "quality" else 12)
-        if command[0] == "passkey":
-            assert two.rows == one.rows
-            continue
-        assert [row.name for row in two.rows] == [row.name for row in one.rows]
-        for mine, alone in zip(two.rows, one.rows):
-            for figure in ("perplexity", "kl", "kl_error", "top1", "stored_bits"):
-                expected = getattr(alone, figure)
-                assert getattr(mine, figure) == pytest.approx(expected, rel=1e-6, abs=1e-9), (mine.name, figure)
-        assert two.rows[1].kl > 1e-4
+    options = [f"{bits},backend=torch" for bits in ("k_bits=2", "k_bits=4", "v_bits=4")]  # nothing is compiled
+    caches = [part for text in options for part in ("--options", text)]
+    common = ["--model", str(model), *caches, "--no-peers", "--chunk", "64", "--device", "cpu", "--output"]
+    measures = {
+        "quality": ["quality", "--tokens", "300", "--skip", "64", *common],
+        "passkey": ["passkey", "--lengths", "300", "--depths", "3", *common],
+    }
+    for name, arguments in measures.items():
+        assert evaluate([*arguments, str(tmp_path / f"{name}-one.json")]) == 0
+    shared = json.dumps([[*arguments, str(tmp_path / f"{name}-two.json")] for name, arguments in measures.items()])
+    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2, "--main_process_port", free_port()]
+    run(*launcher, ROOT / "tests" / "evaluation_ranks.py", shared)
+
+    one, two = (load_result(tmp_path / f"passkey-{count}.json").rows for count in ("one", "two"))
+    assert len(one) == 3 * (1 + len(options)) and two == one
+    one, two = (load_result(tmp_path / f"quality-{count}.json").rows for count in ("one", "two"))
+    assert [row.name for row in two] == [row.name for row in one] and len(one) == 1 + len(options)
+    for shared_out, alone in zip(two, one):
+        for figure in ("perplexity", "kl", "kl_error", "top1", "stored_bits"):
+            expected = getattr(alone, figure)
+            assert getattr(shared_out, figure) == pytest.approx(expected, rel=1e-6, abs=1e-9), (alone.name, figure)
+    assert two[1].kl > 1e-4
