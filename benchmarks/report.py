@@ -66,7 +66,7 @@ def peers_table(rows: list[dict[str, Any]]) -> pandas.DataFrame:
     fewest, most = times.columns[0], times.columns[-1]
     times["attention"] = times[most] - times[fewest]
     shown = times.map(lambda time: MISSING if pandas.isna(time) else f"{time:.1f}")
-    shown.columns = [f"{name:,} tokens" if isinstance(name, int) else name for name in shown.columns]
+    shown.columns = [name if name == "attention" else f"{name:,} tokens" for name in shown.columns]
     return shown.reset_index()
 
 
