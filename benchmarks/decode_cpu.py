@@ -23,7 +23,7 @@ class Flags(StepFlags):
     """The command line."""
 
     model: str | None = argument(None, "a folder; None: SmolLM2-135M-Instruct, fetched")
-    compiled: bool = argument(True, "also the stock model under torch.compile, which takes minutes to compile")
+    compiled: bool = argument(True, "also the stock model and KIVI's compiled, which takes minutes")
     output: Path = argument(RESULTS / "decode_cpu.json", "the result")
 
 

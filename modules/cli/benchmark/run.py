@@ -15,7 +15,7 @@ from modules.cli.benchmark.flags import Benchmark, StepFlags
 from modules.cli.generate.loading import load
 from modules.cli.progress import progress
 from modules.evaluation.candidates import changes, written
-from modules.evaluation.decoding import CONTENDERS, measure_steps
+from modules.evaluation.decoding import COMPILED_STEPS, CONTENDERS, measure_steps
 from modules.evaluation.environment import Environment
 from modules.evaluation.results import BenchmarkResult, save_result
 
@@ -46,14 +46,20 @@ def measure(flags: StepFlags, model: str) -> BenchmarkResult:
     if flags.threads:
         torch.set_num_threads(flags.threads)
     rows: list[dict[str, Any]] = []
-    with progress("Measuring", len(flags.dtypes) * len(flags.tokens), unit="lengths") as update:
-        for dtype in flags.dtypes:
-            weights = getattr(torch, dtype)
-            loaded = load(model, dtype=weights)[0]
-            stock = load(model, stock=True, dtype=weights)[0].eval() if flags.compiled else None
-            for number, tokens in enumerate(flags.tokens, 1):
-                rows += measure_steps(loaded, tokens, contenders(flags), flags.rounds, stock)
-                update(flags.dtypes.index(dtype) * len(flags.tokens) + number)
+    kinds = [(dtype, weights) for weights in flags.weights for dtype in flags.dtypes]
+    measured = contenders(flags)
+    compiled = [name for name in measured if name in COMPILED_STEPS or measured is not CONTENDERS]
+    with progress("Measuring", len(kinds) * len(flags.tokens), unit="lengths") as update:
+        for dtype, weights in kinds:
+            torch._dynamo.reset()  # of models before
+            options = {"dtype": getattr(torch, dtype), **WEIGHTS[weights]()}
+            loaded = load(model, **options)[0].eval()
+            stock = load(model, stock=True, **options)[0].eval() if flags.compiled else None
+            for tokens in flags.tokens:
+                rows += measure_steps(
+                    loaded, tokens, measured, flags.rounds, stock, compiled if flags.compiled else ()
+                )
+                update(len(rows))
     return BenchmarkResult("decode", rows, Environment.here(), {"model": Path(model).name})
 
 
