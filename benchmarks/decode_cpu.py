@@ -1,6 +1,7 @@
 """`kivi benchmark` on the small model of the demo, written to the results that docs/performance.md is made of.
 
 python benchmarks/decode_cpu.py --model path/to/smollm2-135m-instruct --tokens 512 8000
+python benchmarks/decode_cpu.py --weights full int8 --tokens 512 8000 30000
 python benchmarks/decode_cpu.py --k-bits 4 --v-bits 2    # only the cache of these options
 """
 

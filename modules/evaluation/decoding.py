@@ -61,12 +61,6 @@ def fill(caches: dict[str, Cache], config: PreTrainedConfig, tokens: int, dtype:
                 cache.update(key.clone(), value.clone(), index)
 
 
-def dtype_of(model: PreTrainedModel) -> str:
-    """The dtype of a model, and of its weights where that is another."""
-    dtype = str(model.dtype).removeprefix("torch.")
-    return f"{dtype}, int8 weights" if has_int8_weights(model) else dtype
-
-
 def _step(model: PreTrainedModel, cache: Cache, compiles: bool) -> torch.Tensor:
     model.config.compile_decode = compiles  # the model's own setter would check all options anew
     return model(_TOKEN, past_key_values=cache).logits
@@ -79,6 +73,7 @@ def measure_steps(
     rounds: int,
     stock: PreTrainedModel | None = None,
     compiled: Collection[str] = (),
+    suffix: str = "",
 ) -> list[dict[str, Any]]:
     """p20, p50 and p80 of a step in milliseconds at `tokens` tokens of context, of transformers' caches and KIVI caches.
 
@@ -87,6 +82,10 @@ def measure_steps(
         rounds: steps of each.
         stock: the stock model, which is compiled; None leaves that out.
         compiled: contenders that are measured a second time, with `compile_decode`.
+        suffix: to the dtype in the rows, for other weights.
+
+    Raises:
+        ValueError: where `compiled` steps could not be compiled.
     """
     room = tokens + rounds + 2 * WARM_UP
     caches: dict[str, Cache] = {
@@ -108,6 +107,9 @@ def measure_steps(
     with torch.inference_mode():
         fill(caches, model.config, tokens, model.dtype)
         times = take_turns(steps, rounds)
-    about = {"tokens": tokens, "dtype": dtype_of(model)}
+    refused = model._decode_program.refused
+    if compiled and refused:
+        raise ValueError(f"steps of this model cannot be compiled: {refused}.")
+    about = {"tokens": tokens, "dtype": str(model.dtype).removeprefix("torch.") + suffix}
     rows: list[dict[str, Any]] = [{"cache": name, **about, **percentiles(samples)} for name, samples in times.items()]
     return [row | {"speedup": rows[0]["p50_ms"] / row["p50_ms"]} for row in rows]

@@ -31,12 +31,15 @@ class DecodeProgram:
 
     Not covered, and then for the model to run, with the same result: what `why_not` names, the first step of a cache, and
     several new tokens at once. Whatever the compiler refuses runs eagerly from then on, after one warning.
+
+    Attributes:
+        refused: why the compiler refused the model, None where it did not.
     """
 
     def __init__(self) -> None:
         self._programs: dict[int, Callable[..., torch.Tensor]] = {}
         self._said: set[str] = set()
-        self._refused = False
+        self.refused: str | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DecodeProgram:
         return DecodeProgram()
@@ -60,7 +63,7 @@ class DecodeProgram:
 
     def can_run(self, model: torch.nn.Module, cache: KIVICache, batch: int) -> bool:
         """Whether a step may go through `step`; what keeps it from that is said once."""
-        if self._refused:
+        if self.refused is not None:
             return False
         why = self.why_not(model, cache, batch)
         if why is not None:
@@ -110,7 +113,7 @@ class DecodeProgram:
         return self._programs[batch]
 
     def _refuse(self, why: str) -> None:
-        self._refused = True
+        self.refused = why
         self._warn(why)
 
     def _warn(self, why: str) -> None:

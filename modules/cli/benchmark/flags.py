@@ -29,7 +29,7 @@ class StepFlags:
 
     tokens: tuple[int, ...] = argument((512, 8000), "of context")
     dtypes: tuple[str, ...] = argument(DTYPES, "of the model", DTYPES)
-    weights: tuple[str, ...] = argument(("full",), "in the model's dtype, or int8", WEIGHTS)
+    weights: tuple[str, ...] = argument(("full",), "in the model's dtype, or int8 (needs torchao)", WEIGHTS)
     rounds: int = argument(60, "repetitions")
     compiled: bool = argument(False, "also the stock model and KIVI's compiled, which takes minutes")
     threads: int | None = argument(None, "of torch and of Numba; None: as torch has it")
