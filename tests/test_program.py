@@ -6,9 +6,10 @@ import warnings
 
 import pytest
 import torch
-from conftest import FAMILIES, make_pair, relative_error, tokens
+from conftest import FAMILIES, make_pair, real_model_path, relative_error, tokens
 from torch._dynamo.utils import counters
 
+from modeling_llama_kivi import LlamaForCausalLM_KIVI
 from modules.models.attach import attach_kivi, detach_kivi
 from modules.models.program import DecodeProgram
 
@@ -197,3 +198,32 @@ def test_generated_code_gives_the_logits_of_the_eager_step():
             logits.append(torch.cat(steps))
     assert model._decode_program.refused is None and model._decode_program._programs
     assert 0 < relative_error(logits[1], logits[0]) < 1e-5
+
+
+def test_int8_weights_are_read_as_they_are(traced):
+    """One row and several at once; more rows than are multiplied that way; over the weights' own product."""
+    quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
+    model = make_pair("qwen2")[1]
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    for batch in (1, 3, 6):
+        logits, ids = [], tokens(batch, 50)
+        with torch.no_grad():
+            for model.compile_decode in (False, True):
+                cache = model.create_kivi_cache()
+                model(ids[:, :40], past_key_values=cache)
+                steps = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(40, 50)]
+                logits.append(torch.cat(steps))
+        assert 0 < relative_error(logits[1], logits[0]) < 1e-5
+    assert model._decode_program.refused is None and len(model._decode_program._programs) == 3
+
+
+@pytest.mark.real_model
+def test_a_real_model_writes_the_same_text():
+    torch._dynamo.reset()
+    model = LlamaForCausalLM_KIVI.from_pretrained(real_model_path("llama"), dtype=torch.float32, use_kivi_cache=True)
+    ids = torch.randint(5, 40_000, (1, 300), generator=torch.Generator().manual_seed(0))
+    texts = []
+    for model.compile_decode in (False, True):
+        texts.append(model.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY))
+    assert model._decode_program.refused is None and model._decode_program._programs
+    assert torch.equal(*texts)

@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 from modules.cache.cache import OVER_CODES, KIVICache
 from modules.cache.layer import KIVICacheLayer
 from modules.cache.modes import as_data, autocasting
-from modules.models.attention import IN_PROGRAM
+from modules.models.attention import IN_PROGRAM, ROUTES
 from modules.models.config import over_codes
 from modules.models.operator import running
 from modules.models.rows import FewRows
@@ -47,7 +47,7 @@ class DecodeProgram:
     def __reduce__(self) -> tuple[type[DecodeProgram], tuple[()]]:
         return DecodeProgram, ()
 
-    def why_not(self, model: torch.nn.Module, cache: KIVICache, batch: int) -> str | None:
+    def why_not(self, model: Any, cache: KIVICache, batch: int) -> str | None:
         """What keeps a step of `batch` sequences over `cache` from being compiled; None where nothing does."""
         if model.training:
             return "the model is in training mode; call model.eval()"
@@ -55,13 +55,16 @@ class DecodeProgram:
             return "gradients are on; wrap the loop in torch.no_grad()"
         if autocasting():
             return "autocast is on; load the model in the dtype that it is to run in"
+        attention = model.get_decoder().config._attn_implementation
+        if ROUTES.get(attention, attention) != OVER_CODES:
+            return f"attn_implementation={attention!r} is not compiled; load the model with 'sdpa'"
         if not all(isinstance(layer, KIVICacheLayer) and layer.store is not None for layer in cache.layers):
             return "some layers of its cache are not packed"
         if batch not in self._programs and len(self._programs) == _MOST_PROGRAMS:
             return f"it was compiled for {_MOST_PROGRAMS} other batch sizes already"
         return None
 
-    def can_run(self, model: torch.nn.Module, cache: KIVICache, batch: int) -> bool:
+    def can_run(self, model: Any, cache: KIVICache, batch: int) -> bool:
         """Whether a step may go through `step`; what keeps it from that is said once."""
         if self.refused is not None:
             return False
@@ -95,14 +98,11 @@ class DecodeProgram:
         ids, positions = input_ids.clone(), position_ids.expand(batch, -1).clone()
         cache.ran(decoder)
         try:
-            with over_codes(decoder.config) as routed:
-                if not routed or decoder.config._attn_implementation != OVER_CODES:
-                    self._refuse(f"attn_implementation={decoder.config._attn_implementation!r} is not compiled")
-                    return None
-                with cache.step(step, over_codes=True), running(cache, step):
-                    return self._program(batch)(model, ids, positions)
+            with over_codes(decoder.config), cache.step(step, over_codes=True), running(cache, step):
+                return self._program(batch)(model, ids, positions)
         except _REFUSALS as error:
-            self._refuse(f"the compiler gave up ({' '.join(str(error).split())[:200]})")
+            self.refused = f"the compiler gave up ({' '.join(str(error).split())[:200]})"
+            self._warn(self.refused)
             return None
 
     def _program(self, batch: int) -> Callable[..., torch.Tensor]:
@@ -111,10 +111,6 @@ class DecodeProgram:
             own = types.FunctionType(_logits.__code__.replace(co_name=f"decode_{batch}"), globals())
             self._programs[batch] = torch.compile(own, fullgraph=True, dynamic=False)
         return self._programs[batch]
-
-    def _refuse(self, why: str) -> None:
-        self.refused = why
-        self._warn(why)
 
     def _warn(self, why: str) -> None:
         if why not in self._said:
