@@ -30,9 +30,10 @@ class FewRows(TorchFunctionMode):
 
 def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`F.linear` of `input` `[..., in_features]`."""
-    floats = _dequantized(weight).float()
+    halves = _dequantized(weight).float().chunk(2, dim=1)  # two sums at once: one would wait for each of its additions
     rows = input.reshape(-1, input.shape[-1]).float()
-    out = torch.stack([(row * floats).sum(-1) for row in rows])
+    products = [[(half * part).sum(-1) for half, part in zip(halves, row.chunk(2))] for row in rows]
+    out = torch.stack([sum(parts[1:], parts[0]) for parts in products])
     if bias is not None:
         out = out + bias
     return out.to(input.dtype).view(*input.shape[:-1], -1)
