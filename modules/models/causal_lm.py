@@ -15,7 +15,8 @@ from modules.cache.cache import KIVICache
 from modules.codecs.static import StaticParameters
 from modules.models.config import FIELD_DEFAULTS, as_kivi_config, check_config, check_fields
 from modules.models.graphs import DecodeGraphs
-from modules.options import reject_unknown
+from modules.models.pieces import WHOLE
+from modules.options import AUTO, reject_unknown
 
 
 class CachingMixin:
@@ -23,7 +24,8 @@ class CachingMixin:
 
     Attributes:
         use_kivi_cache: True lets `generate()` and `forward()` create a KIVI cache by themselves.
-        prefill_chunk: longest piece (tokens) that goes through a KIVI cache at once; None for no limit.
+        prefill_chunk: longest piece (tokens) that goes through a KIVI cache at once; "auto" leaves prompts whole up to 8,192
+            tokens and cuts longer ones by the sizes of the model, None sets no limit.
         static: file of calibrated INT8 parameters that caches store by; None for the options of KIVI. `save_pretrained`
             keeps the path, as it was given.
         use_cuda_graphs: False runs every step eagerly, also on a GPU.
@@ -45,11 +47,11 @@ class CachingMixin:
         self._set_checked("use_kivi_cache", value)
 
     @property
-    def prefill_chunk(self) -> int | None:
+    def prefill_chunk(self) -> int | str | None:
         return self._kivi_config.prefill_chunk
 
     @prefill_chunk.setter
-    def prefill_chunk(self, value: int | None) -> None:
+    def prefill_chunk(self, value: int | str | None) -> None:
         self._set_checked("prefill_chunk", value)
 
     @property
@@ -118,10 +120,14 @@ class CachingMixin:
             logits = self._decoded(past_key_values, input_ids, attention_mask, position_ids, wants_cache, kwargs)
             if logits is not None:
                 return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
-        if isinstance(past_key_values, KIVICache) and past_key_values.ledger.geometry.draft_room:
+        if isinstance(past_key_values, KIVICache):
             kept = kwargs.get("logits_to_keep", 0)
-            # assisted decoding wants the logits of the drafts and of one token before
-            kwargs["kivi_drafts"] = max(0, kept - 1) if isinstance(kept, int) else 0
+            kept = kept if isinstance(kept, int) else 0
+            if past_key_values.ledger.geometry.draft_room:
+                # assisted decoding wants the logits of the drafts and of one token before
+                kwargs["kivi_drafts"] = max(0, kept - 1)
+            if kept and self._may_be_cut(input_ids if input_ids is not None else kwargs.get("inputs_embeds")):
+                kwargs["kivi_kept"] = kept
         given = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -130,6 +136,11 @@ class CachingMixin:
             "use_cache": use_cache,
         }
         return super().forward(**{name: value for name, value in given.items() if value is not None}, **kwargs)
+
+    def _may_be_cut(self, tokens: torch.Tensor | None) -> bool:
+        """Whether a forward of `tokens` `[B, T, …]` is so long that it may go through in pieces."""
+        whole = WHOLE if self.prefill_chunk == AUTO else self.prefill_chunk
+        return tokens is not None and whole is not None and tokens.shape[1] > whole
 
     def _decoded(
         self,
