@@ -98,7 +98,9 @@ def decode(
     return clock, out[0, prompt.shape[1] :].tolist()
 
 
-def measure(model: PreTrainedModel, assistant: PreTrainedModel | None, prompt: torch.Tensor, flags: Flags) -> list[dict]:
+def measure(
+    model: PreTrainedModel, assistant: PreTrainedModel | None, prompt: torch.Tensor, flags: Flags
+) -> list[dict]:
     """A row for each cache and way of decoding."""
     ways: dict[str, dict[str, Any]] = {"none": {}, "prompt lookup": {"prompt_lookup_num_tokens": flags.lookup}}
     if assistant is not None:
@@ -128,7 +130,9 @@ def main() -> None:
         torch.set_num_threads(flags.threads)
     name = flags.model or default_model()
     model, tokenizer = load_any(name, dtype=getattr(torch, flags.dtype))
-    assistant = load_any(name, dtype=getattr(torch, flags.dtype), **changes(flags.cache))[0] if flags.assistant else None
+    assistant = (
+        load_any(name, dtype=getattr(torch, flags.dtype), **changes(flags.cache))[0] if flags.assistant else None
+    )
     prompt = encode(tokenizer, load_text(flags.text), flags.tokens, flags.text)
     rows = measure(model, assistant, prompt, flags)
     settings = {"model": Path(name).name, "text": flags.text, "tokens": flags.tokens, "new tokens": flags.new_tokens}

@@ -250,7 +250,8 @@ class RunOptions:
 
     use_kivi_cache: bool = _option(False, "generate() and forward() make a KIVI cache by themselves")
     prefill_chunk: int | str | None = _option(
-        AUTO, "longest piece that goes through a KIVI cache at once (tokens); auto: by the model, for long prompts; None: no limit"
+        AUTO,
+        "longest piece that goes through a KIVI cache at once (tokens); auto: by the model, for long prompts; None: no limit",
     )
     static: str | None = _option(
         None, "file of calibrated INT8 parameters, by which caches store instead of by the options of KIVI"

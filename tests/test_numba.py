@@ -65,6 +65,7 @@ def no_torch():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "attend_in_torch", refuse)
+        patch.setattr(attention, "attend_rebuilt", refuse)
         patch.setattr(grouped, "_fit", refuse)
         yield
 
@@ -74,7 +75,7 @@ def compare(layer, gqa, new, counts=None):
     states, dtype = new_states(layer, gqa, new, seed=sum(layer.lengths)), layer.key.window.dtype
     step = Step.of_lengths(counts or [new] * layer.batch_size, new)
     scaling = layer.key.window.shape[-1] ** -0.5
-    with no_torch() if gqa * new <= attention._MANY_ROWS else contextlib.nullcontext():
+    with no_torch() if new < attention._MANY_TOKENS else contextlib.nullcontext():
         out = NUMBA.attend(*states, layer, scaling, step)
     ref = TORCH.attend(*states, layer, scaling, step)
     assert out.shape == ref.shape and out.dtype == dtype

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from modules.cache.cache import KIVICache
 from modules.models.config import over_codes
-from modules.models.pieces import WHOLE, TokenInputs, piece_of
+from modules.models.pieces import TokenInputs, longest_piece
 from modules.options import AUTO
 from modules.store.step import Step
 
@@ -88,13 +88,11 @@ class StepMixin:
         A forward that only runs whole, as it is to give gradients or what pieces do not give, is cut where the user says so and not
         by itself.
         """
-        chunk = self.config.prefill_chunk
-        if chunk != AUTO:
-            return chunk
-        if length <= WHOLE or self._asked_beyond_pieces(kwargs):
-            return None
+        piece = longest_piece(self.config, length)
+        if piece is None or self.config.prefill_chunk != AUTO:
+            return piece
         learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
-        return None if learns else piece_of(self.config)
+        return None if learns or self._asked_beyond_pieces(kwargs) else piece
 
     def _asked_beyond_pieces(self, kwargs: dict[str, Any]) -> str | None:
         """What is asked for that a forward in pieces does not give."""

@@ -15,8 +15,8 @@ from modules.cache.cache import KIVICache
 from modules.codecs.static import StaticParameters
 from modules.models.config import FIELD_DEFAULTS, as_kivi_config, check_config, check_fields
 from modules.models.graphs import DecodeGraphs
-from modules.models.pieces import WHOLE
-from modules.options import AUTO, reject_unknown
+from modules.models.pieces import longest_piece
+from modules.options import reject_unknown
 
 
 class CachingMixin:
@@ -139,8 +139,10 @@ class CachingMixin:
 
     def _may_be_cut(self, tokens: torch.Tensor | None) -> bool:
         """Whether a forward of `tokens` `[B, T, …]` is so long that it may go through in pieces."""
-        whole = WHOLE if self.prefill_chunk == AUTO else self.prefill_chunk
-        return tokens is not None and whole is not None and tokens.shape[1] > whole
+        if tokens is None:
+            return False
+        piece = longest_piece(self._kivi_config, tokens.shape[1])
+        return piece is not None and piece < tokens.shape[1]
 
     def _decoded(
         self,

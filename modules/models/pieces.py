@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from modules.options import head_dims_of
+from modules.options import AUTO, head_dims_of
 from modules.store.step import Step
 
 WHOLE = 8192  # new tokens that go through a model at once, unless the user says otherwise; more go in pieces
@@ -16,6 +16,14 @@ _LEAST = 512  # of a piece: shorter ones take longer and remember less in full p
 _CONTEXT = 32768  # tokens whose dense cache temporaries are weighed against
 _SHARE = 8  # of it that the estimate is to take at most; with what is not estimated it is a quarter
 _MASK, _EMBEDS = "visual_pos_masks", "deepstack_visual_embeds"  # of Qwen3-VL: features added to hidden states of images
+
+
+def longest_piece(config: PreTrainedConfig, length: int) -> int | None:
+    """Tokens that go through a cache at once, of a forward of `length`, as `prefill_chunk` has it; None for all of them."""
+    chunk = config.prefill_chunk
+    if chunk != AUTO:
+        return chunk
+    return None if length <= WHOLE else piece_of(config)
 
 
 def piece_of(config: PreTrainedConfig) -> int:

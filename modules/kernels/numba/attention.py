@@ -29,7 +29,7 @@ from modules.store.layer import PackedLayer
 from modules.store.side import PackedSide
 from modules.store.step import Step
 
-_MANY_ROWS = 1 << 12  # query rows a KV head from which on keys are rebuilt: the shares would take too much memory
+_MANY_TOKENS = 1 << 10  # new ones from which on it is faster to rebuild keys and values
 _LOG2_E = math.log2(math.e)
 _SERIAL_WORK = 1 << 21  # multiply-adds below which starting threads costs more than it saves
 
@@ -66,7 +66,7 @@ def attend(
     """
     check_new_states(query, key, value, layer, step)
     check_layer(layer)
-    if query.shape[1] // key.shape[1] * query.shape[2] > _MANY_ROWS:
+    if query.shape[2] >= _MANY_TOKENS:
         return attend_rebuilt(query, key, value, layer, scaling, step)
     plan = _plan(layer, _rows(query, key))
     if plan is None:

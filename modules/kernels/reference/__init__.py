@@ -9,7 +9,7 @@ from modules.kernels.reference import attention, rebuilt
 from modules.store.layer import PackedLayer
 from modules.store.step import Step
 
-MANY_TOKENS = 128  # new ones that are worth rebuilding the past for, on a CPU
+MANY_TOKENS = 32  # new ones that are worth rebuilding the past for, on a CPU
 
 
 class TorchBackend(Backend):
