@@ -15,7 +15,7 @@ from modules.store.layer import PackedLayer
 from modules.store.side import PackedSide
 from modules.store.step import Step
 
-_BLOCK_FLOATS = 1 << 21  # of keys, and as many of values, rebuilt at a time: 8 MiB each
+_BLOCK_FLOATS = 1 << 20  # of keys, and as many of values, rebuilt at a time: 4 MiB each
 # What `scaled_dot_product_attention` runs on a CPU; called by name it also gives the log-sum-exp.
 _FUSED = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
