@@ -6,7 +6,10 @@ import pathlib
 import attention_cpu
 import compile_report
 import decode_cpu
+import drafts_cpu
 import gpu_bench
+import pieces_cpu
+import prefill_cpu
 import pytest
 import report
 import torch
@@ -86,7 +89,10 @@ def test_layers_of_the_gpu_benchmark_hold_what_they_say(monkeypatch):
 
 @pytest.mark.parametrize(
     ("flags", "contenders"),
-    [(attention_cpu.Flags, attention_cpu.Flags.contenders), (decode_cpu.Flags, benchmark.contenders)],
+    [
+        (attention_cpu.Flags, attention_cpu.Flags.contenders),
+        (decode_cpu.Flags, benchmark.contenders),
+    ],
 )
 def test_options_that_are_given_are_what_is_measured(flags, contenders):
     assert len(contenders(parse(flags, [], description=""))) >= 4
@@ -105,6 +111,10 @@ def test_options_that_are_given_are_what_is_measured(flags, contenders):
         (attention_cpu, ["--bits", "3"]),
         (decode_cpu, ["--tokens", "512", "0"]),
         (decode_cpu, ["--threads", "0"]),
+        (drafts_cpu, ["--lookup", "0"]),
+        (pieces_cpu, ["--rounds", "0"]),
+        (prefill_cpu, ["--tokens", "1"]),
+        (prefill_cpu, ["--chunk", "0"]),
         (gpu_bench, ["--minutes", "-1"]),
         (compile_report, ["--jobs", "0"]),
         (compile_report, ["--arch", "91"]),
@@ -114,6 +124,40 @@ def test_mistakes_are_named_before_any_work(module, arguments, capsys):
     with pytest.raises(SystemExit) as ended:
         parse(module.Flags, arguments, description="")
     assert ended.value.code == 2 and arguments[0] in capsys.readouterr().err
+
+
+def test_drafts_change_no_token_and_are_counted():
+    """A prompt that comes again and again: what is looked up is right now and then, what the model itself drafts always."""
+    model = make_pair("llama", backend="torch")[1]
+    prompt = tokens(1, 12).repeat(1, 10)
+    flags = parse(drafts_cpu.Flags, ["--new-tokens", "30", "--lookup", "4"], description="")
+    rows = drafts_cpu.measure(model, make_pair("llama", backend="torch")[1], prompt, flags)
+    assert [(row["cache"], row["drafts"]) for row in rows] == [
+        (cache, drafts) for cache in ("DynamicCache", "KIVI") for drafts in ("none", "prompt lookup", "itself")
+    ]
+    for row in rows:
+        assert row["as_without"] and row["steps"] + row["accepted"] == 30 and row["tokens_a_second"] > 0
+        assert row["accepted"] == 0 if row["drafts"] == "none" else row["accepted"] >= 0
+    assert rows[2]["accepted"] > 15 and rows[5]["accepted"] > 15
+
+
+def test_a_piece_is_timed_over_the_same_past(monkeypatch):
+    model = make_pair("llama", backend="torch")[1]
+    seen = []
+    forward = type(model).forward
+    monkeypatch.setattr(
+        type(model),
+        "forward",
+        lambda self, ids, past_key_values, **more: (
+            seen.append((past_key_values.get_seq_length(), ids.shape[1])),
+            forward(self, input_ids=ids, past_key_values=past_key_values, **more),
+        )[1],
+    )
+    flags = parse(pieces_cpu.Flags, ["--stored", "90", "--rounds", "2"], description="")
+    rows = pieces_cpu.measure(model, flags, 40)
+    assert seen == [(90, 40)] * 3 * len(rows)
+    assert [row["cache"] for row in rows] == ["StaticCache", "DynamicCache", *pieces_cpu.CONTENDERS]
+    assert all(row["p50_ms"] > 0 and row["piece"] == 40 for row in rows) and rows[0]["speedup"] == 1
 
 
 def test_the_pages_are_those_of_the_results(tmp_path):
@@ -126,7 +170,7 @@ def test_the_pages_are_those_of_the_results(tmp_path):
 def test_a_page_says_what_was_not_measured_and_what_was(tmp_path):
     report.write_page(tmp_path, tmp_path / "page.md")
     page = (tmp_path / "page.md").read_text()
-    assert page.count("Not measured yet.") == 2 and "Not compiled yet." in page and "not run on a GPU" in page
+    assert page.count("Not measured yet.") == 5 and "Not compiled yet." in page and "not run on a GPU" in page
     row = gpu_bench.Row("decoding", "Llama-3.1-8B", "KIVI graph", 8, 32768, microseconds=12345.6)
     here = Environment("2026-01-02T03:04Z", "a GPU", 1, "", "3.12.0", {"torch": "2"})
     result = BenchmarkResult("gpu", [dataclasses.asdict(row)], here, {"copy_gigabytes_per_second": 2000})

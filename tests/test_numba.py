@@ -116,6 +116,19 @@ def test_several_new_tokens_are_causal(plan):
             compare(layer, plan[2], new, [rng.randint(0, new) for _ in lengths])
 
 
+def test_many_new_tokens_are_left_to_torch(monkeypatch):
+    """The same layer and states, over codes and rebuilt: static codes are rows of numbers, which are rebuilt alike."""
+    for layer in (layer_of(PLANS[1], [600, 5]), make_layer([600, 5], static="int8", kv_heads=3)):
+        states, step = new_states(layer, 8, 40), Step.of_lengths([40, 13], 40)
+        with no_torch():
+            over_codes = NUMBA.attend(*states, layer, 0.125, step)
+        with monkeypatch.context() as patch:
+            patch.setattr(attention, "_MANY_TOKENS", 40)
+            patch.setattr(attention, "_Call", None)
+            rebuilt = NUMBA.attend(*states, layer, 0.125, step)
+        assert relative_error(rebuilt, over_codes) < 1e-5 and not rebuilt[1, 13:].any()
+
+
 def test_shares_of_the_tokens_add_up(monkeypatch):
     """What several threads would do, whatever the number of cores here."""
     for splits in (2, 3, 7, 20):
