@@ -172,14 +172,14 @@ QWEN_HALF = {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers":
              "num_key_value_heads": 2}  # fmt: skip
 
 
-@pytest.mark.parametrize("sizes,piece", [(LLAMA_8B, 4096), (SMOLLM2, 8192), (QWEN_HALF, 1024)])
+@pytest.mark.parametrize("sizes,piece", [(LLAMA_8B, 3072), (SMOLLM2, 5120), (QWEN_HALF, 1024)])
 def test_pieces_are_as_long_as_a_share_of_the_cache_allows(sizes, piece):
     config = config_of(**sizes)
     assert pieces.longest_piece(config, 8192) is None and pieces.longest_piece(config, 8193) == piece
     head_dim = sizes["hidden_size"] // sizes["num_attention_heads"]
     dense = 2 * sizes["num_hidden_layers"] * sizes["num_key_value_heads"] * head_dim * 32768
     needed = piece * (2 * sizes["hidden_size"] + 3 * sizes["intermediate_size"])
-    assert needed <= dense / 8
+    assert needed <= dense / 12
 
 
 def test_sizes_that_differ_between_layers_and_experts_count_at_their_widest():

@@ -12,9 +12,9 @@ from modules.options import AUTO, head_dims_of
 from modules.store.step import Step
 
 WHOLE = 8192  # new tokens that go through a model at once, unless the user says otherwise; more go in pieces
-_LEAST = 512  # of a piece: shorter ones take longer and remember less in full precision
+_UNIT = 512  # pieces are multiples of it, and not shorter: those take longer and remember less in full precision
 _CONTEXT = 32768  # tokens whose dense cache temporaries are weighed against
-_SHARE = 8  # of it that the estimate is to take at most; with what is not estimated it is a quarter
+_SHARE = 12  # a twelfth of it is what the estimate may take; what is not estimated takes as much again
 _MASK, _EMBEDS = "visual_pos_masks", "deepstack_visual_embeds"  # of Qwen3-VL: features added to hidden states of images
 
 
@@ -27,11 +27,11 @@ def longest_piece(config: PreTrainedConfig, length: int) -> int | None:
 
 
 def piece_of(config: PreTrainedConfig) -> int:
-    """Tokens of a piece of a long forward, a power of two: so many that what a layer works in takes little beside the cache.
+    """Tokens of a piece of a long forward: so many that what a layer works in takes little beside the cache.
 
     What a layer works in is counted in numbers a token, at its widest: in its MLP the state that goes around, its norm and
-    three intermediate ones; in attention both states, and queries and what they attended, three times each. At most an eighth
-    of the keys and values of 32,768 tokens is taken, and from 512 to `WHOLE` tokens.
+    three intermediate ones; in attention both states, and queries and what they attended, three times each. At most a twelfth
+    of the keys and values of 32,768 tokens is taken; the piece is a multiple of 512, up to `WHOLE` tokens.
     """
     head_dim, hidden = max(head_dims_of(config)), config.hidden_size
     heads = _most(config, "num_attention_heads", 1)
@@ -39,7 +39,7 @@ def piece_of(config: PreTrainedConfig) -> int:
     attention, mlp = 2 * hidden + 6 * heads * head_dim, 2 * hidden + 3 * _intermediate(config)
     cached = 2 * _full_layers(config) * kv_heads * head_dim
     most = _CONTEXT * cached // (_SHARE * max(attention, mlp))
-    return max(_LEAST, min(WHOLE, 1 << max(0, most.bit_length() - 1)))
+    return max(_UNIT, min(WHOLE, most // _UNIT * _UNIT))
 
 
 def _intermediate(config: PreTrainedConfig) -> int:
