@@ -34,7 +34,7 @@ from modules.evaluation.timing import balanced_orders
 from modules.models.families import load_any
 from modules.options import KIVIOptions
 
-CONTENDERS: dict[str, dict[str, Any]] = {"KIVI 2 bits": {}, "KIVI 4 bits": {"k_bits": 4, "v_bits": 4}}
+CONTENDERS: dict[str, dict[str, Any]] = {"KIVI 2 bits": {}}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,9 +43,9 @@ class Flags:
 
     model: str | None = argument(None, "a folder; None: SmolLM2-135M-Instruct, fetched")
     stored: int = argument(6000, "tokens that are there before")
-    pieces: tuple[int, ...] = argument((128, 512, 2048), "new tokens of a forward")
+    pieces: tuple[int, ...] = argument((128, 512, 1024), "new tokens of a forward")
     dtypes: tuple[str, ...] = argument(("float32", "bfloat16"), "of the weights", ("float32", "bfloat16"))
-    rounds: int = argument(3, "repetitions, after one that is not counted")
+    rounds: int = argument(2, "repetitions, after one that is not counted")
     threads: int | None = argument(None, "of torch; None: as torch has it")
     output: Path = argument(RESULTS / "pieces_cpu.json", "the result")
     cache: KIVIOptions = group(KIVIOptions)

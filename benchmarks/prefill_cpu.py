@@ -1,7 +1,8 @@
 """The memory and the time of a long prompt on this machine: KIVI caches against transformers' own, whole and in pieces.
 
     python benchmarks/prefill_cpu.py --model path/to/smollm2-135m-instruct
-    python benchmarks/prefill_cpu.py --tokens 32768 --contenders KIVI    # minutes
+    python benchmarks/prefill_cpu.py --tokens 32768 --contenders KIVI    # which takes minutes
+    python benchmarks/prefill_cpu.py --contenders StaticCache "DynamicCache in 2048"    # the other ways
 
 Every contender has a process of its own, in which `generate()` makes one token of a prompt of random tokens. The peak is of
 the resident memory by `getrusage`, counted from the loaded model on; what is beyond is the peak less the cache that remains,
@@ -73,6 +74,7 @@ CONTENDERS = {
     "StaticCache": Contender(_static),
     f"StaticCache in {PIECE}": Contender(_static, stock_chunk=PIECE),
 }
+USUAL = ("KIVI", "KIVI whole", "DynamicCache", f"StaticCache in {PIECE}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,10 +82,10 @@ class Flags:
     """The command line."""
 
     model: str | None = argument(None, "a folder; None: SmolLM2-135M-Instruct, fetched")
-    tokens: tuple[int, ...] = argument((12288,), "of the prompt")
+    tokens: tuple[int, ...] = argument((10240,), "of the prompt")
     dtype: str = argument("float32", "of the weights", ("float32", "bfloat16"))
     layers: int | None = argument(None, "of the model, the first ones; None: all")
-    contenders: tuple[str, ...] = argument(tuple(CONTENDERS), "to be measured", tuple(CONTENDERS))
+    contenders: tuple[str, ...] = argument(USUAL, "to be measured", tuple(CONTENDERS))
     chunk: int | None = argument(None, "longest piece (tokens) of the contender KIVI; None: as the model picks")
     threads: int | None = argument(None, "of torch; None: as torch has it")
     here: bool = argument(False, "measure one contender in this process and print JSON")
