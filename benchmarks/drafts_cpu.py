@@ -5,15 +5,17 @@
 
 The text is source code, in which much comes again. Drafts are looked up in the prompt, or made by the model itself as its own
 assistant: that saves no time, and shows what is accepted where every draft is right but for what a cache changes. The prompt is fed
-once to each cache; every way of decoding goes on from a copy. Times begin with the first token that is given, so that the prompt of the
-assistant is not in them.
+to a KIVI cache once, and every way of decoding goes on from a copy; to a DynamicCache each time, as transformers drafts wrongly over
+one that is filled. Times begin with the first token that is given: prompts, also the assistant's, are not in them.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,7 @@ class Flags:
     model: str | None = argument(None, "a folder; None: SmolLM2-135M-Instruct, fetched")
     text: str = argument("code", "prose, code or a file")
     tokens: int = argument(8000, "of the prompt")
-    new_tokens: int = argument(96, "that are made")
+    new_tokens: int = argument(64, "that are made")
     lookup: int = argument(10, "tokens of a draft from the prompt")
     assistant: bool = argument(True, "also with the model as its own assistant, which takes its prompt once more")
     dtype: str = argument("float32", "of the weights", ("float32", "bfloat16"))
@@ -90,9 +92,9 @@ class Clock(BaseStreamer):
 def decode(
     model: PreTrainedModel, prompt: torch.Tensor, cache: Cache, new_tokens: int, **drafts: Any
 ) -> tuple[Clock, list[int]]:
-    """Greedy tokens after a prompt of which `cache` holds all but the last token, and how they came."""
+    """Greedy tokens after a prompt, of which `cache` holds nothing or all but the last token, and how they came."""
     clock = Clock()
-    options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
+    options = {"max_new_tokens": new_tokens, "eos_token_id": None, "do_sample": False, "pad_token_id": 0}
     mask = torch.ones_like(prompt)
     out = model.generate(prompt, attention_mask=mask, past_key_values=cache, streamer=clock, **options, **drafts)
     return clock, out[0, prompt.shape[1] :].tolist()
@@ -105,17 +107,20 @@ def measure(
     ways: dict[str, dict[str, Any]] = {"none": {}, "prompt lookup": {"prompt_lookup_num_tokens": flags.lookup}}
     if assistant is not None:
         ways["itself"] = {"assistant_model": assistant}
-    caches = {"DynamicCache": DynamicCache(config=model.config)}
-    caches["KIVI"] = model.create_kivi_cache(**changes(flags.cache))
-    rows = []
-    for name, cache in caches.items():
-        with torch.inference_mode():
-            model(prompt[:, :-1], past_key_values=cache, logits_to_keep=1)
+    filled = model.create_kivi_cache(**changes(flags.cache))
+    with torch.inference_mode():
+        model(prompt[:, :-1], past_key_values=filled, logits_to_keep=1)
+    caches: dict[str, Callable[[], Cache]] = {
+        "DynamicCache": functools.partial(DynamicCache, config=model.config),
+        "KIVI": functools.partial(copy.deepcopy, filled),
+    }
+    rows: list[dict[str, Any]] = []
+    for name, make in caches.items():
         alone: list[int] = []
         for drafts, way in ways.items():
             if assistant is not None:
                 assistant.use_kivi_cache = name == "KIVI"
-            clock, tokens = decode(model, prompt, copy.deepcopy(cache), flags.new_tokens, **way)
+            clock, tokens = decode(model, prompt, make(), flags.new_tokens, **way)
             alone = alone or tokens
             row = {"cache": name, "drafts": drafts, "tokens_a_second": clock.tokens_a_second}
             row |= {"steps": len(clock.steps), "accepted": clock.accepted, "as_without": tokens == alone}
