@@ -94,7 +94,7 @@ def decode(
 ) -> tuple[Clock, list[int]]:
     """Greedy tokens after a prompt, of which `cache` holds nothing or all but the last token, and how they came."""
     clock = Clock()
-    options = {"max_new_tokens": new_tokens, "eos_token_id": None, "do_sample": False, "pad_token_id": 0}
+    options = {"max_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
     mask = torch.ones_like(prompt)
     out = model.generate(prompt, attention_mask=mask, past_key_values=cache, streamer=clock, **options, **drafts)
     return clock, out[0, prompt.shape[1] :].tolist()
@@ -107,6 +107,8 @@ def measure(
     ways: dict[str, dict[str, Any]] = {"none": {}, "prompt lookup": {"prompt_lookup_num_tokens": flags.lookup}}
     if assistant is not None:
         ways["itself"] = {"assistant_model": assistant}
+    for each in filter(None, (model, assistant)):
+        each.generation_config.eos_token_id = None  # all are to make as many tokens
     filled = model.create_kivi_cache(**changes(flags.cache))
     with torch.inference_mode():
         model(prompt[:, :-1], past_key_values=filled, logits_to_keep=1)
