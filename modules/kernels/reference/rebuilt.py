@@ -33,8 +33,8 @@ def attend(
     out = query.new_zeros(batch, length, heads, head_dim)
     for sequences, count in layer.ledger.equally_long(step.lengths):
         if count:
-            new = (states[sequences, :, :count] for states in (query, key, value))
-            out[sequences, :count] = _attend_rows(*new, layer, sequences, scaling).transpose(1, 2)
+            queries, keys, values = (states[sequences, :, :count] for states in (query, key, value))
+            out[sequences, :count] = _attend_rows(queries, keys, values, layer, sequences, scaling).transpose(1, 2)
     return out
 
 
