@@ -4,16 +4,15 @@
     python benchmarks/prefill_cpu.py --tokens 32768 --contenders KIVI    # which takes minutes
     python benchmarks/prefill_cpu.py --contenders StaticCache "DynamicCache in 2048"    # the other ways
 
-Every contender has a process of its own, in which `generate()` makes one token of a prompt of random tokens. The peak is of
-the resident memory by `getrusage`, counted from the loaded model on; what is beyond is the peak less the cache that remains,
-to be held against the cache of the unquantized model.
+Every contender has a process of its own, in which `generate()` makes one token of a prompt of random tokens. The peak is that of the
+resident memory (Linux counts it), from the loaded model on; what is beyond is the peak less the cache that remains, to be held
+against the cache of the unquantized model.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -135,15 +134,21 @@ def reset_peak() -> int:
         RuntimeError: where the system does not let a process forget its peak.
     """
     Path("/proc/self/clear_refs").write_text("5")  # Linux, proc_pid_clear_refs(5)
-    resident = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    resident = _status("VmRSS")
     if peak_bytes() > 1.02 * resident + (8 << 20):
         raise RuntimeError(f"the peak stays at {peak_bytes()} bytes where {resident} are resident; measure elsewhere.")
     return resident
 
 
 def peak_bytes() -> int:
-    """The most bytes that were resident at once."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """The most bytes that were resident at once; `getrusage` would also count the process that started this one."""
+    return _status("VmHWM")
+
+
+def _status(name: str) -> int:
+    """A size of this process in bytes, by its name in /proc/self/status."""
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[name].split()[0]) * 1024
 
 
 def cache_bytes(cache: Cache) -> int:

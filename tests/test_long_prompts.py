@@ -208,7 +208,6 @@ def test_what_a_long_prompt_takes_beyond_the_cache_is_bounded(tmp_path, tokenize
     flags = parse(prefill_cpu.Flags, ["--model", str(tmp_path), "--threads", "1"], description="")
     in_pieces, whole = (prefill_cpu.measured(flags, name, 12288) for name in ("KIVI", "KIVI whole"))
     dense = in_pieces["dense_bytes"]
-    print(in_pieces, whole)
     assert dense == whole["dense_bytes"] == 2 * 4 * 128 * 12288 * 4
     assert in_pieces["cache_bytes"] == whole["cache_bytes"] < dense / 5
     bound = dense * 32768 / 12288 / 4 + (32 << 20)
