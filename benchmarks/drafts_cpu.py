@@ -46,7 +46,7 @@ class Flags:
     tokens: int = argument(8000, "of the prompt")
     new_tokens: int = argument(64, "that are made")
     lookup: int = argument(10, "tokens of a draft from the prompt")
-    assistant: bool = argument(True, "also with the model as its own assistant, which takes its prompt once more")
+    assisted_tokens: int = argument(2000, "of the prompt with the model as its own assistant, which takes it once more")
     dtype: str = argument("float32", "of the weights", ("float32", "bfloat16"))
     threads: int | None = argument(None, "of torch; None: as torch has it")
     output: Path = argument(RESULTS / "drafts_cpu.json", "the result")
@@ -54,6 +54,7 @@ class Flags:
 
     def __post_init__(self) -> None:
         check_least(self.tokens, 2, "--tokens")
+        check_least(self.assisted_tokens, 2, "--assisted-tokens")
         check_least(self.new_tokens, 2, "--new-tokens")
         check_least(self.lookup, 1, "--lookup")
         check_least(1 if self.threads is None else self.threads, 1, "--threads")
@@ -101,12 +102,11 @@ def decode(
 
 
 def measure(
-    model: PreTrainedModel, assistant: PreTrainedModel | None, prompt: torch.Tensor, flags: Flags
-) -> list[dict]:
-    """A row for each cache and way of decoding."""
-    ways: dict[str, dict[str, Any]] = {"none": {}, "prompt lookup": {"prompt_lookup_num_tokens": flags.lookup}}
-    if assistant is not None:
-        ways["itself"] = {"assistant_model": assistant}
+    model: PreTrainedModel, prompt: torch.Tensor, flags: Flags, assistant: PreTrainedModel | None = None
+) -> list[dict[str, Any]]:
+    """A row for each cache and way of decoding: without drafts, and with drafts of the assistant, or from the prompt."""
+    drafted = {"prompt_lookup_num_tokens": flags.lookup} if assistant is None else {"assistant_model": assistant}
+    ways: dict[str, dict[str, Any]] = {"none": {}, "from the prompt" if assistant is None else "by itself": drafted}
     for each in filter(None, (model, assistant)):
         each.generation_config.eos_token_id = None  # all are to make as many tokens
     filled = model.create_kivi_cache(**changes(flags.cache))
@@ -124,9 +124,10 @@ def measure(
                 assistant.use_kivi_cache = name == "KIVI"
             clock, tokens = decode(model, prompt, make(), flags.new_tokens, **way)
             alone = alone or tokens
-            row = {"cache": name, "drafts": drafts, "tokens_a_second": clock.tokens_a_second}
-            row |= {"steps": len(clock.steps), "accepted": clock.accepted, "as_without": tokens == alone}
-            rows.append(row | {"speedup": row["tokens_a_second"] / rows[0]["tokens_a_second"] if rows else 1.0})
+            row = {"tokens": prompt.shape[1], "cache": name, "drafts": drafts}
+            row |= {"tokens_a_second": clock.tokens_a_second, "steps": len(clock.steps), "accepted": clock.accepted}
+            row |= {"speedup": clock.tokens_a_second / rows[0]["tokens_a_second"] if rows else 1.0}
+            rows.append(row | {"as_without": tokens == alone})
     return rows
 
 
@@ -137,19 +138,18 @@ def main() -> None:
         torch.set_num_threads(flags.threads)
     name = flags.model or default_model()
     model, tokenizer = load_any(name, dtype=getattr(torch, flags.dtype))
-    assistant = (
-        load_any(name, dtype=getattr(torch, flags.dtype), **changes(flags.cache))[0] if flags.assistant else None
-    )
-    prompt = encode(tokenizer, load_text(flags.text), flags.tokens, flags.text)
-    rows = measure(model, assistant, prompt, flags)
-    settings = {"model": Path(name).name, "text": flags.text, "tokens": flags.tokens, "new tokens": flags.new_tokens}
-    settings |= {"lookup": flags.lookup, "dtype": flags.dtype}
+    assistant, _ = load_any(name, dtype=getattr(torch, flags.dtype), **changes(flags.cache))
+    ids = encode(tokenizer, load_text(flags.text), max(flags.tokens, flags.assisted_tokens), flags.text)
+    rows = measure(model, ids[:, : flags.tokens], flags)
+    rows += measure(model, ids[:, : flags.assisted_tokens], flags, assistant)
+    settings = {"model": Path(name).name, "text": flags.text, "new tokens": flags.new_tokens, "lookup": flags.lookup}
+    settings |= {"dtype": flags.dtype}
     here = Environment.here()
-    heads = ("cache", "drafts", "tokens/s", "against DynamicCache", "steps", "accepted", "same tokens")
-    table = Table(*heads, title=f"{settings['model']}, {flags.tokens} tokens: {here.machine}; {here.versions}")
+    heads = ("tokens", "cache", "drafts", "tokens/s", "against DynamicCache", "steps", "accepted", "same tokens")
+    table = Table(*heads, title=f"{settings['model']}: {here.machine}; {here.versions}")
     for row in rows:
         figures = [f"{row['tokens_a_second']:.1f}", f"{row['speedup']:.2f}x", str(row["steps"]), str(row["accepted"])]
-        table.add_row(row["cache"], row["drafts"], *figures, "yes" if row["as_without"] else "no")
+        table.add_row(str(row["tokens"]), row["cache"], row["drafts"], *figures, "yes" if row["as_without"] else "no")
     Console().print(table)
     save_result(BenchmarkResult("drafts", rows, here, settings), flags.output)
 

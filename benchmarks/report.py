@@ -89,6 +89,7 @@ def drafts_table(rows: list[dict[str, Any]]) -> pandas.DataFrame:
     """Decoding with drafts and without."""
     shown = [
         {
+            "tokens": str(row["tokens"]),
             "cache": row["cache"],
             "drafts": row["drafts"],
             "tokens/s": f"{row['tokens_a_second']:.1f} ({row['speedup']:.1f}×)",

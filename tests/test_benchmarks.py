@@ -131,14 +131,18 @@ def test_drafts_change_no_token_and_are_counted():
     model = make_pair("llama", backend="torch")[1]
     prompt = tokens(1, 12).repeat(1, 10)
     flags = parse(drafts_cpu.Flags, ["--new-tokens", "30", "--lookup", "4"], description="")
-    rows = drafts_cpu.measure(model, make_pair("llama", backend="torch")[1], prompt, flags)
+    rows = drafts_cpu.measure(model, prompt, flags)
+    rows += drafts_cpu.measure(model, prompt, flags, make_pair("llama", backend="torch")[1])
     assert [(row["cache"], row["drafts"]) for row in rows] == [
-        (cache, drafts) for cache in ("DynamicCache", "KIVI") for drafts in ("none", "prompt lookup", "itself")
+        (cache, drafts)
+        for ways in (("none", "from the prompt"), ("none", "by itself"))
+        for cache in ("DynamicCache", "KIVI")
+        for drafts in ways
     ]
     for row in rows:
         assert row["as_without"] and row["steps"] + row["accepted"] == 30 and row["tokens_a_second"] > 0
         assert row["accepted"] == 0 if row["drafts"] == "none" else row["accepted"] >= 0
-    assert rows[2]["accepted"] > 15 and rows[5]["accepted"] > 15
+    assert rows[5]["accepted"] > 10 and rows[7]["accepted"] > 10
 
 
 def test_a_piece_is_timed_over_the_same_past(monkeypatch):
@@ -149,7 +153,7 @@ def test_a_piece_is_timed_over_the_same_past(monkeypatch):
         type(model),
         "forward",
         lambda self, ids, past_key_values, **more: (
-            seen.append((past_key_values.get_seq_length(), ids.shape[1])),
+            seen.append((int(past_key_values.get_seq_length()), ids.shape[1])),
             forward(self, input_ids=ids, past_key_values=past_key_values, **more),
         )[1],
     )
