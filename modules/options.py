@@ -14,6 +14,7 @@ ALLOWED_BITS = (2, 4, 8, FULL_PRECISION_BITS)
 ALLOWED_K_RANGES = ("lsq", "minmax")
 ALLOWED_V_RANGES = ("minmax", "clipped", "lsq", None)
 ALLOWED_BACKENDS = ("auto", "torch", "numba", "triton")
+AUTO = "auto"  # left to the code, by sizes it knows
 MOST_TOKENS = 1 << 24  # no length is larger: beyond any context, and what an allocator would refuse
 
 
@@ -40,11 +41,12 @@ def head_dims_of(config: Any) -> list[int]:
         return sorted({head_dim_of(config.per_layer_config[layer]) for layer in range(config.num_hidden_layers)})
 
 
-def check_count(name: str, value: Any, minimum: int = 1) -> None:
-    """Raise `ValueError` where `value` is not a number of tokens from `minimum` to `MOST_TOKENS`."""
+def check_count(name: str, value: Any, minimum: int = 1, others: tuple = ()) -> None:
+    """Raise `ValueError` where `value` is not a number of tokens from `minimum` to `MOST_TOKENS`, nor one of `others`."""
     if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= MOST_TOKENS:
+        more = "".join(f", or {other!r}" for other in others)
         raise ValueError(
-            f"{name} must be a whole number of tokens, {minimum} or more and at most {MOST_TOKENS}; got {value!r}."
+            f"{name} must be a whole number of tokens, {minimum} or more and at most {MOST_TOKENS}{more}; got {value!r}."
         )
 
 
@@ -247,8 +249,9 @@ class RunOptions:
     """
 
     use_kivi_cache: bool = _option(False, "generate() and forward() make a KIVI cache by themselves")
-    prefill_chunk: int | None = _option(
-        None, "longest piece that goes through a KIVI cache at once; None for no limit (tokens)"
+    prefill_chunk: int | str | None = _option(
+        AUTO,
+        "longest piece that goes through a KIVI cache at once (tokens); auto: by the model, for long prompts; None: no limit",
     )
     compile_decode: bool = _option(
         False, "compile steps of one token on a CPU, all of the model as one program; takes up to minutes once"
@@ -260,8 +263,8 @@ class RunOptions:
     def __post_init__(self) -> None:
         check_flag("use_kivi_cache", self.use_kivi_cache)
         check_flag("compile_decode", self.compile_decode)
-        if self.prefill_chunk is not None:
-            check_count("prefill_chunk", self.prefill_chunk)
+        if self.prefill_chunk not in (None, AUTO):
+            check_count("prefill_chunk", self.prefill_chunk, 1, (AUTO, None))
         check_path("static", self.static)
 
 

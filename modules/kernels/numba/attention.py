@@ -24,11 +24,12 @@ from modules.kernels.numba.host import FLOAT_NAMES, host_is_supported
 from modules.kernels.numba.plan import MAX_ROWS, Plan, plan_of
 from modules.kernels.numba.threads import allowed_threads, buffer, check_pool, run
 from modules.kernels.reference.attention import attend as attend_in_torch
+from modules.kernels.reference.rebuilt import attend as attend_rebuilt
 from modules.store.layer import PackedLayer
 from modules.store.side import PackedSide
 from modules.store.step import Step
 
-_MANY_ROWS = 1 << 12  # query rows a KV head above which torch attends: the shares would take too much memory
+_MANY_TOKENS = 1 << 10  # new ones from which on it is faster to rebuild keys and values
 _LOG2_E = math.log2(math.e)
 _SERIAL_WORK = 1 << 21  # multiply-adds below which starting threads costs more than it saves
 
@@ -65,8 +66,10 @@ def attend(
     """
     check_new_states(query, key, value, layer, step)
     check_layer(layer)
+    if query.shape[2] >= _MANY_TOKENS:
+        return attend_rebuilt(query, key, value, layer, scaling, step)
     plan = _plan(layer, _rows(query, key))
-    if plan is None or query.shape[1] // key.shape[1] * query.shape[2] > _MANY_ROWS:
+    if plan is None:
         return attend_in_torch(query, key, value, layer, scaling, step)
     query = query if query.stride(3) == 1 else query.contiguous()
     key, value = (t if _tokens_lie_side_by_side(t) else t.contiguous() for t in (key, value))
