@@ -43,6 +43,8 @@ def _emit_spread_in_bytes(e: Emitter[Plan], weights, count, scale, minimum, spre
     with cgutils.for_range(e.b, e.b.udiv(count, I64(plan.tokens))) as loop:
         block = e.load(e.address(weights, 0, loop.index, n * 4), lanes=n)
         scales, minima = (e.load(e.address(m, 0, loop.index, stride * 2), "float16", stride) for m in (scale, minimum))
+        for metadata in (scale, minimum):
+            e.fetch(e.address(metadata, 0, loop.index, stride * 2), plan.tile_tokens * plan.groups * 2, stride * 2)
         minima = e.multiply_add(scales, e.float_splat(middle, stride), minima)
         for group, order in enumerate(orders):
             scaled = e.b.fmul(block, e.shuffle(scales, scales, order))
@@ -94,6 +96,8 @@ def _emit_accumulate_bytes(e: Emitter[Plan], values, count, small, units, offset
             parts = [[e.b.load(slot) for slot in column] for column in slots]
             weights = e.address(small, 0, loop.index, plan.padded_rows * plan.step)
             place = e.address(values, 0, loop.index, plan.step * plan.v_bytes)
+            if first == 0:
+                e.fetch(place, plan.tile_tokens * plan.v_bytes, plan.step * plan.v_bytes)
             for four in range(0, plan.step, 4):
                 _emit_four_values(e, e.address(place, four * plan.v_bytes), e.address(weights, four), batch, parts)
             for column, vectors in zip(slots, parts):

@@ -37,10 +37,10 @@ class ByteEmitter(Emitter[Plan]):
     def units(self, largest, levels: int):
         """`(unit, inverse)`: what one of `levels` steps up to `largest` is, and what numbers are multiplied with to be
         counted in it."""
-        floor = self.float_splat(_SMALLEST, largest.type.count)
-        largest = self.maximum(floor, largest)
-        levels = self.float_splat(float(levels), largest.type.count)
-        return self.b.fdiv(largest, levels), self.b.fdiv(levels, largest)
+        lanes = largest.type.count
+        largest = self.maximum(self.float_splat(_SMALLEST, lanes), largest)
+        unit = self.b.fmul(largest, self.float_splat(1 / levels, lanes))
+        return unit, self.b.fdiv(self.float_splat(float(levels), lanes), largest)
 
     def magnitude(self, numbers):
         """Absolute values."""
@@ -48,6 +48,14 @@ class ByteEmitter(Emitter[Plan]):
 
     def store_bytes(self, vector, address) -> None:
         self.b.store(vector, self.b.inttoptr(address, vector.type.as_pointer()), align=1)
+
+    def fetch(self, address, ahead: int, size: int) -> None:
+        """Have the CPU fetch the `size` bytes that lie `ahead` bytes behind an address: its own guesses end with a page."""
+        pointer, constant = I8.as_pointer(), [I32(0), I32(2), I32(1)]  # to read, into the second-level cache, data
+        typ = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
+        function = cgutils.get_or_insert_function(self.b.module, typ, "llvm.prefetch.p0")
+        for line in range(0, size, 64):
+            self.b.call(function, [self.b.inttoptr(self.address(address, ahead + line), pointer), *constant])
 
     def load_bytes(self, address, count: int):
         return self._load(address, ir.VectorType(I8, count), 1)
@@ -57,7 +65,7 @@ class ByteEmitter(Emitter[Plan]):
         return self.broadcast(self._load(address, I32, 1), lanes)
 
     def merged(self, vectors: list, combine) -> list:
-        """Each of a few vectors combined over its lanes: the results, each in some lanes of few vectors, see `row_of`."""
+        """Each of a few vectors combined over its lanes: the results, each in some lanes of few vectors, see `place_of_merged`."""
         lanes = vectors[0].type.count
         vectors = vectors + vectors[:1] * ((1 << (len(vectors) - 1).bit_length()) - len(vectors))
         per = lanes
@@ -69,11 +77,10 @@ class ByteEmitter(Emitter[Plan]):
             vectors = [combine(vector, self.shuffle(vector, vector, order)) for vector in vectors]
         return vectors
 
-    def row_of(self, merged: list, row: int):
-        """The result for vector `row` of those that were `merged`, in all lanes."""
-        lanes = merged[0].type.count
-        which, lane = divmod(row * max(1, lanes // self.plan.padded_rows), lanes)
-        return self.shuffle(merged[which], merged[which], [lane] * lanes)
+    @staticmethod
+    def place_of_merged(number: int, count: int, lanes: int) -> int:
+        """The lane, counted over all vectors, of the result for one of `count` vectors that were `merged`."""
+        return number * max(1, lanes // (1 << (count - 1).bit_length()))
 
     # Where numbers lie
 

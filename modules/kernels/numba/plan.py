@@ -94,6 +94,16 @@ class Plan:
         return whole and few and row % 4 == 0 and kind is not None and (kind == "vnni" or form < 8)
 
     @property
+    def k_planes(self) -> int:
+        """Codes of a byte of packed keys."""
+        return 8 // self.k_format if isinstance(self.k_format, int) else 1
+
+    @property
+    def merged_steps(self) -> int:
+        """Lanes of the vectors that hold a number for each row and plane of keys."""
+        return max(self.lanes, self.padded_rows * self.k_planes)
+
+    @property
     def step(self) -> int:
         """Tokens whose weights lie together as bytes, `[padded_rows, step]`."""
         return max(4, self.tokens)
@@ -144,7 +154,7 @@ class Plan:
             "spread": scores * self.groups,
             "offsets": self.groups * self.block,
             "bytes": -(-head // 4) if self.k_in_bytes else 0,
-            "units": self.rows * 5 if self.k_in_bytes else 0,
+            "units": 2 * self.merged_steps + max(self.lanes, self.padded_rows) if self.k_in_bytes else 0,
             "weights": scores * self.groups // 4 if self.v_in_bytes else 0,
             "weight_units": self.groups * self.block,
             "maximum": self.block,
