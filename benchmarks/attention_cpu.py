@@ -72,7 +72,9 @@ class Flags:
             return {written(given): self.cache}
         pairs = itertools.product(self.backends, self.bits)
         found = {f"{name} {bits} bits": KIVIOptions(k_bits=bits, v_bits=bits, backend=name) for name, bits in pairs}
-        exact = {f"{name}, exact": dataclasses.replace(found[name], exact_products=True) for name in found if "numba" in name}
+        exact = {
+            f"{name}, exact": dataclasses.replace(found[name], exact_products=True) for name in found if "numba" in name
+        }
         return found | exact
 
 

@@ -66,7 +66,9 @@ def _emit_fold_in_bytes(e: Emitter[Plan], query, scale, minimum, folded, units) 
         e.fetch(metadata, ahead, plan.head_dim * 2)
     steps = [e.float_splat(2.0 ** -_position(e, plane)) for plane in range(plan.k_planes)]
     scales = {
-        column: e.b.fmul(e.load(e.address(scale, plan.channel(plan.k_format, *column) * 2), "float16"), steps[column[0]])
+        column: e.b.fmul(
+            e.load(e.address(scale, plan.channel(plan.k_format, *column) * 2), "float16"), steps[column[0]]
+        )
         for column in plan.columns(plan.k_format)
     }
     starts = _emit_largest(e, query, minimum, scales, units)
@@ -156,7 +158,9 @@ def _columns(e: ByteEmitter, place, size: int, lanes: int) -> list:
     """Bytes of `lanes` tokens, `size` of each: a lane of vector `n` has the bytes `4n…4n + 3` of its token."""
     if size % 4 == 0:
         words = ir.VectorType(I32, lanes)
-        return e.columns_of([e.load_scalar(e.address(place, first), words, 1) for first in range(0, lanes * size, 4 * lanes)], size // 4)
+        return e.columns_of(
+            [e.load_scalar(e.address(place, first), words, 1) for first in range(0, lanes * size, 4 * lanes)], size // 4
+        )
     flat = e.load_bytes(place, lanes * size)
     found = []
     for first in range(0, size, 4):

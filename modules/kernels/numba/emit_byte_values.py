@@ -63,7 +63,9 @@ def _emit_spread_in_bytes(e: Emitter[Plan], weights, count, scale, minimum, spre
                 e.b.store(e.b.fadd(e.b.load(wholes), whole), wholes)
                 parts.append(part)
             e.store_bytes(_side_by_side(e, parts), e.address(small, group * tile, loop.index, blocks * n))
-        lost = e.b.fmul(e.b.fmul(e.b.load(wholes), unit), e.float_splat(middle - (_SIGN if plan.v_format == 8 else 0), n))
+        lost = e.b.fmul(
+            e.b.fmul(e.b.load(wholes), unit), e.float_splat(middle - (_SIGN if plan.v_format == 8 else 0), n)
+        )
         e.store(e.across_tokens(e.b.fsub(e.b.load(sums[group]), lost), e.b.fadd), e.address(offsets, group * n * 4))
         e.store(unit, e.address(units, group * n * 4))
 
@@ -75,9 +77,7 @@ def _side_by_side(e: ByteEmitter, blocks: list):
     half = len(blocks) // 2
     first, second = _side_by_side(e, blocks[:half]), _side_by_side(e, blocks[half:])
     run, size = half * e.plan.tokens, first.type.count
-    order = [
-        which * size + row * run + i for row in range(e.plan.padded_rows) for which in (0, 1) for i in range(run)
-    ]
+    order = [which * size + row * run + i for row in range(e.plan.padded_rows) for which in (0, 1) for i in range(run)]
     return e.shuffle(first, second, order)
 
 
@@ -123,8 +123,10 @@ def _emit_four_values(e: ByteEmitter, values, weights, batch, parts) -> None:
     for column, (plane, chunk) in enumerate(batch):
         if chunk not in words:
             words[chunk] = _four_side_by_side(e, values, chunk)
-        codes = e.b.xor(words[chunk], e.int_splat(0x01010101 * _SIGN)) if form == 8 else e.codes(
-            words[chunk], form, plane, _position(e, plane)
+        codes = (
+            e.b.xor(words[chunk], e.int_splat(0x01010101 * _SIGN))
+            if form == 8
+            else e.codes(words[chunk], form, plane, _position(e, plane))
         )
         group = plan.channel(form, plane, chunk) // plan.v_group
         for row in range(plan.rows):
