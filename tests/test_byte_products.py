@@ -17,7 +17,9 @@ pytest.importorskip("numba", reason="Numba is not installed: `pip install numba`
 from modules.kernels.numba import attention, host  # noqa: E402
 
 TORCH, NUMBA = backend("torch"), backend("numba")
-BOUND = 1e-2  # of rounding queries to 127 steps and weights to 255; results in half precision are as good
+# Rounding the weights of a tile of 128 tokens to 255 steps: √(128 / 12) / 255 = 0.013 of the largest at most, where values are
+# as random as here; rounding queries to 127 steps adds less.
+BOUND = 2e-2
 HERE = Path(__file__).resolve().parent
 
 # bits, kv_heads, gqa, head_dim, group, dtype, share of wide channels: each is a compilation of seconds
