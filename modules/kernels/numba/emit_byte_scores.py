@@ -22,13 +22,13 @@ def _position(e: ByteEmitter, plane: int) -> int:
     """The bit from which on codes of a plane meet queries; in a plane with wide channels the low two are theirs."""
     if e.plan.wide > plane * e.plan.k_bytes:
         return 2
-    return e.position(e.plan.k_format, plane, _MOST[byte_products()])
+    return e.position(e.plan.k_bits, plane, _MOST[byte_products()])
 
 
 def _middle(e: ByteEmitter, plane: int, first: int):
     """The middle of the codes of a chunk, as they meet queries."""
     plan, position = e.plan, _position(e, plane)
-    narrow, wide = ((1 << plan.k_format) - 1) / 2 * 2**position, 7.5
+    narrow, wide = ((1 << plan.k_bits) - 1) / 2 * 2**position, 7.5
     numbers = [wide if channel < plan.wide else narrow for channel in range(first, first + plan.lanes)]
     return ir.Constant(ir.VectorType(F32, plan.lanes), [ir.Constant(F32, number) for number in numbers])
 
@@ -93,7 +93,8 @@ def _emit_fold_in_bytes(e: Emitter[Plan], query, scale, minimum, folded, units) 
 def _emit_largest(e: ByteEmitter, query, minimum, scales: dict, units) -> list:
     """Steps and their inverses into `units`; `query·(minimum + middle·scale)` of each row, yet to be summed."""
     plan, place = e.plan, _Units(e.plan)
-    starts, largest = [e.float_splat(0.0)] * plan.rows, {}
+    starts: list = [e.float_splat(0.0)] * plan.rows
+    largest: dict[tuple[int, int], ir.Value] = {}
     for column, scaled in scales.items():
         first = plan.channel(plan.k_format, *column)
         least = e.load(e.address(minimum, first * 2), "float16")
@@ -147,7 +148,7 @@ def _emit_plane_products(e: ByteEmitter, columns: list, lows: list, plane: int, 
         if 4 * number < plan.wide:
             codes = e.wide_codes(words, plane, lows[number // 4], number % 4)
         else:
-            codes = e.codes(words, plan.k_format, plane, _position(e, plane))
+            codes = e.codes(words, plan.k_bits, plane, _position(e, plane))
         for row in range(plan.rows):
             query = e.splat_word(e.address(folded, row * plan.head_dim + 4 * number), lanes)
             sums[row] = e.add_products(sums[row], codes, query)

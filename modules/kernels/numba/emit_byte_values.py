@@ -20,7 +20,7 @@ _SIGN = 128  # of a byte
 
 def _position(e: ByteEmitter, plane: int) -> int:
     """The bit from which on codes of a plane meet weights."""
-    form = e.plan.v_format
+    form = e.plan.v_bits
     return 0 if form == 8 else e.position(form, plane, _MOST[byte_products()])
 
 
@@ -35,7 +35,7 @@ def _emit_spread_in_bytes(e: Emitter[Plan], weights, count, scale, minimum, spre
         return
     e = ByteEmitter(e)
     plan, n = e.plan, e.plan.block
-    middle = ((1 << plan.v_format) - 1) / 2
+    middle = ((1 << plan.v_bits) - 1) / 2
     tile = plan.tile_tokens * plan.padded_rows
     stride = plan.tokens * plan.groups
     orders = [[(lane % plan.tokens) * plan.groups + group for lane in range(n)] for group in range(plan.groups)]
@@ -117,7 +117,7 @@ def _emit_accumulate_bytes(e: Emitter[Plan], values, count, small, units, offset
 
 def _emit_four_values(e: ByteEmitter, values, weights, batch, parts) -> None:
     """Four tokens' part of some columns."""
-    plan, form = e.plan, e.plan.v_format
+    plan, form = e.plan, e.plan.v_bits
     tile = plan.tile_tokens * plan.padded_rows
     words, factors = {}, {}
     for column, (plane, chunk) in enumerate(batch):
@@ -144,8 +144,8 @@ def _four_side_by_side(e: ByteEmitter, values, chunk: int):
         whole = e.shuffle(flat, flat, [token * size + first + lane for lane in range(lanes) for token in range(4)])
     else:
         tokens = [e.load_bytes(e.address(values, token * size + first), lanes) for token in range(4)]
-        pairs = [e.shuffle(*tokens[i : i + 2], list(range(2 * lanes))) for i in (0, 2)]
-        whole = e.shuffle(*pairs, [token * lanes + lane for lane in range(lanes) for token in range(4)])
+        pairs = [e.shuffle(tokens[i], tokens[i + 1], list(range(2 * lanes))) for i in (0, 2)]
+        whole = e.shuffle(pairs[0], pairs[1], [token * lanes + lane for lane in range(lanes) for token in range(4)])
     return e.b.bitcast(whole, ir.VectorType(I32, lanes))
 
 

@@ -26,12 +26,12 @@ def host_has(feature: str) -> bool:
 
 
 @functools.cache
-def byte_products() -> str | None:
+def byte_products() -> str:
     """How four products of bytes are added to 32 bits: "vnni" at once, "pairs" through sums of two in 16 bits, which must
-    not exceed them; None where there is no such instruction."""
+    not exceed them; "" where there is no such instruction."""
     if all(map(host_has, ("avx512vnni", "avx512bw", "avx512vl"))) or host_has("avxvnni") and not host_has("avx512f"):
         return "vnni"
-    return "pairs" if host_has("avx512bw" if host_has("avx512f") else "avx2") else None
+    return "pairs" if host_has("avx512bw" if host_has("avx512f") else "avx2") else ""
 
 
 @functools.cache

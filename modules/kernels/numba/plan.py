@@ -91,12 +91,21 @@ class Plan:
     def _fits_bytes(self, form: int, row: int) -> bool:
         kind, whole = byte_products(), self.group_size % self.block == 0 and self.block == host()[0]
         few = self.tile_tokens <= _MOST_IN_BYTES  # their products add up to less than 2**31
-        return whole and few and row % 4 == 0 and kind is not None and (kind == "vnni" or form < 8)
+        return whole and few and row % 4 == 0 and (kind == "vnni" or kind == "pairs" and form < 8)
+
+    @property
+    def k_bits(self) -> int:
+        """Bits of a key's code; 16 where keys are rows of numbers."""
+        return self.k_format if isinstance(self.k_format, int) else 16
+
+    @property
+    def v_bits(self) -> int:
+        return self.v_format if isinstance(self.v_format, int) else 16
 
     @property
     def k_planes(self) -> int:
         """Codes of a byte of packed keys."""
-        return 8 // self.k_format if isinstance(self.k_format, int) else 1
+        return max(1, 8 // self.k_bits)
 
     @property
     def merged_steps(self) -> int:
