@@ -126,7 +126,7 @@ class KIVIOptions:
     exact_products: bool = _option(
         False,
         "codes are multiplied with queries and softmax weights in float32, as torch and Triton always do; False: Numba rounds "
-        "these to 8 bits where the CPU multiplies bytes faster",
+        "these to 8 bits for codes of 2 and 4 bits, where the CPU multiplies bytes faster",
     )
 
     def __post_init__(self) -> None:

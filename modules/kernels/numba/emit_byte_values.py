@@ -15,13 +15,11 @@ from modules.kernels.numba.vectors import I32, I64, Emitter
 
 _LEVELS = 255  # of a weight
 _MOST = {"vnni": 127, "pairs": 64}  # what codes may reach, so that products add up
-_SIGN = 128  # of a byte
 
 
 def _position(e: ByteEmitter, plane: int) -> int:
     """The bit from which on codes of a plane meet weights."""
-    form = e.plan.v_bits
-    return 0 if form == 8 else e.position(form, plane, _MOST[byte_products()])
+    return e.position(e.plan.v_bits, plane, _MOST[byte_products()])
 
 
 def _emit_spread_in_bytes(e: Emitter[Plan], weights, count, scale, minimum, spread, small, units, offsets) -> None:
@@ -63,9 +61,7 @@ def _emit_spread_in_bytes(e: Emitter[Plan], weights, count, scale, minimum, spre
                 e.b.store(e.b.fadd(e.b.load(wholes), whole), wholes)
                 parts.append(part)
             e.store_bytes(_side_by_side(e, parts), e.address(small, group * tile, loop.index, blocks * n))
-        lost = e.b.fmul(
-            e.b.fmul(e.b.load(wholes), unit), e.float_splat(middle - (_SIGN if plan.v_format == 8 else 0), n)
-        )
+        lost = e.b.fmul(e.b.fmul(e.b.load(wholes), unit), e.float_splat(middle, n))
         e.store(e.across_tokens(e.b.fsub(e.b.load(sums[group]), lost), e.b.fadd), e.address(offsets, group * n * 4))
         e.store(unit, e.address(units, group * n * 4))
 
@@ -123,11 +119,7 @@ def _emit_four_values(e: ByteEmitter, values, weights, batch, parts) -> None:
     for column, (plane, chunk) in enumerate(batch):
         if chunk not in words:
             words[chunk] = _four_side_by_side(e, values, chunk)
-        codes = (
-            e.b.xor(words[chunk], e.int_splat(0x01010101 * _SIGN))
-            if form == 8
-            else e.codes(words[chunk], form, plane, _position(e, plane))
-        )
+        codes = e.codes(words[chunk], form, plane, _position(e, plane))
         group = plan.channel(form, plane, chunk) // plan.v_group
         for row in range(plan.rows):
             if (group, row) not in factors:

@@ -89,9 +89,10 @@ class Plan:
         return self.in_bytes and isinstance(self.v_format, int) and self._fits_bytes(self.v_format, 4)
 
     def _fits_bytes(self, form: int, row: int) -> bool:
-        kind, whole = byte_products(), self.group_size % self.block == 0 and self.block == host()[0]
+        whole = self.group_size % self.block == 0 and self.block == host()[0]
         few = self.tile_tokens <= _MOST_IN_BYTES  # their products add up to less than 2**31
-        return whole and few and row % 4 == 0 and (kind == "vnni" or kind == "pairs" and form < 8)
+        coarse = form < 8  # rounding costs more than codes of 8 bits do
+        return byte_products() != "" and whole and few and coarse and row % 4 == 0
 
     @property
     def k_bits(self) -> int:
