@@ -1,4 +1,4 @@
-"""The Numba backend against the torch one, which the other tests hold to dense attention."""
+"""The Numba backend with exact products against the torch one, which the other tests hold to dense attention."""
 
 import contextlib
 import copy
@@ -41,8 +41,9 @@ def layer_of(plan, lengths, residual=None, sinks=4, **more):
     """A layer of random tokens for one of the `PLANS`."""
     bits, kv_heads, _, head_dim, group, dtype, share = plan
     residual = group * 2 if residual is None else residual
-    options = {"group_size": group, "residual_length": residual, "sink_length": sinks, "wide_channels": share}
-    return make_layer(lengths, bits=bits, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, **options, **more)
+    options = {"group_size": group, "residual_length": residual, "sink_length": sinks, "wide_channels": share, **more}
+    options = {"exact_products": True, **options}
+    return make_layer(lengths, bits=bits, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, **options)
 
 
 def new_states(layer, gqa, new, seed=0):

@@ -60,6 +60,7 @@ def run_quality(
     tokens: int,
     chunk: int = CHUNK,
     skip: int = SKIP,
+    reference: Candidate | None = None,
     processes: Processes = ALONE,
 ) -> QualityResult:
     """Measure with a progress bar."""
@@ -77,6 +78,7 @@ def run_quality(
             model_name=model_name,
             text_name=text,
             progress=lambda name: bar.update(task, advance=1, description=name),
+            reference=reference,
         )
 
 
@@ -238,6 +240,9 @@ class Quality(CacheFlags):
     skip: int = argument(SKIP, "tokens before the first measured prediction")
     set: str = argument("main", "caches, where no options are given", tuple(sorted(CANDIDATE_SETS)))
     peers: bool = argument(True, "transformers' own quantized caches too")
+    reference: str | None = argument(
+        None, "the KIVI cache that the others are compared with, as NAME=VALUE,…; None: full precision"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -247,6 +252,7 @@ class Quality(CacheFlags):
     def run(self, console: Console) -> None:
         """Measure, show and save."""
         candidates = (self.own_candidates() or CANDIDATE_SETS[self.set]()) + (peers() if self.peers else [])
+        reference = None if self.reference is None else parse_options(self.reference)
         load_text(self.text)  # a mistake here should not wait for the model
         processes = Processes.join(self.device)
         model, tokenizer = load_model(self.model, self.dtype, self.device)
@@ -260,6 +266,7 @@ class Quality(CacheFlags):
             tokens=self.tokens,
             chunk=self.chunk,
             skip=self.skip,
+            reference=reference,
             processes=processes,
         )
         if processes.leads:

@@ -279,7 +279,7 @@ def _plan(layer: PackedLayer, rows: int) -> Plan | None:
     """The plan for a layer, None where there is none."""
     window, groups = layer.key.window, (layer.group_size, layer.value.group_size)
     formats = _format(layer.key), _format(layer.value)
-    return plan_of(formats, window.dtype, rows, window.shape[3], groups, layer.key.wide)
+    return plan_of(formats, window.dtype, rows, window.shape[3], groups, layer.key.wide, not layer.exact_products)
 
 
 def _format(side: PackedSide) -> int | str:
