@@ -11,6 +11,7 @@ import numpy as np
 from numba import carray, njit
 
 from modules.kernels.numba.compiling import COMBINE, TAKE_IN, UNITS, as_pointer
+from modules.kernels.numba.emit_metadata import unpack_scales, unpack_values
 from modules.kernels.numba.emit_rows import (
     copy_row,
     fold_row,
@@ -88,8 +89,12 @@ def _score_groups(plan, call, head, first, count, base):
         if plan.wide:
             query = base + plan.at_placed * 4
         for done in range(0, count, plan.group_size):
-            meta = (token + done) // plan.group_size * plan.head_dim * 2
-            fold_keys(plan, query, call.k_scale + meta, call.k_minimum + meta, folded)
+            meta = (token + done) // plan.group_size * plan.head_dim
+            scale, minimum = call.k_scale + meta * 2, call.k_minimum + meta * 2
+            if plan.k_small_metadata:
+                scale = base + plan.at_scales * 4
+                unpack_scales(plan, call.k_scale + meta, scale)
+            fold_keys(plan, query, scale, minimum, folded)
             target = scores + done * plan.padded_rows * 4
             codes = call.k_codes + (token + done) * plan.k_bytes
             extra = call.k_extra + (token + done) * plan.extra_bytes
@@ -105,8 +110,12 @@ def _attend_packed_tile(plan, call, head, first, count, sums, base):
     token = head * call.capacity + first
     weights = scores
     if plan.v_quantized:
-        meta = token * plan.groups * 2
-        spread(plan, scores, count, call.v_scale + meta, call.v_minimum + meta, scaled, offsets)
+        meta = token * plan.groups
+        scale, minimum = call.v_scale + meta * 2, call.v_minimum + meta * 2
+        if plan.v_small_metadata:
+            scale, minimum = base + plan.at_scales * 4, base + plan.at_minima * 4
+            unpack_values(plan, call.v_scale + meta, call.v_minimum + meta, count, scale, minimum)
+        spread(plan, scores, count, scale, minimum, scaled, offsets)
         weights = scaled
     accumulate_packed(plan, call.v_codes + token * plan.v_bytes, count, weights, offsets, decay, sums)
 

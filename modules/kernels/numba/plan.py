@@ -28,6 +28,7 @@ class Plan:
         wide: wide channels of 2-bit keys, a multiple of 4.
         lanes: float32 lanes of a vector.
         block: scores of one register block, `padded_rows * tokens`.
+        k_small_metadata, v_small_metadata: scales and minima are those of 8 bits.
     """
 
     k_format: int | str
@@ -40,6 +41,8 @@ class Plan:
     wide: int
     lanes: int
     block: int
+    k_small_metadata: bool
+    v_small_metadata: bool
 
     @property
     def summary(self) -> str:
@@ -120,10 +123,18 @@ class Plan:
             "scores": scores,
             "spread": scores * self.groups,
             "offsets": self.groups * self.block,
+            "scales": self._metadata_floats,
+            "minima": self._metadata_floats,
             "maximum": self.block,
             "total": self.block,
             "decay": self.block,
         }
+
+    @property
+    def _metadata_floats(self) -> int:
+        """Room for metadata of 8 bits as float16: of a group of keys, or a tile of values."""
+        keys = self.head_dim if self.k_small_metadata else 0
+        return -(-max(keys, self.tile_tokens * self.groups if self.v_small_metadata else 0) // 2)
 
     def at(self, section: str) -> int:
         """Where a section of the scratch starts, in floats; "end" gives the size of it all."""
@@ -157,10 +168,12 @@ def plan_of(
     head_dim: int,
     groups: tuple[int, int],
     wide: int,
+    small_metadata: tuple[bool, bool],
 ) -> Plan | None:
     """The plan for a layer, or None where the layout fits no vector or the dtype is not one of the three.
 
     `formats` are those of `Plan`, `groups` tokens (keys) and channels (values); rows of numbers have none.
+    `small_metadata` says of either side whether its metadata has 8 bits.
     """
     if dtype not in FLOAT_NAMES or not host_is_supported():
         return None
@@ -170,5 +183,6 @@ def plan_of(
     planes = [8 // form for form in formats if isinstance(form, int)]
     lanes = math.gcd(most, head_dim, v_group, *(head_dim // p for p in planes))
     dense = FLOAT_NAMES[dtype]
-    plan = Plan(formats[0], formats[1], dense, rows, head_dim, group_size, v_group, wide, lanes, max(block, lanes))
+    sizes = head_dim, group_size, v_group, wide, lanes, max(block, lanes)
+    plan = Plan(*formats, dense, rows, *sizes, *small_metadata)
     return plan if lanes >= 4 and group_size % plan.tokens == 0 else None
