@@ -122,7 +122,9 @@ class KIVIOptions:
         "group_size",
     )
     metadata_bits: int = _option(
-        16, "bits of the scale of 2- and 4-bit codes, and of the minimum of values; that of keys has 16", ALLOWED_METADATA_BITS
+        16,
+        "bits of the scale of 2- and 4-bit codes, and of the minimum of values; that of keys has 16",
+        ALLOWED_METADATA_BITS,
     )
     backend: str = _option(
         "auto", "what attends over the codes; auto: Triton on a GPU, Numba on a CPU, else torch", ALLOWED_BACKENDS

@@ -27,7 +27,7 @@ def minimum_unit(bits: int) -> float:
 def scale_codes(scale: torch.Tensor) -> torch.Tensor:
     """The 8-bit scales next to `scale`, float of no sign; uint8."""
     bits = scale.to(torch.float16).view(torch.int16).to(torch.int32)
-    return ((bits + (1 << SCALE_SHIFT - 1)) >> SCALE_SHIFT).clamp_(max=LARGEST_SCALE).to(torch.uint8)
+    return ((bits + (1 << SCALE_SHIFT - 1)) >> SCALE_SHIFT).clamp_(0, LARGEST_SCALE).to(torch.uint8)
 
 
 def scales_of(codes: torch.Tensor) -> torch.Tensor:
