@@ -41,6 +41,14 @@ def head_dims_of(config: Any) -> list[int]:
         return sorted({head_dim_of(config.per_layer_config[layer]) for layer in range(config.num_hidden_layers)})
 
 
+def rotary_share(config: Any) -> float:
+    """The share of a head's channels, the first ones, that positions rotate in pairs half of them apart, as Llama and Qwen
+    have it; 0 where a config says nothing of that."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)  # where it differs by kind of attention
+    return float(rope.get("partial_rotary_factor", 1.0)) if rope else 0.0
+
+
 def check_count(name: str, value: Any, minimum: int = 1) -> None:
     """Raise `ValueError` where `value` is not a number of tokens from `minimum` to `MOST_TOKENS`."""
     if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= MOST_TOKENS:

@@ -54,6 +54,10 @@ class Codec(Protocol):
         """Channels of a head that come first in an order of its own, 0 where channels lie as they are."""
 
     @property
+    def rotary(self) -> int:
+        """The first channels of a head, which positions rotate in pairs; 0 where that does not matter."""
+
+    @property
     def limit(self) -> float:
         """The largest magnitude that can be stored."""
 

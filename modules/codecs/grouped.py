@@ -210,10 +210,14 @@ def dequantize_values(packed: Packed, bits: int, group_size: int, dtype: torch.d
     return values.flatten(-2).to(dtype)
 
 
-def choose_order(keys: torch.Tensor, wide: int, group_size: int, query_energy: torch.Tensor) -> torch.Tensor:
+def choose_order(
+    keys: torch.Tensor, wide: int, group_size: int, query_energy: torch.Tensor, rotary: int = 0
+) -> torch.Tensor:
     """The order in which the channels of each head are stored: first the `wide` ones whose quantization costs most.
 
-    That cost is the mean squared range of a group times the energy of the queries.
+    That cost is the mean squared range of a group times the energy of the queries. Positions rotate the first `rotary`
+    channels in pairs, half of them apart, and what a channel costs at the first positions its partner costs at later ones:
+    both count with the sum.
 
     Args:
         keys: float `[b, H, T, D]`, `T` a multiple of `group_size`.
@@ -229,6 +233,9 @@ def choose_order(keys: torch.Tensor, wide: int, group_size: int, query_energy: t
     cost = costs[0].mean(2) if len(costs) == 1 else sum(part.sum(2) for part in costs) / count
     known = query_energy.amax(-1, keepdim=True) > 0
     cost = cost * torch.where(known, query_energy, torch.ones_like(query_energy))
+    half = rotary // 2
+    pairs = cost[..., :half] + cost[..., half : 2 * half]
+    cost = torch.cat([pairs, pairs, cost[..., 2 * half :]], dim=-1)
     others = torch.ones_like(cost, dtype=torch.uint8).scatter_(-1, cost.topk(wide, dim=-1).indices, 0)
     return others.argsort(dim=-1, stable=True)
 

@@ -28,7 +28,10 @@ EIGHT_BIT_METADATA = "grouped, metadata of 8 bits"
 
 @dataclasses.dataclass(frozen=True)
 class KeyCodec:
-    """Keys: a scale and a minimum a channel and group of tokens; `wide` channels of a 2-bit key have 4 bits."""
+    """Keys: a scale and a minimum a channel and group of tokens; `wide` channels of a 2-bit key have 4 bits.
+
+    The first `rotary` channels of a head are rotated by position, in pairs: wide are both of a pair or neither.
+    """
 
     bits: int
     group_size: int
@@ -36,6 +39,7 @@ class KeyCodec:
     wide: int = 0
     limit: float = FLOAT16_MAX
     metadata: Metadata = FLOAT16
+    rotary: int = 0
 
     @property
     def layout(self) -> str:
@@ -73,6 +77,8 @@ class ValueCodec:
     wide: int = 0
     limit: float = FLOAT16_MAX
     metadata: Metadata = FLOAT16
+    rotary: int = 0
+    rotary: int = 0
 
     @property
     def layout(self) -> str:
@@ -94,8 +100,8 @@ class ValueCodec:
         return dequantize_values(packed, self.bits, self.group_size, dtype)
 
 
-def codecs_of(options: KIVIOptions, bits: tuple[int, int], head_dim: int) -> tuple[Codec, Codec]:
-    """The codecs of a layer's keys and values at `bits`."""
+def codecs_of(options: KIVIOptions, bits: tuple[int, int], head_dim: int, rotary: int = 0) -> tuple[Codec, Codec]:
+    """The codecs of a layer's keys and values at `bits`; `rotary` is that of `KeyCodec`."""
     metadata = tuple(
         small if options.metadata_of(own) == 8 else FLOAT16
         for small, own in zip((EIGHT_BIT_KEYS, EIGHT_BIT_VALUES), bits)
@@ -104,7 +110,7 @@ def codecs_of(options: KIVIOptions, bits: tuple[int, int], head_dim: int) -> tup
     value: Codec = FullPrecisionCodec(options.value_group_size(bits[1], head_dim))
     if bits[0] != FULL_PRECISION_BITS:
         wide = options.wide_count(bits[0], head_dim)
-        key = KeyCodec(bits[0], options.group_size, options.k_range, wide, metadata=metadata[0])
+        key = KeyCodec(bits[0], options.group_size, options.k_range, wide, metadata=metadata[0], rotary=rotary)
     if bits[1] != FULL_PRECISION_BITS:
         value = ValueCodec(bits[1], value.group_size, options.value_range(bits[1]), metadata=metadata[1])
     return key, value
