@@ -46,7 +46,9 @@ def test_keys_are_rounded_as_the_codec_does(states, metadata, paired):
     fine = quantize_keys(placed[..., :16], 4, 32, "lsq", metadata)
     codec = dequantize_wide_keys(widen(quantize_keys(placed, 2, 32, "lsq", metadata), fine), order, 32)
     fake = variants.keys(variants.wide(0.25, paired), metadata=metadata)(part)
-    assert relative_error(fake[None] - keys, codec - keys) < 0.02  # the codec rounds a fit's start as well
+    errors = [(found - keys).norm() for found in (fake[None], codec)]
+    assert abs(errors[0] / errors[1] - 1) < 0.01  # a fit may end elsewhere where its start is rounded otherwise
+    assert relative_error(fake[None], codec) < 0.4 * relative_error(codec, keys)
 
 
 @pytest.mark.parametrize("metadata", [FLOAT16, EIGHT_BIT_VALUES], ids=["16", "8"])

@@ -66,14 +66,14 @@ class Metadata:
         if self.exact:
             return scale.to(torch.float16).float(), minimum.to(torch.float16).float()
         rounded, unit = scales_of(scale_codes(scale)), minimum_unit(bits)
-        if self.minimum == torch.int8:
-            needed = minimum.abs() / (LARGEST_MINIMUM * unit)
-            above = (scale_codes(needed) + 1).clamp_(max=LARGEST_SCALE)  # the next one, which is never too small
-            rounded = torch.where(needed > rounded, scales_of(above), rounded)
-        minimum = minimum + (scale - rounded) * ((1 << bits) - 1) / 2
+        moved = minimum + (scale - rounded) * ((1 << bits) - 1) / 2
         if self.minimum == torch.float16:
-            return rounded, minimum.to(torch.float16).float()
-        return rounded, self._codes(rounded, minimum, unit) * rounded * unit
+            return rounded, moved.to(torch.float16).float()
+        needed = minimum.abs() / (LARGEST_MINIMUM * unit)
+        above = (scale_codes(needed) + 1).clamp_(max=LARGEST_SCALE)  # the next one, which is never too small
+        far = needed > rounded
+        rounded = torch.where(far, scales_of(above), rounded)
+        return rounded, self._codes(rounded, torch.where(far, minimum, moved), unit) * rounded * unit
 
     def pack(self, scale: torch.Tensor, minimum: torch.Tensor, bits: int) -> Numbers:
         """What `stored` gave, in the dtypes that are kept."""

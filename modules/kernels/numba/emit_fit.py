@@ -51,14 +51,14 @@ class Fit:
             return self.as_stored(scale), self.as_stored(minimum)
         e, b, levels = self.e, self.b, self.spec.levels
         rounded, unit = small.scales_of(e, small.scale_codes(e, scale)), minimum_unit(self.spec.bits)
-        if not self.spec.keys:
-            needed = b.fmul(small.magnitude(e, minimum), self.splat(1 / (LARGEST_MINIMUM * unit)))
-            above = small.at_most(e, b.add(small.scale_codes(e, needed), e.int_splat(1)))
-            rounded = b.select(b.fcmp_ordered(">", needed, rounded), small.scales_of(e, above), rounded)
-        minimum = e.multiply_add(b.fsub(scale, rounded), self.splat(levels / 2), minimum)
+        moved = e.multiply_add(b.fsub(scale, rounded), self.splat(levels / 2), minimum)
         if self.spec.keys:
-            return rounded, self.as_stored(minimum)
-        codes = small.minimum_codes(e, rounded, minimum)
+            return rounded, self.as_stored(moved)
+        needed = b.fmul(small.magnitude(e, minimum), self.splat(1 / (LARGEST_MINIMUM * unit)))
+        above = small.at_most(e, b.add(small.scale_codes(e, needed), e.int_splat(1)))
+        far = b.fcmp_ordered(">", needed, rounded)
+        rounded = b.select(far, small.scales_of(e, above), rounded)
+        codes = small.minimum_codes(e, rounded, b.select(far, minimum, moved))
         return rounded, b.fmul(b.fmul(codes, rounded), self.splat(unit))
 
     def inverse(self, scale):
