@@ -78,7 +78,6 @@ class ValueCodec:
     limit: float = FLOAT16_MAX
     metadata: Metadata = FLOAT16
     rotary: int = 0
-    rotary: int = 0
 
     @property
     def layout(self) -> str:

@@ -22,6 +22,8 @@ _TRELLIS_BITS = 8  # of a window of codes, by which a level is looked up
 _FEEDBACK_DAMPING = 0.01  # of the mean energy, added to each channel's
 
 Fake = Callable[["States"], torch.Tensor]
+Choose = Callable[["States", int], torch.Tensor]
+Store = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,12 +52,14 @@ class Variant:
     correction: float = 0.0
 
 
-def _fit(x: torch.Tensor, dim: int, levels: torch.Tensor, clip: float, rounds: int, store: Callable) -> tuple:
+def _fit(
+    x: torch.Tensor, dim: int, levels: torch.Tensor, clip: float, rounds: int, store: Store
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Scale and minimum as `modules.codecs.grouped` finds them, with `levels` that may differ by channel."""
     low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
     centre, half = (low + high) / 2, (high - low) / 2
-    best = store(2 * half * clip / levels, centre - half * clip)
-    best_error = (_rounded(x, *best, levels) - x).square().sum(dim, keepdim=True)
+    best_scale, best_minimum = store(2 * half * clip / levels, centre - half * clip)
+    best_error = (_rounded(x, best_scale, best_minimum, levels) - x).square().sum(dim, keepdim=True)
     scale, minimum = store(2 * half * LSQ_START / levels, centre - half * LSQ_START)
     mean = x.mean(dim, keepdim=True)
     for _ in range(rounds):
@@ -64,9 +68,10 @@ def _fit(x: torch.Tensor, dim: int, levels: torch.Tensor, clip: float, rounds: i
         scale = (centred * (x - mean)).sum(dim, keepdim=True) / centred.square().sum(dim, keepdim=True).clamp_min(1e-9)
         scale, minimum = store(scale, mean - scale * codes.mean(dim, keepdim=True))
         error = (_rounded(x, scale, minimum, levels) - x).square().sum(dim, keepdim=True)
-        best = tuple(torch.where(error < best_error, new, old) for new, old in zip((scale, minimum), best))
+        best_scale = torch.where(error < best_error, scale, best_scale)
+        best_minimum = torch.where(error < best_error, minimum, best_minimum)
         best_error = torch.minimum(error, best_error)
-    return best
+    return best_scale, best_minimum
 
 
 def _codes(x: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
@@ -89,7 +94,7 @@ def _costs(states: States, group: int, paired: bool) -> torch.Tensor:
     return (cost[:, :half] + cost[:, half:]).repeat(1, 2) if paired else cost
 
 
-def wide(share: float, paired: bool, bits: tuple[int, int] = (2, 4)) -> Callable[[States, int], torch.Tensor]:
+def wide(share: float, paired: bool, bits: tuple[int, int] = (2, 4)) -> Choose:
     """Bits of each channel `[H, D]`: the second of `bits` for those that cost most."""
 
     def choose(states: States, group: int) -> torch.Tensor:
@@ -101,7 +106,7 @@ def wide(share: float, paired: bool, bits: tuple[int, int] = (2, 4)) -> Callable
     return choose
 
 
-def filled(average: float, allowed: tuple[int, ...]) -> Callable[[States, int], torch.Tensor]:
+def filled(average: float, allowed: tuple[int, ...]) -> Choose:
     """Bits of each channel so that their mean is `average` and the error least: another step goes where it saves most."""
 
     def choose(states: States, group: int) -> torch.Tensor:
@@ -130,7 +135,7 @@ def _fill(costs: list[float], average: float, allowed: tuple[int, ...]) -> torch
 
 
 def keys(
-    choose: Callable[[States, int], torch.Tensor],
+    choose: Choose,
     group: int = 32,
     metadata: Metadata = FLOAT16,
     feedback: bool = False,
@@ -211,8 +216,8 @@ def values(group: int = 64, clip: float = CLIPPED, metadata: Metadata = FLOAT16,
         if how == "weighted":
             projection = rotation @ states.projection
             energy = torch.einsum("hgdx,hgex->hde", projection, projection)
-            spread = (t.expand_as(groups).flatten(2).unsqueeze(1) for t in (scale, minimum, levels))
-            return _fed_back(x.unsqueeze(1), *spread, energy)[:, 0] @ rotation
+            scale, minimum = (t.expand_as(groups).flatten(2).unsqueeze(1) for t in (scale, minimum))
+            return _fed_back(x.unsqueeze(1), scale, minimum, levels, energy)[:, 0] @ rotation
         return (_rounded(groups, scale, minimum, levels).flatten(2) + middle) @ rotation
 
     return fake
@@ -290,43 +295,36 @@ def _trellis_table() -> torch.Tensor:
 
 # The lists
 
-_KEY_NUMBERS = {FLOAT16: 32, EIGHT_BIT_KEYS: 24}  # bits of a scale and a minimum
 BASE = {"keys": "by channel, a quarter wide", "values": "rotated, groups of 64"}
 
 
-def _keys(name: str, mean_bits: float, choose: Callable, correction: float = 0.0, **more) -> Variant:
-    bits = mean_bits + _KEY_NUMBERS[more.get("metadata", FLOAT16)] / more.get("group", 32)
-    return Variant(name, "keys", bits, keys(choose, **more), correction)
+def _keys(name: str, mean_bits: float, fake: Fake, numbers: float = 32 / 32, correction: float = 0.0) -> Variant:
+    """Keys with codes of `mean_bits` and `numbers` bits an element for the rest."""
+    return Variant(name, "keys", mean_bits + numbers, fake, correction)
 
 
 def key_variants(head_dim: int) -> list[Variant]:
     """What was tried for keys; the first is what the others are compared with."""
-    small = {"metadata": EIGHT_BIT_KEYS}
-    alone, pairs = wide(0.25, False), wide(0.25, True)
+    small, alone, pairs, half = EIGHT_BIT_KEYS, wide(0.25, False), wide(0.25, True), wide(0.5, True)
     return [
-        _keys(BASE["keys"], 2.5, alone),
-        _keys("by range and query, no wide ones", 2, wide(0.0, False)),
-        _keys("wide ones in rotary pairs (the default)", 2.5, pairs),
-        _keys("pairs, scales of 8 bits", 2.5, pairs, **small),
-        _keys("pairs, scales of 8 bits, 3/8 wide", 2.75, wide(0.375, True), **small),
-        _keys("pairs, scales of 8 bits, half wide", 3, wide(0.5, True), **small),
-        _keys("pairs, groups of 16", 2.5, pairs, group=16),
-        _keys("pairs, groups of 64, scales of 8 bits, a quarter wide", 2.5, pairs, group=64, **small),
-        _keys("pairs, groups of 64, scales of 8 bits, half wide", 3, wide(0.5, True), group=64, **small),
-        _keys("an eighth with 6 bits", 2.5, wide(0.125, False, (2, 6))),
-        _keys("1 to 6 bits, by cost", 2.5, filled(2.5, (1, 2, 3, 4, 5, 6))),
-        _keys("2, 4 or 6 bits, by cost", 2.5, filled(2.5, (2, 4, 6))),
-        replace_bits(_keys("a scale for each token too", 2.5, alone, token_scales=True), 8 / head_dim),
-        _keys("errors fed back by the queries", 2.5, alone, feedback=True),
-        _keys("softmax corrected for the noise", 2.5, alone, correction=1.0),
-        _keys("4 bits", 4, wide(0.0, False, (4, 4))),
-        _keys("2 to 8 bits, by cost, 4 on average", 4, filled(4, (2, 3, 4, 5, 6, 7, 8))),
+        _keys(BASE["keys"], 2.5, keys(alone)),
+        _keys("by range and query, no wide ones", 2, keys(wide(0.0, False))),
+        _keys("wide ones in rotary pairs (the default)", 2.5, keys(pairs)),
+        _keys("pairs, scales of 8 bits", 2.5, keys(pairs, metadata=small), 24 / 32),
+        _keys("pairs, scales of 8 bits, 3/8 wide", 2.75, keys(wide(0.375, True), metadata=small), 24 / 32),
+        _keys("pairs, scales of 8 bits, half wide", 3, keys(half, metadata=small), 24 / 32),
+        _keys("pairs, groups of 16", 2.5, keys(pairs, 16), 32 / 16),
+        _keys("pairs, groups of 64, scales of 8 bits, a quarter wide", 2.5, keys(pairs, 64, small), 24 / 64),
+        _keys("pairs, groups of 64, scales of 8 bits, half wide", 3, keys(half, 64, small), 24 / 64),
+        _keys("an eighth with 6 bits", 2.5, keys(wide(0.125, False, (2, 6)))),
+        _keys("1 to 6 bits, by cost", 2.5, keys(filled(2.5, (1, 2, 3, 4, 5, 6)))),
+        _keys("2, 4 or 6 bits, by cost", 2.5, keys(filled(2.5, (2, 4, 6)))),
+        _keys("a scale for each token too", 2.5, keys(alone, token_scales=True), 32 / 32 + 8 / head_dim),
+        _keys("errors fed back by the queries", 2.5, keys(alone, feedback=True)),
+        _keys("softmax corrected for the noise", 2.5, keys(alone), correction=1.0),
+        _keys("4 bits", 4, keys(wide(0.0, False, (4, 4)))),
+        _keys("2 to 8 bits, by cost, 4 on average", 4, keys(filled(4, (2, 3, 4, 5, 6, 7, 8)))),
     ]
-
-
-def replace_bits(variant: Variant, more: float) -> Variant:
-    """The same with `more` bits an element."""
-    return dataclasses.replace(variant, bits=variant.bits + more)
 
 
 def value_variants(head_dim: int) -> list[Variant]:

@@ -30,9 +30,9 @@ def _emit_fits(e: _UnitEmitter, source, scale, minimum, largest) -> None:
         fit = Fit(e, spec.group_size if spec.keys else spec.group_size // lanes, load, across=not spec.keys)
         *numbers, magnitude = fit.run()
         e.b.store(e.larger_int(magnitude, e.b.load(most)), most)
-        numbers = [e.shuffle(number, number, list(range(count))) for number in numbers]
-        _store_scale(e, numbers[0], e.address(scale, 0, loop.index, count * spec.scale_bytes))
-        _store_minimum(e, *numbers, e.address(minimum, 0, loop.index, count * spec.minimum_bytes))
+        scales, minima = (e.shuffle(number, number, list(range(count))) for number in numbers)
+        _store_scale(e, scales, e.address(scale, 0, loop.index, count * spec.scale_bytes))
+        _store_minimum(e, scales, minima, e.address(minimum, 0, loop.index, count * spec.minimum_bytes))
     whole = e.b.load(most)
     for shift in (1 << i for i in range(lanes.bit_length() - 1)):
         whole = e.larger_int(whole, e.shuffle(whole, whole, [lane ^ shift for lane in range(lanes)]))
