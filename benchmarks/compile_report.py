@@ -161,10 +161,14 @@ def _side(bits: int, states: str, codes: str = "*u8", scale: str = "*fp16", stat
     return Side(codes, scale, "*fp16", "*u8", "*i64", states, states)
 
 
-def attending(shape: launch.Shape, rows: int, dtype: str, arch: int) -> Compiled:
-    """Compile `attend_splits`; the main loop is the one with most tensor-core instructions on packed codes."""
-    item = 4 if dtype == "float32" else 2
-    tile = launch.attention_tile(shape, rows > launch.FEW_ROWS, item, SHARED[arch])
+def attending(
+    shape: launch.Shape, rows: int, dtype: str, arch: int, pipeline: launch.Pipeline | None = None
+) -> Compiled:
+    """Compile `attend_splits`, with the default pipeline where none is given; the main loop is the one with most tensor-core
+    instructions on packed codes."""
+    item, many_rows = 4 if dtype == "float32" else 2, rows > launch.FEW_ROWS
+    pipeline = pipeline or launch.default_pipeline(shape, many_rows, item, SHARED[arch])
+    tile = launch.attention_tile(shape, many_rows, pipeline, item)
     states = TYPES[dtype]
     words = {1: "*i16", 2: "*i32", 4: "*i64"}[tile.META_PER_WORD]
     types = dict.fromkeys(attention.attend_splits.arg_names, "i32")

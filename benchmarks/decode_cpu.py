@@ -1,6 +1,7 @@
 """`kivi benchmark` on the small model of the demo, written to the results that docs/performance.md is made of.
 
 python benchmarks/decode_cpu.py --model path/to/smollm2-135m-instruct --tokens 512 8000
+python benchmarks/decode_cpu.py --weights full int8 --tokens 512 8000 30000
 python benchmarks/decode_cpu.py --k-bits 4 --v-bits 2    # only the cache of these options
 """
 
@@ -23,7 +24,7 @@ class Flags(StepFlags):
     """The command line."""
 
     model: str | None = argument(None, "a folder; None: SmolLM2-135M-Instruct, fetched")
-    compiled: bool = argument(True, "also the stock model under torch.compile, which takes minutes to compile")
+    compiled: bool = argument(True, "also the stock model and KIVI's compiled, which takes minutes")
     output: Path = argument(RESULTS / "decode_cpu.json", "the result")
 
 

@@ -1,7 +1,7 @@
 """Measure the GPU backend: attention against PyTorch's and others' kernels, packing, and decoding of a whole model.
 
     python benchmarks/gpu_bench.py --out results            # everything, under nine minutes on an H100
-    python benchmarks/gpu_bench.py --only attention --minutes 2
+    python benchmarks/gpu_bench.py --only attention --minutes 2    # beside what the file has of the other parts
 
 Times are medians of CUDA-graph replays between device events. Each replay goes round several caches that together exceed
 the L2 cache four times, so that codes come from device memory as they do inside a model. Bytes are those a step must read:
@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import paths  # noqa: F401, which puts the project's folder on the path
 import torch
@@ -27,7 +28,7 @@ import torch
 from modules.cli.command import argument, check_least, parse
 from modules.codecs.kivi import codecs_of
 from modules.evaluation.environment import Environment
-from modules.evaluation.results import BenchmarkResult, save_result
+from modules.evaluation.results import BenchmarkResult, load_result, save_result
 from modules.evaluation.tables import plain, write_csv
 from modules.kernels.registry import backend
 from modules.options import KIVIOptions
@@ -38,10 +39,12 @@ from modules.store.step import Step
 SHAPES = {"Llama-2-7B": (32, 32, 128), "Llama-3.1-8B": (32, 8, 128), "Qwen2.5-7B": (28, 4, 128)}
 TOKENS = (32768, 8192, 131072, 2048)  # what time does not allow for comes last
 BATCHES = (1, 8, 16, 64)
-PARTS = ("packing", "decoding", "attention")
+PARTS = ("packing", "end-to-end", "attention")
 DTYPE = torch.bfloat16
-DEVICE = "cuda"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there its layers are only made, in tests
 REPLAYS = 20
+FLASHINFER_PAGE = 16  # tokens
+COMPILED = "stock StaticCache, torch.compile"
 LLAMA_8B = dict(
     vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
     num_key_value_heads=8, head_dim=128, max_position_embeddings=131072, rope_theta=500000.0, pad_token_id=0,
@@ -108,7 +111,7 @@ def copy_bandwidth() -> float:
 
 def rotation(bytes_of_one: float) -> int:
     """How many caches exceed the L2 cache four times; at least two."""
-    l2 = torch.cuda.get_device_properties(0).L2_cache_size
+    l2 = torch.cuda.get_device_properties(0).L2_cache_size if DEVICE == "cuda" else 0
     return max(2, int(-(-4 * l2 // bytes_of_one)))
 
 
@@ -167,20 +170,59 @@ def bytes_read(layer: PackedLayer) -> int:
     return total
 
 
+def states(batch: int, heads: int, tokens: int, head_dim: int) -> torch.Tensor:
+    """Random states of new tokens."""
+    return torch.randn(batch, heads, tokens, head_dim, dtype=DTYPE, device=DEVICE)
+
+
+def packed_layers(shape, batch: int, tokens: int, bits: tuple[int, int]) -> list[PackedLayer]:
+    """Layers that together exceed the L2 cache."""
+    _, kv_heads, head_dim = shape
+    estimate = 2 * batch * kv_heads * tokens * head_dim * (sum(bits) / 16 + 0.125)
+    return [single_layer(batch, kv_heads, head_dim, tokens, bits) for _ in range(rotation(estimate))]
+
+
 def packed_steps(shape, batch: int, tokens: int, bits: tuple[int, int]):
     """Attention steps over packed layers, and the bytes of one."""
     heads, kv_heads, head_dim = shape
-    estimate = 2 * batch * kv_heads * tokens * head_dim * (sum(bits) / 16 + 0.125)
-    layers = [single_layer(batch, kv_heads, head_dim, tokens, bits) for _ in range(rotation(estimate))]
-    query = torch.randn(batch, heads, 1, head_dim, dtype=DTYPE, device=DEVICE)
-    key, value = (torch.randn(batch, kv_heads, 1, head_dim, dtype=DTYPE, device=DEVICE) for _ in range(2))
-
+    layers = packed_layers(shape, batch, tokens, bits)
+    query = states(batch, heads, 1, head_dim)
+    key, value = (states(batch, kv_heads, 1, head_dim) for _ in range(2))
     one = Step.of(None, batch, 1)
 
     def step(layer):
         return lambda: backend("triton").attend(query, key, value, layer, head_dim**-0.5, one)
 
     return [step(layer) for layer in layers], bytes_read(layers[0])
+
+
+def flashinfer_steps(query: torch.Tensor, caches: list[torch.Tensor]) -> list[Callable[[], torch.Tensor]]:
+    """Attention steps of FlashInfer for queries `[B, H, D]` over caches `[2, B, T, Hkv, D]`; several sequences are pages of its
+    paged cache, planned once, as their lengths stay."""
+    import flashinfer
+
+    (batch, heads, head_dim), (tokens, kv_heads) = query.shape, caches[0].shape[2:4]
+    if batch == 1:
+        return [lambda c=c: flashinfer.single_decode_with_kv_cache(query[0], c[0, 0], c[1, 0]) for c in caches]
+    pages = tokens // FLASHINFER_PAGE
+    counts = dict(dtype=torch.int32, device=DEVICE)
+    first = torch.arange(batch + 1, **counts) * pages
+    whole = torch.full((batch,), FLASHINFER_PAGE, **counts)
+    workspace = torch.zeros(128 << 20, dtype=torch.uint8, device=DEVICE)
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD", use_tensor_cores=heads > kv_heads)
+    wrapper.plan(
+        first,
+        torch.arange(batch * pages, **counts),
+        whole,
+        heads,
+        kv_heads,
+        head_dim,
+        FLASHINFER_PAGE,
+        q_data_type=DTYPE,
+        kv_data_type=DTYPE,
+    )
+    paged = [tuple(side.reshape(-1, FLASHINFER_PAGE, kv_heads, head_dim) for side in cache) for cache in caches]
+    return [lambda c=c: wrapper.run(query, c) for c in paged]
 
 
 def full_precision_steps(shape, batch: int, tokens: int, method: str):
@@ -199,14 +241,8 @@ def full_precision_steps(shape, batch: int, tokens: int, method: str):
             lambda c=c: flash_attn_with_kvcache(query.transpose(1, 2), c[0], c[1], causal=True) for c in caches
         ], size
     if method == "flashinfer":
-        import flashinfer
-
-        if batch > 1:
-            raise NotImplementedError("measured at batch 1")
         caches = [cache.transpose(2, 3).contiguous() for cache in caches]
-        return [
-            lambda c=c: flashinfer.single_decode_with_kv_cache(query[0, :, 0], c[0, 0], c[1, 0]) for c in caches
-        ], size
+        return flashinfer_steps(query[:, :, 0], caches), size
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     backend = {
@@ -337,12 +373,17 @@ def filled_cache(model, method: str, batch: int, tokens: int, room: int):
     return cache
 
 
-def stepper(model, cache, token: torch.Tensor, graphed: bool) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function from a token `[B, 1]` to the next; `graphed` records a stock model's step in a CUDA graph."""
+def stepper(
+    model, cache, token: torch.Tensor, *, graphed: bool = False, compiled: bool = False
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function from a token `[B, 1]` to the next; `graphed` records a stock model's step in a CUDA graph, `compiled` has
+    torch.compile make one, as transformers' documentation of a static cache does."""
 
     def step(token: torch.Tensor) -> torch.Tensor:
         return model(input_ids=token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
 
+    if compiled:
+        return torch.compile(step, mode="reduce-overhead")
     if not graphed:
         return step
     still = token.clone()
@@ -365,12 +406,12 @@ def seconds_a_step(model, method: str, batch: int, tokens: int, steps: int) -> f
     """Mean seconds of a decode step, three before them not counted."""
     cache = filled_cache(model, method, batch, tokens, steps + 64)
     token = torch.zeros(batch, 1, dtype=torch.int64, device=DEVICE)
-    step = stepper(model, cache, token, method == "stock StaticCache, graph")
+    step = stepper(model, cache, token, graphed=method.endswith(", graph"), compiled=method == COMPILED)
     for count in range(steps + 3):
         if count == 3:
             torch.cuda.synchronize()
             start = time.perf_counter()
-        token = step(token)
+        token = step(token).clone()  # what is replayed writes the next one there
     torch.cuda.synchronize()
     return (time.perf_counter() - start) / steps
 
@@ -383,9 +424,9 @@ def sequences_that_fit(method: str, tokens: int) -> int:
     return max(1, int(0.92 * torch.cuda.mem_get_info()[0] / one))
 
 
-def decoding(until: float, steps: int = 32) -> Iterator[Row]:
-    """Tokens a second of a random model of Llama-3.1-8B's shape over filled caches: at equal batch, and at the largest batch
-    that fits (a tenth less after each failure)."""
+def end_to_end(until: float, steps: int = 32) -> Iterator[Row]:
+    """Tokens a second of a random model of Llama-3.1-8B's shape over filled caches: at equal batch, at the largest batch
+    that fits (a tenth less after each failure), and last, as it takes minutes to compile, under torch.compile."""
     model, stock = random_models()
     methods = ("stock DynamicCache", "stock StaticCache, graph", "KIVI eager", "KIVI graph")
     cases = [(batch, tokens, method) for batch, tokens in ((1, 32768), (8, 32768)) for method in methods]
@@ -393,12 +434,13 @@ def decoding(until: float, steps: int = 32) -> Iterator[Row]:
     cases += [
         (batch, tokens, method) for batch, tokens in ((1, 2048), (32, 4096), (1, 131072 - 128)) for method in methods
     ]
+    cases.append((1, 32768, COMPILED))
     for wanted, tokens, method in cases:
         batch = wanted or sequences_that_fit(method, tokens)
         model.use_cuda_graphs = method == "KIVI graph"
         while time.monotonic() < until:
             name = method if wanted else f"{method}, largest batch"
-            row = Row("decoding", "Llama-3.1-8B, random", name, batch, tokens)
+            row = Row("end-to-end", "Llama-3.1-8B, random", name, batch, tokens)
             torch.cuda.reset_peak_memory_stats()
             try:
                 seconds = seconds_a_step(model if method.startswith("KIVI") else stock, method, batch, tokens, steps)
@@ -421,12 +463,21 @@ def line(row: Row) -> str:
     return "  ".join(plain(value).ljust(width) for value, width in zip(dataclasses.astuple(row), widths))
 
 
-def write(rows: list[Row], copy: float, folder: Path) -> None:
+def earlier_rows(folder: Path, parts: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Rows that `gpu_bench.json` has of the same GPU and packages, but for those of `parts`."""
+    path = folder / "gpu_bench.json"
+    if not path.exists():
+        return []
+    result, here = load_result(path), Environment.here(device=DEVICE)
+    if (result.environment.processor, result.environment.packages) != (here.processor, here.packages):
+        return []
+    return [row for row in result.rows if row["part"] not in parts]
+
+
+def write(rows: list[dict[str, Any]], copy: float, folder: Path) -> None:
     """`gpu_bench.json` and `gpu_bench.csv`; after every row, so that a run that is cut short leaves what it has."""
     settings = {"copy_gigabytes_per_second": copy}
-    result = BenchmarkResult(
-        "gpu", [dataclasses.asdict(row) for row in rows], Environment.here(device=DEVICE), settings
-    )
+    result = BenchmarkResult("gpu", rows, Environment.here(device=DEVICE), settings)
     save_result(result, folder / "gpu_bench.json")
     write_csv(result, folder / "gpu_bench.csv")
 
@@ -452,18 +503,18 @@ def main() -> int:
         )
         return 2
     torch.manual_seed(0)
-    begin = time.monotonic()
-    until = begin + 60 * flags.minutes
+    begin, seconds = time.monotonic(), 60 * flags.minutes
     copy = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}: copy bandwidth {copy:.0f} GB/s")
-    rows: list[Row] = []
+    rows = earlier_rows(flags.out, flags.only)
+    shared = "end-to-end" in flags.only and "attention" in flags.only
     parts = {
         "packing": lambda: packing(copy),
-        "decoding": lambda: decoding(begin + 60 * flags.minutes * 0.5),
-        "attention": lambda: attention(copy, until),
+        "end-to-end": lambda: end_to_end(begin + seconds * (0.5 if shared else 1)),
+        "attention": lambda: attention(copy, begin + seconds),
     }
     for row in itertools.chain.from_iterable(parts[name]() for name in flags.only):
-        rows.append(row)
+        rows.append(dataclasses.asdict(row))
         print(line(row), flush=True)
         write(rows, copy, flags.out)
     return 0

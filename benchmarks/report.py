@@ -59,6 +59,22 @@ def _cell(time: float, baseline: float, is_baseline: bool) -> str:
     return f"{time:.2f}" if is_baseline else f"{time:.2f} ({baseline / time:.1f}×)"
 
 
+def peers_table(rows: list[dict[str, Any]]) -> pandas.DataFrame:
+    """A line a cache: milliseconds of a step by tokens, and attention's part, what the most tokens take beyond the fewest."""
+    frame = pandas.DataFrame(rows)
+    times = frame.pivot(index="cache", columns="tokens", values="p50_ms").loc[frame["cache"].drop_duplicates()]
+    fewest, most = times.columns[0], times.columns[-1]
+    times["attention"] = times[most] - times[fewest]
+    shown = times.map(lambda time: MISSING if pandas.isna(time) else f"{time:.1f}")
+    shown.columns = [name if name == "attention" else f"{name:,} tokens" for name in shown.columns]
+    return shown.reset_index()
+
+
+def run_with(rows: list[dict[str, Any]]) -> list[str]:
+    """What each engine was: its rows' names without their caches, and the package."""
+    return list(dict.fromkeys(row["with"] for row in rows))
+
+
 def compile_table(rows: list[dict[str, Any]]) -> pandas.DataFrame:
     """What the compiler made of the kernels."""
     frame = pandas.DataFrame(rows, dtype=object)[list(COMPILED)].rename(columns=COMPILED)
@@ -97,6 +113,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 def write_page(results: Path, output: Path) -> None:
     """The page from the results in a folder, and its plot beside it."""
     names = {"attention": "attention_cpu", "decode": "decode_cpu", "compiled": "compile", "gpu": "gpu_bench"}
+    names["peers"] = "peers_cpu"
     found = {name: load(results / f"{file}.json") for name, file in names.items()}
     plot = output.with_suffix(".svg")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -105,6 +122,8 @@ def write_page(results: Path, output: Path) -> None:
     functions = {
         "measured_with": measured_with,
         "against": against,
+        "peers_table": peers_table,
+        "run_with": run_with,
         "compile_table": compile_table,
         "gpu_table": gpu_table,
     }

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import http.client
 import json
+import statistics
 import threading
 import time
 from collections.abc import Iterator
@@ -31,7 +32,6 @@ from modules.cli.command import argument, check_least, group, parse
 from modules.cli.generate.warm import warm_up
 from modules.evaluation.environment import Environment
 from modules.evaluation.results import BenchmarkResult, save_result
-from modules.evaluation.timing import percentiles
 from modules.models.families import load_any
 from modules.options import KIVIOptions
 from modules.serving.flags import Serve
@@ -95,7 +95,7 @@ def ask(address: tuple[str, int], prompt: list[int]) -> tuple[float, int, str]:
 
 
 def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: int, rounds: int) -> dict[str, Any]:
-    """Times to the first token of a second turn (milliseconds, p50), and what of its prompt was kept (tokens).
+    """Times to the first token of a second turn (milliseconds, median), and what of its prompt was kept (tokens).
 
     Two servers have the same model; they are never asked at once.
     """
@@ -111,7 +111,7 @@ def measure(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: 
                 seconds, cached, _ = ask(address, second)
                 times[memory].append(1e3 * seconds)
                 kept = max(kept, cached)
-    with_cache, without = (percentiles(times[memory])["p50_ms"] for memory in ("1GB", "0B"))
+    with_cache, without = (1000 * statistics.median(times[memory]) for memory in ("1GB", "0B"))
     return {"tokens": tokens, "kept": kept, "with_ms": with_cache, "without_ms": without, "ratio": without / with_cache}
 
 

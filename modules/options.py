@@ -270,12 +270,16 @@ class RunOptions:
     prefill_chunk: int | None = _option(
         None, "longest piece that goes through a KIVI cache at once; None for no limit (tokens)"
     )
+    compile_decode: bool = _option(
+        False, "compile steps of one token on a CPU, all of the model as one program; takes up to minutes once"
+    )
     static: str | None = _option(
         None, "file of calibrated INT8 parameters, by which caches store instead of by the options of KIVI"
     )
 
     def __post_init__(self) -> None:
         check_flag("use_kivi_cache", self.use_kivi_cache)
+        check_flag("compile_decode", self.compile_decode)
         if self.prefill_chunk is not None:
             check_count("prefill_chunk", self.prefill_chunk)
         check_path("static", self.static)

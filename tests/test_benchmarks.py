@@ -7,6 +7,7 @@ import attention_cpu
 import compile_report
 import decode_cpu
 import gpu_bench
+import peers_cpu
 import pytest
 import report
 import torch
@@ -106,6 +107,8 @@ def test_options_that_are_given_are_what_is_measured(flags, contenders):
         (decode_cpu, ["--tokens", "512", "0"]),
         (decode_cpu, ["--threads", "0"]),
         (gpu_bench, ["--minutes", "-1"]),
+        (peers_cpu, ["--only", "llama.cpp q3_0"]),
+        (peers_cpu, ["--rounds", "4"]),
         (compile_report, ["--jobs", "0"]),
         (compile_report, ["--arch", "91"]),
     ],
@@ -127,7 +130,7 @@ def test_a_page_says_what_was_not_measured_and_what_was(tmp_path):
     report.write_page(tmp_path, tmp_path / "page.md")
     page = (tmp_path / "page.md").read_text()
     assert page.count("Not measured yet.") == 2 and "Not compiled yet." in page and "not run on a GPU" in page
-    row = gpu_bench.Row("decoding", "Llama-3.1-8B", "KIVI graph", 8, 32768, microseconds=12345.6)
+    row = gpu_bench.Row("end-to-end", "Llama-3.1-8B", "KIVI graph", 8, 32768, microseconds=12345.6)
     here = Environment("2026-01-02T03:04Z", "a GPU", 1, "", "3.12.0", {"torch": "2"})
     result = BenchmarkResult("gpu", [dataclasses.asdict(row)], here, {"copy_gigabytes_per_second": 2000})
     save_result(result, tmp_path / "gpu_bench.json")
@@ -135,3 +138,60 @@ def test_a_page_says_what_was_not_measured_and_what_was(tmp_path):
     report.write_page(tmp_path, tmp_path / "page.md")
     page = (tmp_path / "page.md").read_text()
     assert "KIVI graph" in page and "12346" in page and "a GPU, 1 thread, Python 3.12.0, torch 2" in page
+
+
+def peer_row(cache: str, tokens: int, time: float) -> dict:
+    return {"cache": cache, "tokens": tokens, "p20_ms": time, "p50_ms": time, "p80_ms": time, "with": "an engine 1.0"}
+
+
+def test_rows_of_other_engines_are_measured_one_by_one_and_shown_together(tmp_path, monkeypatch):
+    """Each run adds its rows in the order of the page; an engine that is not installed leaves what was measured of it."""
+    times = {"KIVI 2 bits": 20.0, "ik_llama.cpp q8_0": 5.0, "llama.cpp f16": 6.0}
+
+    def contender(name: str, most_tokens: int = 30000) -> peers_cpu.Contender:
+        def sample(flags, tokens):
+            if times[name] is None:
+                raise ModuleNotFoundError("no such package")
+            return [times[name] + tokens / 1000] * 5
+
+        return peers_cpu.Contender(sample, lambda: "an engine 1.0", most_tokens)
+
+    made = {name: contender(name) for name in ("KIVI 2 bits", "ik_llama.cpp q8_0")}
+    made = {"KIVI 2 bits": made["KIVI 2 bits"], "llama.cpp f16": contender("llama.cpp f16", 8000), **made}
+    monkeypatch.setattr(peers_cpu, "contenders", lambda: made)
+    output = tmp_path / "peers_cpu.json"
+    assert peers_cpu.measure(peers_cpu.Flags(only=("ik_llama.cpp q8_0", "llama.cpp f16"), output=output)) == []
+    times.update({"ik_llama.cpp q8_0": None, "llama.cpp f16": 7.0})
+    missing = peers_cpu.measure(peers_cpu.Flags(output=output))
+    assert missing == ["ik_llama.cpp q8_0: no such package"]
+    assert load_result(output).rows == [
+        *(peer_row("KIVI 2 bits", tokens, 20 + tokens / 1000) for tokens in (512, 8000, 30000)),
+        *(peer_row("llama.cpp f16", tokens, 7 + tokens / 1000) for tokens in (512, 8000)),
+        *(peer_row("ik_llama.cpp q8_0", tokens, 5 + tokens / 1000) for tokens in (512, 8000, 30000)),
+    ]
+    report.write_page(tmp_path, tmp_path / "page.md")
+    lines = [line.strip("|").split("|") for line in (tmp_path / "page.md").read_text().splitlines()]
+    cells = {line[0].strip(): [cell.strip() for cell in line[1:]] for line in lines if len(line) == 5}
+    assert cells["KIVI 2 bits"] == ["20.5", "28.0", "50.0", "29.5"]
+    assert cells["llama.cpp f16"] == ["7.5", "15.0", report.MISSING, report.MISSING]
+
+
+def test_ours_are_timed_at_the_tokens_they_say(monkeypatch):
+    """A small model in the place of the real one: the cache that is stepped holds the context, then a token a step."""
+    model, held = make_pair("llama")[1], []
+    monkeypatch.setattr(peers_cpu, "our_model", lambda folder: model)
+    monkeypatch.setattr(
+        peers_cpu,
+        "timed",
+        lambda step, rounds: [step() and held.append(step.keywords["past_key_values"].get_seq_length())],
+    )
+    for name in ("StaticCache", "DynamicCache", "KIVI 2 bits"):
+        with torch.inference_mode():
+            peers_cpu.our_samples(name, peers_cpu.Flags(threads=1), 200)
+    assert held == [201] * 3
+
+
+def test_what_an_engine_was_built_for_is_read_from_its_line():
+    line = "CPU : SSE3 = 1 | AVX = 1 | AVX2 = 1 | AVX512 = 0 | LLAMAFILE = 1 | "
+    assert peers_cpu.peer_ik_llama.vectors(line) == ", built for AVX, AVX2"
+    assert peers_cpu.peer_ik_llama.vectors("NEON = 1 | ") == ""

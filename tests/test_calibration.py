@@ -27,7 +27,7 @@ from modules.evaluation.plan import Int8Step
 from modules.evaluation.quality import measure_quality
 from modules.evaluation.results import save_result
 from modules.evaluation.texts import encode, load_text, pieces
-from modules.kivi_cache_general import KIVICache
+from modules.kivi_cache_general import KIVICache, StaticInt8Cache
 from modules.models.families import load_any
 
 ALL = [{"type": "dynamic_cache", "qconfig": {}}]
@@ -698,3 +698,24 @@ def test_a_real_model_is_hardly_changed(family):
         fake.kl, rel=0.5
     )  # float noise turns codes at their edges
     assert stored.stored_bits == 8
+
+
+@pytest.mark.real_model
+@torch.no_grad()
+def test_a_decode_step_of_a_real_model_is_that_of_fake_quantization():
+    """Over the codes of a prompt, and over what `FakeQuantDynamicCache` makes of its states; full precision is neither."""
+    model, tokenizer = load_any(str(real_model_path("llama")), dtype=torch.float32)
+    parameters = run(model.eval(), ALL, pieces(tokenizer, ["prose@200000"], 4, 256), context=2048)
+    ids = encode(tokenizer, load_text("prose"), 97)
+    cache = StaticInt8Cache(model.config, parameters)
+    fake, dense = DynamicCache(config=model.config), DynamicCache(config=model.config)
+
+    def step(cache):
+        model(ids[:, :-1], past_key_values=cache)
+        return model(ids[:, -1:], past_key_values=cache).logits
+
+    stored, exact = step(cache), step(dense)
+    with deploy(model, parameters):
+        expected = step(fake)
+    assert cache.get_cache_info()["tokens"]["packed"] == fake.get_seq_length() == 97
+    assert relative_error(stored, expected) < 1e-3 < relative_error(stored, exact)

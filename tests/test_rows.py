@@ -1,11 +1,14 @@
 """Sequences of several caches in a new one are what they were, bit for bit."""
 
+import copy
+
 import pytest
 import torch
 from conftest import make_pair, relative_error, tokens
 from transformers import Qwen3NextConfig
 
 from modules.cache.rows import can_gather, gather
+from modules.calibration import calibrate
 from modules.kivi_cache_general import KIVICache
 from modules.store.live import live_tensors
 
@@ -58,6 +61,32 @@ def test_a_crop_is_the_same_after_it():
     for each in (cache, copy):
         each.crop(-40)
     assert same(cache, copy)
+
+
+@torch.no_grad()
+def test_static_caches_are_gathered_by_equal_scales(tmp_path):
+    """Each may have read the file itself; scales of another calibration are refused."""
+    stock, model = make_pair("llama", backend="torch")
+    spec = [{"type": "dynamic_cache", "qconfig": {}}]
+    for name, seed in (("one", 1), ("other", 2)):
+        calibrate(stock, spec, [tokens(4, 51, seed=seed)], progress=False).save(tmp_path / name)
+    caches = [model.create_kivi_cache(static=tmp_path / "one") for _ in range(2)]
+    assert caches[0].static is not caches[1].static
+    for seed, (cache, length) in enumerate(zip(caches, (9, 30))):
+        model(tokens(1, length, seed), past_key_values=cache)
+    caches.append(copy.deepcopy(caches[1]))
+    assert caches[2].static is caches[1].static
+    batch = gather([(cache, [0]) for cache in caches])
+    assert all(same(gather([(batch, [row])]), cache) for row, cache in enumerate(caches))
+    new = tokens(3, 1, 9)
+    together = model(new, past_key_values=batch).logits
+    alone = [model(new[row : row + 1], past_key_values=cache).logits for row, cache in enumerate(caches)]
+    assert relative_error(together, torch.cat(alone)) < 1e-4
+    for static in (tmp_path / "other", False):
+        other = model.create_kivi_cache(static=static)
+        model(tokens(1, 5), past_key_values=other)
+        with pytest.raises(ValueError, match="caches of the same|have the same group_size"):
+            gather([(caches[0], [0]), (other, [0])])
 
 
 @torch.no_grad()

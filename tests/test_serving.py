@@ -21,21 +21,24 @@ import openai
 import pages
 import pytest
 import torch
-from conftest import make_pair, real_model_path
+from conftest import make_pair, real_model_path, relative_error, tokens
 from test_kivi_command import TEMPLATE, run
 
+from modules.calibration import calibrate
 from modules.cli.generate import loading
-from modules.cli.generate.streaming import answer, likeliest, stop_tokens
+from modules.cli.generate.streaming import answer, drawn, likeliest, stop_tokens
 from modules.kivi_cache_general import KIVICache
-from modules.serving.engine import Engine
+from modules.serving.engine import PAUSE_TOKENS, Engine
 from modules.serving.flags import Serve
-from modules.serving.job import Done, Failed, Job
+from modules.serving.job import Done, Failed, Job, Piece
+from modules.serving.pauses import pausing
 from modules.serving.prefixes import PrefixCache
 from modules.serving.run import Server, served_by
 from modules.serving.stops import StopText
 
 PAGE = pages.DOCS / "server.md"
 LETTERS = "abcdefghijklmnopqrstuvwxyz "
+SINKS, GROUP, RESIDUAL = 4, 16, 32  # of the small models
 
 
 @pytest.fixture(scope="module")
@@ -94,10 +97,34 @@ def kivi_model(**options):
 
 def alone(tokenizer, prompt: str, count: int, **options) -> str:
     """The answer of a model of its own with a cache of its own."""
-    model = kivi_model(**options)
+    return answer_of(kivi_model(**options), tokenizer, prompt, count)
+
+
+def answer_of(model, tokenizer, prompt: str, count: int) -> str:
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).input_ids
     said = answer(model, ids, model.create_kivi_cache(), max_new_tokens=count, stop=stop_tokens(model, tokenizer))
     return tokenizer.decode(said.tokens)
+
+
+def ask_together(address, prompts, counts, watch=lambda: None) -> list[str]:
+    """The answers to prompts that are asked all at once, streamed."""
+
+    async def ask(client, prompt, count):
+        text = ""
+        stream = await client.completions.create(
+            model="tiny", prompt=prompt, max_tokens=count, temperature=0, stream=True
+        )
+        async for chunk in stream:
+            watch()
+            text += chunk.choices[0].text
+        return text
+
+    async def ask_all():
+        host, port = address
+        async with openai.AsyncOpenAI(base_url=f"http://{host}:{port}/v1", api_key="x", max_retries=0) as client:
+            return await asyncio.wait_for(asyncio.gather(*map(ask, itertools.repeat(client), prompts, counts)), 120)
+
+    return asyncio.run(ask_all())
 
 
 def post(address, body, path="/v1/chat/completions", method="POST", **headers) -> tuple[int, dict]:
@@ -153,28 +180,120 @@ def test_32_streams_get_what_each_gets_alone(server, chat_tokenizer):
     """Of prompts of 3 to 400 tokens and answers of 5 to 98, eight at a time: sequences come, go and flush at different times."""
     prompts = [text_of(seed, 3 + 128 * seed // 10) for seed in range(32)]
     counts = [5 + 3 * (7 * seed % 32) for seed in range(32)]
-    busiest = 0
-
-    async def ask(client, prompt, count):
-        nonlocal busiest
-        text = ""
-        stream = await client.completions.create(
-            model="tiny", prompt=prompt, max_tokens=count, temperature=0, stream=True
-        )
-        async for chunk in stream:
-            busiest = max(busiest, server[1].running)
-            text += chunk.choices[0].text
-        return text
-
-    async def ask_all():
-        host, port = server[0]
-        async with openai.AsyncOpenAI(base_url=f"http://{host}:{port}/v1", api_key="x", max_retries=0) as client:
-            return await asyncio.wait_for(asyncio.gather(*map(ask, itertools.repeat(client), prompts, counts)), 120)
-
-    answers = asyncio.run(ask_all())
-    assert busiest > 4
+    running: list[int] = []
+    answers = ask_together(server[0], prompts, counts, watch=lambda: running.append(server[1].running))
+    assert max(running) > 4
     for prompt, count, text in zip(prompts, counts, answers):
         assert text == alone(chat_tokenizer, prompt, count)
+
+
+def test_static_int8_is_served_together_and_from_kept_caches(chat_tokenizer, tmp_path):
+    """By the file that the config names. Static codes are the past of every token alike, so kept caches change nothing."""
+    stock, model = make_pair("llama", backend="torch")
+    spec = [{"type": "dynamic_cache", "qconfig": {}}]
+    calibrate(stock, spec, [tokens(4, 99, seed=1)], progress=False).save(tmp_path / "int8.safetensors")
+    model.static = str(tmp_path / "int8.safetensors")
+    prompts = [text_of(seed, 40 + 25 * seed) for seed in range(6)]
+    with serving(model, chat_tokenizer) as (address, engine):
+        running: list[int] = []
+        answers = ask_together(address, prompts, [30] * 6, watch=lambda: running.append(engine.running))
+        assert max(running) > 2 and len(engine.prefixes) == 6
+        assert answers == [answer_of(model, chat_tokenizer, prompt, 30) for prompt in prompts]
+        longer = [*(f"{prompt}{said} and?" for prompt, said in zip(prompts, answers)), prompts[5][:100] + "or?"]
+        assert ask_together(address, longer, [20] * 7) == [
+            answer_of(model, chat_tokenizer, prompt, 20) for prompt in longer
+        ]
+
+
+def job_of(tokenizer, prompt: str, emit, count: int, choose=likeliest) -> Job:
+    ids = tokenizer(prompt, add_special_tokens=False).input_ids
+    return Job(ids, tokenizer, emit, max_tokens=count, choose=choose, ends=set(), seconds=600)
+
+
+def text_in(events: list) -> str:
+    return "".join(event.text for event in events if isinstance(event, Piece))
+
+
+@contextlib.contextmanager
+def started(model, **more):
+    engine = Engine(model, **{"max_batch": 4, "max_waiting": 9, "cache_memory": 10**7} | more)
+    engine.start()
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def over(*of_jobs: list) -> bool:
+    return until(lambda: all(events and not isinstance(events[-1], Piece) for events in of_jobs), 300)
+
+
+@pytest.mark.parametrize("good", [0, 3])
+def test_logits_that_nothing_can_be_drawn_from_end_one_answer_alone(chat_tokenizer, caplog, good):
+    """At its first token or in the middle; nothing of it is kept, and those beside it are what they are alone."""
+    draw, drawn_so_far = drawn(1.0, seed=0), itertools.count()
+
+    def breaking(logits):
+        return draw(logits if next(drawn_so_far) < good else logits * float("nan"))
+
+    prompts, events = [text_of(seed, 70) for seed in range(3)], [[], [], []]
+    with started(kivi_model()) as engine, caplog.at_level(logging.CRITICAL, "kivi.serve"):
+        for prompt, its, choose in zip(prompts, events, (likeliest, breaking, likeliest)):
+            engine.submit(job_of(chat_tokenizer, prompt, its.append, 40, choose))
+        assert over(*events) and until(lambda: len(engine.prefixes) == 2)
+        assert engine.prefixes.find(chat_tokenizer(prompts[1] + "abc").input_ids) is None
+    broken = events[1][-1]
+    assert isinstance(broken, Failed) and broken.error.status == 500 and len(text_in(events[1])) == good
+    for number in (0, 2):
+        assert events[number][-1] == Done("length")
+        assert text_in(events[number]) == alone(chat_tokenizer, prompts[number], 40)
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_answers_go_on_while_a_prompt_is_fed(chat_tokenizer, gone):
+    """Between its layers, and both are what they are alone. A prompt that nobody waits for any more is not fed to its end."""
+    model = make_pair("llama", backend="torch")[1]
+    forwards: list[int] = []
+    prompt = text_of(1, 1500)
+    assert 1500 / len(model.model.layers) > PAUSE_TOKENS
+    first, second = [], []
+    late = job_of(chat_tokenizer, prompt, second.append, 5)
+
+    def begins(_, __, inputs):
+        forwards.append(inputs["input_ids"].shape[1])
+        late.cancelled = gone and forwards[-1] == 1500
+
+    model.register_forward_pre_hook(begins, with_kwargs=True)
+    model.register_forward_hook(
+        lambda _, __, inputs, ___: forwards.append(-inputs["input_ids"].shape[1]), with_kwargs=True
+    )
+    with started(model) as engine:
+
+        def emit(event):
+            if not first:
+                engine.submit(late)
+            first.append(event)
+
+        engine.submit(job_of(chat_tokenizer, "abc", emit, 40))
+        assert over(first) and (gone or over(second))
+    if gone:
+        assert -1500 not in forwards and not second
+    else:
+        meanwhile = forwards[forwards.index(1500) + 1 : forwards.index(-1500)]
+        assert meanwhile == [1, -1] * (len(model.model.layers) - 1)
+        assert text_in(second) == alone(chat_tokenizer, prompt, 5)
+    assert text_in(first) == alone(chat_tokenizer, "abc", 40)
+    assert not any(layer._forward_pre_hooks for layer in model.model.layers)
+
+
+@torch.no_grad()
+def test_pauses_come_by_the_work_that_is_done():
+    model, paused = make_pair("llama", backend="torch")[1], []
+    for length, every, expected in ((30, 31, 0), (30, 20, 1), (30, 10, 2), (30, 1, 2)):
+        paused.clear()
+        with pausing(model, every, lambda: paused.append(model(tokens(1, 5)).logits)):
+            model(tokens(1, length), past_key_values=model.create_kivi_cache())
+        assert len(paused) == expected, (length, every)
 
 
 def test_each_of_a_batch_is_drawn_its_own_way(client):
@@ -249,7 +368,8 @@ def test_turns_over_kept_caches_are_those_of_the_whole_history(chat_tokenizer):
         assert usage.prompt_tokens_details.cached_tokens == history - 1  # the last token was never fed
         assert len(engine.prefixes) == 1  # the longer one took its place
         _, usage = ask(turn("or rather?", said))
-        assert usage.prompt_tokens_details.cached_tokens == history + len("|<user>")
+        shared = history + len("|<user>")  # and no group of the first answer is cut
+        assert usage.prompt_tokens_details.cached_tokens == SINKS + (shared - SINKS - RESIDUAL) // GROUP * GROUP
         assert len(engine.prefixes) == 2
         _, usage = ask([{"role": "user", "content": text_of(2, 300)}])
         assert usage.prompt_tokens_details.cached_tokens == 0 and len(engine.prefixes) == 3
@@ -264,25 +384,99 @@ def test_a_kept_cache_is_found_by_its_tokens_and_stays_as_it_is():
             model(torch.tensor([tokens]), past_key_values=cache)
         return cache
 
-    one, other = [5] * 100, [5] * 60 + [6] * 40
+    one, other = [5] * 110, [5] * 60 + [6] * 50
     caches = [cache_of(one), cache_of(other)]
     size = caches[0].get_cache_info()["bytes"]["total"]
-    kept = PrefixCache(2 * size, worth=50)
-    for tokens, cache in zip((one, other), caches):
-        kept.keep(tokens, cache)
+    kept = PrefixCache(2 * size, worth=36)
+    for held, cache in zip((one, other), caches):
+        kept.keep(held, cache)
     assert len(kept) == 2 and kept.size == 2 * size
-    assert kept.find([5] * 49 + [7] * 9) is None  # too little
-    assert kept.find([*other[:80], 7]).get_seq_length() == 80
-    assert kept.find(one).get_seq_length() == 99  # one token is left to be fed
+    assert kept.find([5] * 35 + [7] * 9) is None  # too little
+    assert kept.find([*other[:104], 7]).get_seq_length() == 104
+    assert kept.find(one).get_seq_length() == 109  # one token is left to be fed
     found = kept.find([*one, 7])
     with torch.no_grad():
         model(torch.tensor([[7, 8]]), past_key_values=found)
-    assert found.get_seq_length() == 102 and caches[0].get_seq_length() == 100
-    kept.keep([9] * 100, cache_of([9] * 100))  # `other` was used least lately
-    assert len(kept) == 2 and kept.find([*other[:80], 7]).get_seq_length() == 60 and kept.size == 2 * size
+    assert found.get_seq_length() == 112 and caches[0].get_seq_length() == 110
+    kept.keep([9] * 110, cache_of([9] * 110))  # `other` was used least lately
+    assert len(kept) == 2 and kept.find([*other[:90], 7]) is None and kept.size == 2 * size
     kept.keep([9] * 60, cache_of([9] * 60))
     assert len(kept) == 2  # it is the beginning of one that is there
     PrefixCache(0, 1).keep(one, caches[0])
+
+
+@pytest.mark.parametrize("kept_length", [300, 317])
+@torch.no_grad()
+def test_a_cut_conversation_is_as_one_that_was_never_longer(kept_length):
+    """Cut at every token: at the ends of sinks, groups and window. Without wide channels, which are chosen by what was fed first.
+
+    What stays packed is what would be packed alone, and no token in full precision was ever packed. Where all that is shared
+    is kept, the tokens that follow get the logits that they get alone. Up to codes at whose edges floats of larger matrices lie.
+    """
+    model = make_pair("llama", backend="torch", k_bits=4, v_bits=2)[1]
+    ids, new = tokens(1, kept_length), tokens(1, 40, seed=7)
+    cache = model.create_kivi_cache()
+    model(ids, past_key_values=cache)
+    kept = PrefixCache(10**9, worth=SINKS + RESIDUAL + GROUP)
+    kept.keep(ids[0].tolist(), cache)
+    lengths = set()
+    for shared in range(SINKS + 1, kept_length + 1):
+        found = kept.find([*ids[0, :shared].tolist(), *new[0].tolist()])
+        alone_packed = max(0, (shared - SINKS - RESIDUAL) // GROUP * GROUP)
+        in_window = alone_packed > kept_length - SINKS - RESIDUAL - GROUP
+        expected = shared if in_window else SINKS + alone_packed
+        if expected < kept.worth:
+            assert found is None
+            continue
+        assert found.get_seq_length() == expected and found.ledger.packed == [alone_packed]
+        lengths.add(expected)
+        if shared % 5 and shared % GROUP not in (SINKS, SINKS + 1, SINKS - 1):
+            continue
+        alone_cache = model.create_kivi_cache()
+        model(ids[:, :shared], past_key_values=alone_cache)
+        assert alone_cache.ledger.packed == [alone_packed]
+        for mine, its in zip(found.kivi_layers, alone_cache.kivi_layers):
+            for side in range(2):
+                states, expected_states = (
+                    layer.dense(layer.store.sides[side])[:, :, :expected] for layer in (mine, its)
+                )
+                assert relative_error(states, expected_states) < 1e-3
+        if in_window:
+            for each in (found, alone_cache):
+                model(new[:, :5], past_key_values=each)
+            for token in new[0, 5:]:
+                logits, alone_logits = (model(token.view(1, 1), past_key_values=c).logits for c in (found, alone_cache))
+                assert relative_error(logits, alone_logits) < 1e-3
+        elif expected < shared:
+            model(ids[:, expected:shared], past_key_values=found)
+            assert found.ledger.packed == alone_cache.ledger.packed and found.ledger.lengths == [shared]
+    assert len(lengths) > 20
+
+
+def test_cut_conversations_and_second_turns_are_those_of_the_whole_history(chat_tokenizer):
+    """At 16 bits exactly, at and beside each end of sinks, groups and window."""
+    model = make_pair("llama", backend="torch", k_bits=16, v_bits=16)[1]
+    with serving(model, chat_tokenizer) as (address, _), client_of(address) as client:
+
+        def ask(prompt, count):
+            reply = client.completions.create(model="tiny", prompt=prompt, temperature=0, max_tokens=count)
+            assert reply.choices[0].text == alone(chat_tokenizer, prompt, count, k_bits=16, v_bits=16)
+            return reply.choices[0].text, reply.usage.prompt_tokens_details.cached_tokens
+
+        whole = text_of(3, 260)
+        said, cached = ask(whole, 20)
+        assert cached == 0
+        ends = {SINKS, SINKS + RESIDUAL, *(SINKS + RESIDUAL + GROUP * n for n in range(1, 15))}
+        found = 0
+        for number, length in enumerate(sorted(end + by for end in ends for by in (-1, 0, 1))):
+            prompt = (whole + said)[:length] + text_of(100 + number, 3)
+            text, cached = ask(prompt, 4)
+            assert cached <= length + 3
+            found += cached > 0
+            if number % 6 == 0:
+                _, cached = ask(prompt + text + "?", 4)
+                assert cached == 0 or cached >= length
+        assert found > 20
 
 
 def caches_alive() -> list[KIVICache]:
@@ -325,6 +519,30 @@ def test_memory_stays_within_the_limit_over_500_conversations(chat_tokenizer):
 # --- what is refused -----------------------------------------------------------
 
 
+def said(**more) -> dict:
+    return {"role": "assistant", "content": "x"} | more
+
+
+def test_an_answer_can_be_sent_back_as_the_client_has_it(client):
+    """With all fields of OpenAI's client, and as others write what is not there."""
+    asked = {"model": "tiny", "max_tokens": 3, "temperature": 0}
+    messages = [{"role": "user", "content": "hello"}]
+    message = client.chat.completions.create(messages=messages, **asked).choices[0].message
+    assert "tool_calls" in message.model_dump()
+    follows = {"role": "user", "content": "and?"}
+
+    def texts(back):
+        return client.chat.completions.create(messages=[*messages, back, follows], **asked).choices[0].message.content
+
+    plain = texts({"role": "assistant", "content": message.content})
+    for back in (
+        message,
+        message.model_dump(),
+        message.model_dump() | {"tool_calls": [], "annotations": [], "refusal": "", "name": None, "function_call": {}},
+    ):
+        assert texts(back) == plain
+
+
 def test_errors_say_what_is_wrong(server):
     for body, status, param, message in (
         (chat(model="other"), 404, "model", "there is no model 'other'"),
@@ -338,6 +556,18 @@ def test_errors_say_what_is_wrong(server):
         (chat(stop=["a"] * 5), 400, "stop", "at most 4"),
         (chat(messages=[]), 400, "messages", "at least 1"),
         (chat(messages=[{"role": "tool", "content": "x"}]), 400, "messages.0.role", "'system', 'user' or 'assistant'"),
+        (chat(messages=[{"role": "user", "content": "x", "name": "Ada"}]), 400, "messages.0.name", "no names"),
+        (chat(messages=[said(tool_calls=[{"id": "1"}])]), 400, "messages.0.tool_calls", "tools are not supported"),
+        (
+            chat(messages=[said(function_call={"name": "f"})]),
+            400,
+            "messages.0.function_call",
+            "tools are not supported",
+        ),
+        (chat(messages=[said(refusal="no")]), 400, "messages.0.refusal", "null or empty"),
+        (chat(messages=[said(audio={"id": "1"})]), 400, "messages.0.audio", "null or empty"),
+        (chat(messages=[said(annotations=[{}])]), 400, "messages.0.annotations", "null or empty"),
+        (chat(messages=[said(content=None)]), 400, "messages.0.content", "string"),
         (chat(max_tokens=2000), 400, "max_tokens", "at most 1024"),
         (chat(max_tokens=2**40), 400, "messages", "the context has 2048 tokens"),
         (chat(messages=[{"role": "user", "content": "x" * 3000}]), 400, "messages", "the prompt has 3018"),
@@ -437,6 +667,7 @@ def test_where_it_listens(capsys, monkeypatch):
         (["--port", "70000"], "--port must be from 0 to 65535"),
         (["--cache-memory", "many"], "--cache-memory must be a size"),
         (["--max-batch", "0"], "--max-batch must be 1 or more"),
+        (["--grace-seconds", "-1"], "--grace-seconds must be 0 or above"),
     ):
         assert run("serve", "m", *arguments) == 2
         assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
@@ -491,13 +722,19 @@ def test_time_and_places_are_limited(chat_tokenizer):
             client.completions.create(**slow)
         stream.close()
         second.join(30)
-        assert post(address, slow, "/v1/completions")[0] == 504
+        submit, asked = engine.submit, []
+        engine.submit = lambda job: (asked.append(job), submit(job))
+        with client_of(address, max_retries=2) as patient, pytest.raises(openai.InternalServerError) as late:
+            patient.completions.create(**slow)
+        assert late.value.status_code == 504 and late.value.response.headers["x-should-retry"] == "false"
+        assert len(asked) == 1
         assert client.completions.create(**slow | {"max_tokens": 3}).usage.completion_tokens == 3
         late = socket.create_connection(address, timeout=10)  # of a body that does not come
         late.sendall(
             b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n"
         )
-        assert b" 504 " in late.recv(1000)
+        answered = late.recv(1000)
+        assert b" 504 " in answered and b"x-should-retry: false" in answered
         late.close()
 
 
@@ -512,42 +749,65 @@ def test_a_failure_of_the_model_is_its_requests_own(chat_tokenizer, caplog):
         assert post(address, chat())[0] == 200
 
 
+@contextlib.contextmanager
+def process(folder, tokenizer, *flags):
+    """`kivi serve` in a process of its own; gives it and its address."""
+    make_pair("llama")[0].save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    command = [sys.executable, "-m", "modules.cli", "serve", folder, "--port", "0", "--backend", "torch"]
+    command += ["--threads", "1", "--group-size", "16", "--residual-length", "32", *flags]
+    with subprocess.Popen(command, cwd=pages.ROOT, stderr=subprocess.PIPE, text=True) as running:
+        try:
+            line = next(line for line in running.stderr if "listening" in line)
+            yield running, ("127.0.0.1", int(re.search(r":(\d+)/v1", line)[1]))
+        finally:
+            running.kill()
+
+
 def test_the_command_listens_logs_and_ends(tmp_path, chat_tokenizer):
     """On Ctrl-C the answer that is being made is sent to its end; a line of the log has no word of a prompt."""
-    make_pair("llama")[0].save_pretrained(tmp_path)
-    chat_tokenizer.save_pretrained(tmp_path)
-    command = [
-        sys.executable,
-        "-m",
-        "modules.cli",
-        "serve",
-        tmp_path,
-        "--port",
-        "0",
-        "--backend",
-        "torch",
-        "--threads",
-        "1",
-    ]
-    command += ["--group-size", "16", "--residual-length", "32"]
-    with subprocess.Popen(command, cwd=pages.ROOT, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            line = next(line for line in process.stderr if "listening" in line)
-            address = ("127.0.0.1", int(re.search(r":(\d+)/v1", line)[1]))
-            with client_of(address) as client:
-                stream = iter(
-                    client.completions.create(model=tmp_path.name, prompt="wordofaprompt", max_tokens=300, stream=True)
-                )
-                next(stream)
-                process.send_signal(signal.SIGINT)
-                *_, last = stream
-                assert last.choices[0].finish_reason == "length"
-            _, log = process.communicate(timeout=30)
-        finally:
-            process.kill()
-    assert process.returncode == 130, log
+    with process(tmp_path, chat_tokenizer) as (running, address):
+        with client_of(address) as client:
+            stream = iter(
+                client.completions.create(model=tmp_path.name, prompt="wordofaprompt", max_tokens=300, stream=True)
+            )
+            next(stream)
+            running.send_signal(signal.SIGINT)
+            *_, last = stream
+            assert last.choices[0].finish_reason == "length"
+        _, log = running.communicate(timeout=30)
+    assert running.returncode == 130, log
     assert "wordofaprompt" not in log and "Traceback" not in log
     assert re.search(r"POST /v1/completions 200 prompt=13 cached=0 new=300 first=\S+s whole=True total=\S+s", log), log
+
+
+def test_answers_that_outlast_the_grace_end_with_an_error(tmp_path, chat_tokenizer):
+    """On SIGTERM: a stream by an event, a whole answer by its status; the process ends as asked and leaves its port."""
+    flags = ("--grace-seconds", "0.3", "--max-new-tokens", "2000")
+    with process(tmp_path, chat_tokenizer, *flags) as (running, address):
+        asked = {"model": tmp_path.name, "prompt": "abc", "max_tokens": 2000, "temperature": 0}
+        whole: list[tuple[int, dict]] = []
+        waiting = threading.Thread(target=lambda: whole.append(post(address, asked, "/v1/completions")))
+        with client_of(address) as client:
+            stream = iter(client.completions.create(stream=True, **asked))
+            next(stream)
+            waiting.start()
+            next(stream)
+            time.sleep(0.2)  # for the other request to come in
+            start = time.monotonic()
+            running.send_signal(signal.SIGTERM)
+            with pytest.raises(openai.APIError, match="the server is going down") as ended:
+                list(stream)
+            assert ended.value.code == "unavailable" and time.monotonic() - start < 5
+        waiting.join(30)
+        _, log = running.communicate(timeout=30)
+    assert running.returncode == 0, log
+    assert whole[0][0] == 503 and whole[0][1]["error"]["code"] == "unavailable"
+    assert "Traceback" not in log and "Cancel" not in log, log
+    with socket.socket() as again:
+        again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that ended linger
+        again.bind(address)
+        again.listen()
 
 
 # --- the page and a real model -------------------------------------------------

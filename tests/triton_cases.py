@@ -73,7 +73,7 @@ def new_states(layer, group=1, tokens=1):
     return (layer.fold(query), *(layer.enter(key, value) if layer.scales else (key, value)))
 
 
-def check_attention(layer, *, group=1, tokens=1, step=None, splits=None):
+def check_attention(layer, *, group=1, tokens=1, step=None, splits=None, pipeline=None):
     """Attention of random queries over `layer`, by both backends."""
     from modules.kernels.triton.attention import attend
 
@@ -81,7 +81,7 @@ def check_attention(layer, *, group=1, tokens=1, step=None, splits=None):
     dtype, scaling = query.dtype, query.shape[3] ** -0.5
     step = step or Step.of(None, query.shape[0], tokens)
     expected = backend("torch").attend(query.float(), key, value, layer, scaling, step)
-    out = attend(query, key, value, layer, scaling, step, splits=splits)
+    out = attend(query, key, value, layer, scaling, step, splits=splits, pipeline=pipeline)
     assert out.shape == (query.shape[0], tokens, query.shape[1], query.shape[3]) and out.dtype == dtype
     error = relative_error(out, expected)
     assert error < TOLERANCE[dtype], f"relative error {error:.2e}"
@@ -122,6 +122,32 @@ def test_lengths_around_every_boundary(kernels, length):
 @pytest.mark.parametrize("splits", [1, 2, 3, 7])
 def test_splits(kernels, splits):
     check_attention(stored([700]), group=4, splits=splits)
+
+
+@pytest.mark.parametrize("pipeline", [(2, 16, 4, 1), (3, 32, 8, 4), (4, 128, 2, 2), (1, 64, 1, 8)])
+def test_every_pipeline_is_the_same_attention(kernels, pipeline):
+    """Those that tuning may choose; once more as a table of this GPU has it."""
+    from modules.kernels.triton import launch
+
+    check_attention(stored([700, 90], wide_channels=0.25), group=4, pipeline=launch.Pipeline(*pipeline))
+    check_attention(stored([700], bits=(4, 8), group_size=16), group=3, tokens=4, pipeline=launch.Pipeline(*pipeline))
+
+
+def test_a_tuned_pipeline_is_what_runs(kernels, monkeypatch, tmp_path):
+    from modules.kernels.triton import attention, launch, tuning
+
+    layer, tiles = stored([300]), []
+    tuned = tuning.Tuned(stages=4, tokens=32, warps=2, programs=3, microseconds=1.0, default_microseconds=2.0)
+    layout = tuning.layout(launch.Shape.of(layer, 1), False, 2)
+    monkeypatch.setenv(tuning.VARIABLE, str(tmp_path))
+    monkeypatch.setattr(tuning, "device_name", lambda _: "a GPU")
+    found = attention.launch.attention_tile
+    monkeypatch.setattr(attention.launch, "attention_tile", lambda *args: tiles.append(found(*args)) or tiles[-1])
+    table = tuning.Table(device="a GPU", kernels=tuning.kernels(), layouts={layout: tuned})
+    tuning.save(table, tmp_path / tuning.file_name("a GPU"))
+    check_attention(layer)
+    assert [(tile.STAGES, tile.U * tile.T, tile.WARPS) for tile in tiles] == [(4, 32, 2)]
+    assert launch.attention_options(tiles[0])["num_warps"] == 2
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))

@@ -594,6 +594,7 @@ class KIVICache(Cache):
         self._settle()
         twin = memo[id(self)] = type(self).__new__(type(self))
         memo[id(self.config)] = self.config  # the model's, whose attention implementation may change
+        memo[id(self.static)] = self.static  # never written to
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return twin
 

@@ -8,6 +8,7 @@ import torch
 
 from modules.cache.cache import KIVICache
 from modules.cache.modes import as_data
+from modules.codecs.static import StaticParameters
 from modules.store.ledger import Ledger, Saved
 from modules.store.live import fill, joined, live_of_rows
 
@@ -55,10 +56,19 @@ def _check(cache: KIVICache, first: KIVICache) -> None:
             "sequences can be gathered from caches that hold tokens, are not offloaded, and have the same group_size, "
             "residual_length and sink_length, without room for drafts."
         )
-    if cache.options != first.options or cache.static is not first.static or cache.ledger.geometry.draft_room:
+    if cache.options != first.options or cache.ledger.geometry.draft_room:
         raise ValueError(
             f"sequences can be gathered from caches of the same options; got {first.options} and {cache.options}."
         )
+    if not _same_static(cache.static, first.static):
+        raise ValueError(
+            "sequences can be gathered from caches of the same static parameters; got caches of different scales. Make them "
+            "by one file."
+        )
+
+
+def _same_static(one: StaticParameters | None, other: StaticParameters | None) -> bool:
+    return one is other if one is None or other is None else one.same_codes(other)
 
 
 def _fill_ledger(ledger: Ledger, parts: Sequence[tuple[Ledger, Sequence[int]]], device: torch.device) -> None:

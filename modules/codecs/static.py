@@ -155,6 +155,16 @@ class StaticParameters:
     ranges: Mapping[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]
     tokens: int
 
+    def same_codes(self, other: StaticParameters) -> bool:
+        """Whether both give states the same codes: equal scales and offsets of the same layers."""
+        if self is other:
+            return True
+        return self.layers.keys() == other.layers.keys() and all(
+            torch.equal(one.scale, another.scale) and torch.equal(one.offset, another.offset)
+            for index, sides in self.layers.items()
+            for one, another in zip(sides, other.layers[index])
+        )
+
     def check_fits(self, config: Any) -> None:
         """Raise `ValueError` that says what differs where these are not the parameters of a model of `config`."""
         facts = model_facts(config)

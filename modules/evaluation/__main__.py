@@ -30,6 +30,7 @@ from modules.evaluation.layers import EXTRA_BITS, TOKENS, LayerCosts, choose_bit
 from modules.evaluation.loading import DTYPES, MODEL_HELP, load_model
 from modules.evaluation.passkey import depths_of, measure_passkey
 from modules.evaluation.plan import INT8_PLAN, PLAN, Int8Step, Step, existing_models, int8_steps, steps
+from modules.evaluation.processes import Processes
 from modules.evaluation.quality import SKIP, keep_peers, measure_quality
 from modules.evaluation.report import write_report
 from modules.evaluation.results import PasskeyResult, QualityResult, load_result, save_result
@@ -38,13 +39,15 @@ from modules.evaluation.tables import ablation_table, layer_table, passkey_table
 from modules.evaluation.texts import TEXT_HELP, encode, load_text
 from modules.options import KIVIOptions
 
+ALONE = Processes()
 RESULTS = "benchmarks/results"
 REPORT = "docs/quality.md"
 
 
-def _progress(console: Console) -> Progress:
+def _progress(console: Console, processes: Processes) -> Progress:
+    """A bar, of the first process, whose share is the largest."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    return Progress(*columns, console=console)
+    return Progress(*columns, console=console, disable=not processes.leads)
 
 
 def run_quality(
@@ -58,11 +61,12 @@ def run_quality(
     tokens: int,
     chunk: int = CHUNK,
     skip: int = SKIP,
+    processes: Processes = ALONE,
 ) -> QualityResult:
     """Measure with a progress bar."""
     ids = encode(tokenizer, load_text(text), tokens, text)
-    total = -(-tokens // chunk) * (len(candidates) + 1)
-    with _progress(console) as bar:
+    total = -(-tokens // chunk) * (len(processes.share(candidates)) + 1)
+    with _progress(console, processes) as bar:
         task = bar.add_task("", total=total)
         return measure_quality(
             model,
@@ -70,6 +74,7 @@ def run_quality(
             candidates,
             chunk=chunk,
             skip=skip,
+            processes=processes,
             model_name=model_name,
             text_name=text,
             progress=lambda name: bar.update(task, advance=1, description=name),
@@ -87,10 +92,12 @@ def run_passkey(
     lengths: list[int],
     depths: int = 5,
     chunk: int = CHUNK,
+    processes: Processes = ALONE,
 ) -> PasskeyResult:
     """Measure with a progress bar."""
-    with _progress(console) as bar:
-        task = bar.add_task("", total=sum(lengths) * len(depths_of(depths)) * (len(candidates) + 1))
+    asked = [length for length in lengths for _ in depths_of(depths)]
+    with _progress(console, processes) as bar:
+        task = bar.add_task("", total=sum(processes.share(asked)) * (len(candidates) + 1))
         return measure_passkey(
             model,
             tokenizer,
@@ -99,6 +106,7 @@ def run_passkey(
             lengths=lengths,
             depths=depths,
             chunk=chunk,
+            processes=processes,
             model_name=model_name,
             filler_name=filler,
             progress=lambda name, tokens: bar.update(task, advance=tokens, description=name),
@@ -117,7 +125,7 @@ def run_layers(
     """Measure every layer alone, with a progress bar."""
     ids = encode(tokenizer, load_text(text), tokens, text)
     total = -(-tokens // CHUNK) * (2 * model.config.num_hidden_layers + 1)
-    with _progress(console) as bar:
+    with _progress(console, ALONE) as bar:
         task = bar.add_task("", total=total)
         return measure_layers(
             model, ids, options=options, progress=lambda name: bar.update(task, advance=1, description=name)
@@ -133,7 +141,7 @@ def _run_int8(
     page: Path,
 ) -> dict[str, Any]:
     """Calibrate and measure with a progress bar."""
-    with _progress(console) as bar:
+    with _progress(console, ALONE) as bar:
         task = bar.add_task("", total=None)
         return measure_int8(model, tokenizer, step, page, lambda name: bar.update(task, advance=1, description=name))
 
@@ -241,6 +249,7 @@ class Quality(CacheFlags):
         """Measure, show and save."""
         candidates = (self.own_candidates() or CANDIDATE_SETS[self.set]()) + (peers() if self.peers else [])
         load_text(self.text)  # a mistake here should not wait for the model
+        processes = Processes.join(self.device)
         model, tokenizer = load_model(self.model, self.dtype, self.device)
         result = run_quality(
             model,
@@ -252,8 +261,10 @@ class Quality(CacheFlags):
             tokens=self.tokens,
             chunk=self.chunk,
             skip=self.skip,
+            processes=processes,
         )
-        _show(result, self.output)
+        if processes.leads:
+            _show(result, self.output)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -277,6 +288,7 @@ class Passkey(CacheFlags):
         """Measure, show and save."""
         candidates = (self.own_candidates() or short_candidates()) + (peers() if self.peers else [])
         load_text(self.filler)
+        processes = Processes.join(self.device)
         model, tokenizer = load_model(self.model, self.dtype, self.device)
         result = run_passkey(
             model,
@@ -288,8 +300,10 @@ class Passkey(CacheFlags):
             lengths=list(self.lengths),
             depths=self.depths,
             chunk=self.chunk,
+            processes=processes,
         )
-        _show(result, self.output)
+        if processes.leads:
+            _show(result, self.output)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -312,6 +326,7 @@ class Layers(ModelFlags):
         bits = sorted({"k_bits", "v_bits"} & set(options))
         if bits:
             raise ValueError(f"this command chooses the bits; leave {' and '.join(bits)} out.")
+        Processes.join(self.device).refuse("kivi evaluate layers")
         load_text(self.text)
         model, tokenizer = load_model(self.model, self.dtype, self.device)
         costs = run_layers(model, tokenizer, console=console, text=self.text, tokens=self.tokens, options=options)
@@ -359,6 +374,7 @@ class Report(ModelFlags):
 
     def run(self, console: Console) -> None:
         """Measure what is asked for, and write the page."""
+        Processes.join(self.device).refuse("kivi evaluate report")
         if self.measure:
             measure_steps(steps(list(self.measure)), existing_models(self.models), self, console)
         for path in write_report(self.results, self.output):
@@ -378,6 +394,7 @@ class Int8(ModelFlags):
 
     def run(self, console: Console) -> None:
         """Measure what is asked for, and write the page."""
+        Processes.join(self.device).refuse("kivi evaluate int8")
         if self.measure:
             self._measure(int8_steps(list(self.measure)), console)
         for path in write_int8_report(self.results, self.output):
@@ -402,6 +419,7 @@ Examples:
   kivi evaluate quality --model path/to/model --options k_bits=4,v_bits=4 --options 'paper: k_range=minmax,sink_length=0'
   kivi evaluate passkey --model path/to/model --lengths 2000 4000
   kivi evaluate layers --model path/to/model
+  accelerate launch --num_processes 2 -m modules.evaluation quality --model path/to/model    # shared by two GPUs
 """
 COMMANDS = {
     "quality": Quality,

@@ -2,13 +2,14 @@
 
 The caches are filled with random keys and values of the model's shapes (the time of a step does not depend on them); each
 round then takes one step with every cache, so that what else the machine does hits them alike. A `StaticCache` is just large
-enough for all rounds; "compiled" is the stock model's forward under `torch.compile` with one.
+enough for all rounds; "compiled" is the stock model's forward under `torch.compile` with one, and for KIVI the model with
+`compile_decode`. With int8 weights all of them have the same.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from modules.options import head_dim_of
 from modules.store.step import Step
 
 STATIC = "static INT8, numba"
+_TOKEN = torch.tensor([[100]])
 _RANGE = 4.0  # of random states, for their scales
 COMPILED = "StaticCache, compiled"
 CONTENDERS: dict[str, dict[str, Any]] = {
@@ -31,6 +33,7 @@ CONTENDERS: dict[str, dict[str, Any]] = {
     "KIVI 8 bits, numba": {"k_bits": 8, "v_bits": 8, "backend": "numba"},
     STATIC: {"static": True, "backend": "numba"},
 }
+COMPILED_STEPS = ("KIVI 2 bits, numba", STATIC)  # those that are also compiled
 
 
 def scales_of_random_states(config: PreTrainedConfig) -> StaticParameters:
@@ -58,12 +61,19 @@ def fill(caches: dict[str, Cache], config: PreTrainedConfig, tokens: int, dtype:
                 cache.update(key.clone(), value.clone(), index)
 
 
+def _step(model: PreTrainedModel, cache: Cache, compiles: bool) -> torch.Tensor:
+    model.config.compile_decode = compiles  # the model's own setter would check all options anew
+    return model(_TOKEN, past_key_values=cache).logits
+
+
 def measure_steps(
     model: PreTrainedModel,
     tokens: int,
     contenders: Mapping[str, dict[str, Any]],
     rounds: int,
     stock: PreTrainedModel | None = None,
+    compiled: Collection[str] = (),
+    suffix: str = "",
 ) -> list[dict[str, Any]]:
     """p20, p50 and p80 of a step in milliseconds at `tokens` tokens of context, of transformers' caches and KIVI caches.
 
@@ -71,24 +81,35 @@ def measure_steps(
         contenders: options of the KIVI caches, by name; `static` stands for static INT8.
         rounds: steps of each.
         stock: the stock model, which is compiled; None leaves that out.
+        compiled: contenders that are measured a second time, with `compile_decode`.
+        suffix: to the dtype in the rows, for other weights.
+
+    Raises:
+        ValueError: where `compiled` steps could not be compiled.
     """
     room = tokens + rounds + 2 * WARM_UP
     caches: dict[str, Cache] = {
         "StaticCache": StaticCache(model.config, max_cache_len=room),
         "DynamicCache": DynamicCache(),
     }
+    steps = {name: functools.partial(_step, model, cache, False) for name, cache in caches.items()}
     for name, options in contenders.items():
         static = {"static": scales_of_random_states(model.config)} if "static" in options else {}
-        caches[name] = model.create_kivi_cache(**{**options, **static})
-    token = torch.tensor([[100]])
-    steps = {name: functools.partial(model, token, past_key_values=cache) for name, cache in caches.items()}
+        for compiles in (False, True) if name in compiled else (False,):
+            own = f"{name}, compiled" if compiles else name
+            caches[own] = model.create_kivi_cache(**{**options, **static})
+            steps[own] = functools.partial(_step, model, caches[own], compiles)
     if stock is not None:
         caches[COMPILED] = StaticCache(model.config, max_cache_len=room)
-        torch._dynamo.reset()  # each length is a program of its own, as for a user who has one length
-        steps[COMPILED] = functools.partial(torch.compile(stock.forward), token, past_key_values=caches[COMPILED])
+        # each length is a program of its own, as for a user who has one length
+        program = torch.compile(stock.forward, dynamic=False)
+        steps[COMPILED] = functools.partial(program, _TOKEN, past_key_values=caches[COMPILED])
     with torch.inference_mode():
         fill(caches, model.config, tokens, model.dtype)
         times = take_turns(steps, rounds)
-    about = {"tokens": tokens, "dtype": str(model.dtype).removeprefix("torch.")}
+    refused = model._decode_program.refused
+    if compiled and refused:
+        raise ValueError(f"steps of this model cannot be compiled: {refused}.")
+    about = {"tokens": tokens, "dtype": str(model.dtype).removeprefix("torch.") + suffix}
     rows: list[dict[str, Any]] = [{"cache": name, **about, **percentiles(samples)} for name, samples in times.items()]
     return [row | {"speedup": rows[0]["p50_ms"] / row["p50_ms"]} for row in rows]

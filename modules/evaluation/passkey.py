@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modules.evaluation.candidates import CacheFactory, Candidate, as_candidates, full_precision
 from modules.evaluation.environment import Environment
+from modules.evaluation.processes import Processes
 from modules.evaluation.results import PasskeyResult, PasskeyRow
 from modules.evaluation.streaming import CHUNK, check_count, greedy
 
@@ -67,6 +68,7 @@ def measure_passkey(
     depths: int | Sequence[float] = 5,
     chunk: int = CHUNK,
     seed: int = 0,
+    processes: Processes | None = None,
     model_name: str = "",
     filler_name: str = "",
     progress: Progress | None = None,
@@ -81,6 +83,7 @@ def measure_passkey(
         depths: places of the needle, 0 to 1; a number stands for the middles of so many equal parts.
         chunk: tokens of a prompt that go through the cache at once.
         seed: of the keys, five digits each.
+        processes: that share the questions; each gets the rows of all. None: this one alone.
         model_name, filler_name: for the record.
         progress: called with a candidate's name and the tokens it has read.
 
@@ -99,12 +102,13 @@ def measure_passkey(
     for length, depth in itertools.product(lengths, places):
         key = str(numbers.randrange(10000, 100000))
         questions.append((passkey_prompt(tokenizer, filler_ids, length, depth, key), depth, key))
-    rows = [
-        _ask(model, tokenizer, candidate, *question, chunk, progress)
-        for question in questions
-        for candidate in candidates
-        if candidate.name not in notes
-    ]
+    asked = [candidate for candidate in candidates if candidate.name not in notes]
+    team = processes or Processes()
+    answers = team.gather(
+        [_ask(model, tokenizer, candidate, *question, chunk, progress) for candidate in asked]
+        for question in team.share(questions)
+    )
+    rows = list(itertools.chain.from_iterable(answers))
     return PasskeyResult(model_name, filler_name, chunk, rows, notes, Environment.here(model))
 
 

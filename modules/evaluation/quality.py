@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache
 
 from modules.evaluation.candidates import CacheFactory, Candidate, as_candidates, full_precision, stored_bits
 from modules.evaluation.environment import Environment
+from modules.evaluation.processes import Processes
 from modules.evaluation.results import QualityResult, QualityRow
 from modules.evaluation.streaming import CHUNK, check_count, chunks, forward
 from modules.evaluation.texts import digest
@@ -92,6 +93,7 @@ def measure_quality(
     *,
     chunk: int = CHUNK,
     skip: int = SKIP,
+    processes: Processes | None = None,
     model_name: str = "",
     text_name: str = "",
     progress: Progress | None = None,
@@ -105,6 +107,8 @@ def measure_quality(
             from the model's config to an empty cache. Full precision is always measured.
         chunk: tokens that go through the caches at once.
         skip: tokens before the first measured prediction, a multiple of `chunk` or not.
+        processes: that share the caches, each beside full precision of its own; each gets the rows of all. None: this one
+            alone.
         model_name, text_name: for the record.
         progress: called with a candidate's name after each of its chunks.
 
@@ -122,7 +126,9 @@ def measure_quality(
         raise ValueError(
             f"a text of {input_ids.shape[1]} tokens has no target after the first {skip} (skip) and one more."
         )
-    runs = [_Run.start(candidate, model.config) for candidate in [full_precision(), *as_candidates(caches)]]
+    team = processes or Processes()
+    candidates = [full_precision(), *team.share(as_candidates(caches))]
+    runs = [_Run.start(candidate, model.config) for candidate in candidates]
     for start, piece in chunks(input_ids, chunk):
         _one_chunk(model, runs, input_ids, start, piece, skip, progress)
     return QualityResult(
@@ -133,7 +139,7 @@ def measure_quality(
         chunk=chunk,
         skip=skip,
         predictions=input_ids.shape[1] - skip,
-        rows=[run.row() for run in runs],
+        rows=[runs[0].row(), *team.gather(run.row() for run in runs[1:])],
         environment=Environment.here(model),
     )
 

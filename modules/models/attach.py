@@ -20,6 +20,7 @@ from modules.models.common_pattern import check_attachable, decoder_of
 from modules.models.config import FIELD_DEFAULTS, RoutedConfigMixin, check_config, forget_forwards
 from modules.models.derived import derive
 from modules.models.graphs import DecodeGraphs
+from modules.models.program import DecodeProgram
 from modules.options import reject_unknown
 
 Model = TypeVar("Model", bound=Any)
@@ -82,7 +83,7 @@ def attach_kivi(model: Model, **options: Any) -> Model:
     _become(config, AttachedConfigMixin)
     _become(decoder, AttachedDecoderMixin)
     _become(model, AttachedModelMixin)
-    model._decode_graphs = DecodeGraphs()
+    model._decode_graphs, model._decode_program = DecodeGraphs(), DecodeProgram()
     return model
 
 
@@ -101,7 +102,7 @@ def detach_kivi(model: Model) -> Model:
     config = decoder.config
     for attached in (model, decoder, config):
         _become_stock(attached)
-    for name in ("_decode_graphs", "use_cuda_graphs"):
+    for name in ("_decode_graphs", "_decode_program", "use_cuda_graphs"):
         model.__dict__.pop(name, None)
     for name in FIELD_DEFAULTS:
         config.__dict__.pop(name, None)

@@ -25,12 +25,14 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
 from modules.cache.cache import OVER_CODES, Deferred
+from modules.models.operator import attend
 
 ROUTES = {  # implementation of a dense model: of the same model over a KIVI cache
     "sdpa": OVER_CODES,
     "flash_attention_2": f"{OVER_CODES}_flash_attention_2",
     "eager": f"{OVER_CODES}_eager",
 }
+IN_PROGRAM = "kivi_in_program"  # argument of a forward that is compiled, see `modules.models.program`
 _PADDING = "kivi_padding"  # attribute of a mask [B, 1, q, kv] that holds the padding mask it was made from
 
 # What decoders pass on that has no bearing on attention itself, or is in the mask or the positions by then.
@@ -73,7 +75,6 @@ def _shown(value: Any) -> str:
 def _forward_through(dense_name: str) -> Callable[..., tuple[torch.Tensor, torch.Tensor | None]]:
     """The attention function whose dense parts run through transformers' function of that name."""
 
-    @torch.compiler.disable
     def forward(
         module: nn.Module,
         query: torch.Tensor,
@@ -85,6 +86,21 @@ def _forward_through(dense_name: str) -> Callable[..., tuple[torch.Tensor, torch
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of `query` `[B, num_attention_heads, q, D]`: `[B, q, num_attention_heads, D]` and no weights."""
+        if kwargs.pop(IN_PROGRAM, False):
+            return _in_program(module, query, key, value, scaling, kwargs), None
+        return eager(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+
+    @torch.compiler.disable
+    def eager(
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        dropout: float,
+        scaling: float | None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         dense = ALL_ATTENTION_FUNCTIONS.get_interface(dense_name, eager_attention_forward)
         deferred: Deferred | None = getattr(key, "kivi", None)
         if deferred is not None:
@@ -106,6 +122,20 @@ def _forward_through(dense_name: str) -> Callable[..., tuple[torch.Tensor, torch
         return dense(module, query, keys, values, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
     return forward
+
+
+def _in_program(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+    kwargs: dict[str, Any],
+) -> torch.Tensor:
+    """Attention of one new token a sequence in a program that is compiled: over what the running step's cache holds."""
+    check_arguments(module, kwargs, _WITHOUT_EFFECT | {"is_causal"})
+    _check_for_codes(module, kwargs)
+    return attend(query, key, value, module.layer_idx, query.shape[-1] ** -0.5 if scaling is None else scaling)
 
 
 def _check_for_codes(module: nn.Module, kwargs: dict[str, Any]) -> None:

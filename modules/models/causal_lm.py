@@ -1,4 +1,4 @@
-"""The causal LM of a KIVI model: it makes and uses KIVI caches, and replays decode steps from CUDA graphs."""
+"""The causal LM of a KIVI model: it makes and uses KIVI caches, and has decode steps replayed from CUDA graphs or compiled."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from modules.cache.cache import KIVICache
 from modules.codecs.static import StaticParameters
 from modules.models.config import FIELD_DEFAULTS, as_kivi_config, check_config, check_fields
 from modules.models.graphs import DecodeGraphs
+from modules.models.program import DecodeProgram
 from modules.options import reject_unknown
 
 
@@ -24,6 +25,7 @@ class CachingMixin:
     Attributes:
         use_kivi_cache: True lets `generate()` and `forward()` create a KIVI cache by themselves.
         prefill_chunk: longest piece (tokens) that goes through a KIVI cache at once; None for no limit.
+        compile_decode: True compiles steps of one token on a CPU, once for each batch size.
         static: file of calibrated INT8 parameters that caches store by; None for the options of KIVI. `save_pretrained`
             keeps the path, as it was given.
         use_cuda_graphs: False runs every step eagerly, also on a GPU.
@@ -51,6 +53,14 @@ class CachingMixin:
     @prefill_chunk.setter
     def prefill_chunk(self, value: int | None) -> None:
         self._set_checked("prefill_chunk", value)
+
+    @property
+    def compile_decode(self) -> bool:
+        return self._kivi_config.compile_decode
+
+    @compile_decode.setter
+    def compile_decode(self, value: bool) -> None:
+        self._set_checked("compile_decode", value)
 
     @property
     def static(self) -> str | None:
@@ -109,7 +119,8 @@ class CachingMixin:
     ):
         """As the stock model's, and with `use_kivi_cache` a new KIVI cache where none is passed.
 
-        On a GPU, steps of one token replay a CUDA graph (see `use_cuda_graphs`).
+        Steps of one token replay a CUDA graph on a GPU (see `use_cuda_graphs`); on a CPU they run compiled with
+        `compile_decode`.
         """
         wants_cache = self._kivi_config.use_cache if use_cache is None else use_cache
         if self.use_kivi_cache and past_key_values is None and wants_cache and not self.training:
@@ -140,8 +151,9 @@ class CachingMixin:
         wants_cache: bool,
         others: dict[str, Any],
     ) -> torch.Tensor | None:
-        """Logits `[B, 1, vocabulary]` of a step of one token from a CUDA graph; None where the step is for the model."""
-        if input_ids is None or not input_ids.is_cuda or input_ids.shape[1] != 1 or not self.use_cuda_graphs:
+        """Logits `[B, 1, vocabulary]` of a step of one token, from a CUDA graph or compiled; None where the step is for the
+        model."""
+        if input_ids is None or input_ids.shape[1] != 1 or not (input_ids.is_cuda or self.compile_decode):
             return None
         asked = {name for name, value in others.items() if value is not None and value is not False}
         return_dict = others.get("return_dict")
@@ -150,16 +162,42 @@ class CachingMixin:
             and asked <= {"return_dict", "logits_to_keep"}  # of one token all are kept
             and (self.config.return_dict if return_dict is None else return_dict)
             and not (self.config.output_hidden_states or self.config.output_attentions)
+            and (position_ids is None or position_ids.dim() == 2)
         )
-        if not plain or self.training or torch.is_autocast_enabled("cuda") or not cache.get_seq_length():
-            return None
-        runner = self._decode_graphs.runner(cache)
-        if runner.running or (position_ids is not None and position_ids.dim() != 2):
+        if not plain or not cache.get_seq_length():
             return None
         if position_ids is None and self.get_decoder() is not self.base_model:
             return None  # the model around the decoder finds the positions, by the images before
+        run = self._replayed if input_ids.is_cuda else self._compiled
+        return run(cache, input_ids, attention_mask, position_ids)
+
+    def _replayed(
+        self,
+        cache: KIVICache,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        if not self.use_cuda_graphs or self.training or torch.is_autocast_enabled("cuda"):
+            return None
+        runner = self._decode_graphs.runner(cache)
+        if runner.running:
+            return None
         step = cache.new_step(attention_mask, input_ids.shape[0], 1)
         return runner.step(self, cache, input_ids, step, position_ids).clone()
+
+    def _compiled(
+        self,
+        cache: KIVICache,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        batch = input_ids.shape[0]
+        if input_ids.device.type != "cpu" or not self._decode_program.can_run(self, cache, batch):
+            return None
+        step = cache.new_step(attention_mask, batch, 1)
+        return self._decode_program.step(self, cache, input_ids, step, position_ids)
 
     def prepare_inputs_for_generation(
         self, input_ids: torch.LongTensor, next_sequence_length: int | None = None, **kwargs: Any
@@ -239,4 +277,4 @@ class KIVIForCausalLMMixin(CachingMixin):
         decoder = self.get_decoder()
         decoder.__class__ = self.kivi_classes.model
         decoder.become_kivi()
-        self._decode_graphs = DecodeGraphs()
+        self._decode_graphs, self._decode_program = DecodeGraphs(), DecodeProgram()

@@ -17,7 +17,8 @@ from modules.models.attention import ROUTES
 from modules.options import KIVIOptions, RunOptions, check_path, config_fields, head_dims_of
 
 FIELD_DEFAULTS: dict[str, Any] = {name: default for name, (_, default) in config_fields().items()}
-_FORWARDS = "_forwards_over_codes"  # attribute of a config: forwards that run over a KIVI cache now
+# Attributes of a config: whether forwards run over a KIVI cache now, and how many. Compiled code depends on the first alone.
+_OVER, _FORWARDS = "_over_codes", "_forwards_over_codes"
 _counting = threading.Lock()
 
 
@@ -43,7 +44,7 @@ class RoutedConfigMixin(PreTrainedConfig):
     def _attn_implementation(self) -> str | None:
         """As the user chose it; while a forward runs over a KIVI cache, what attends over one in its place."""
         chosen = self._attn_implementation_internal
-        return ROUTES.get(chosen, chosen) if self.__dict__.get(_FORWARDS) else chosen
+        return ROUTES.get(chosen, chosen) if self.__dict__.get(_OVER) else chosen
 
     @_attn_implementation.setter
     def _attn_implementation(self, value: str | dict | None) -> None:
@@ -51,6 +52,7 @@ class RoutedConfigMixin(PreTrainedConfig):
 
     def _remove_keys_not_serialized(self, d: dict[str, Any]) -> None:
         super()._remove_keys_not_serialized(d)
+        d.pop(_OVER, None)
         d.pop(_FORWARDS, None)
 
 
@@ -126,17 +128,22 @@ def _of_model_type(cls: Any, load: Callable[..., Any], *args: Any, **kwargs: Any
 def over_codes(config: PreTrainedConfig) -> Iterator[bool]:
     """Within it, a model of `config` attends through the functions that know a KIVI cache; False where there is none for
     its implementation. Threads may run the model at once."""
-    with _counting:
-        config.__dict__[_FORWARDS] = config.__dict__.get(_FORWARDS, 0) + 1
+    _count(config, 1)
     try:
         yield (config._attn_implementation or "").startswith(OVER_CODES)
     finally:
-        with _counting:
-            config.__dict__[_FORWARDS] -= 1
+        _count(config, -1)
+
+
+def _count(config: PreTrainedConfig, more: int) -> None:
+    with _counting:
+        config.__dict__[_FORWARDS] = config.__dict__.get(_FORWARDS, 0) + more
+        config.__dict__[_OVER] = config.__dict__[_FORWARDS] > 0
 
 
 def forget_forwards(config: PreTrainedConfig) -> None:
     """Take off what `over_codes` left on a config."""
+    config.__dict__.pop(_OVER, None)
     config.__dict__.pop(_FORWARDS, None)
 
 

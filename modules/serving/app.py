@@ -203,7 +203,7 @@ def _line(data: dict[str, Any]) -> str:
 
 
 def _json(error: ApiError) -> JSONResponse:
-    return JSONResponse(error.body(), error.status)
+    return JSONResponse(error.body(), error.status, error.headers)
 
 
 async def _api_error(request: Request, error: Any) -> JSONResponse:

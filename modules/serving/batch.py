@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from transformers import PreTrainedModel
@@ -27,28 +27,24 @@ class Batch:
         self.jobs: list[Job] = []
         self._cache: KIVICache | None = None
 
-    def join(self, arrived: Sequence[tuple[Job, KIVICache]]) -> None:
-        """Take in jobs that were prefilled; those that are over by then leave at once."""
-        caches = [] if self._cache is None else [self._cache]
-        for job, cache in arrived:
-            if not job.is_over():
-                self.jobs.append(job)
-                caches.append(cache)
-            elif self.leave is not None:
-                self.leave(job, cache)
-        if len(caches) > 1:
-            self._cache = gather([(cache, range(cache.batch_size)) for cache in caches])
-        elif caches:
-            self._cache = caches[0]
+    def join(self, job: Job, cache: KIVICache) -> None:
+        """Take in a job that has its first token; one that is over by then leaves at once. A failure changes nothing."""
+        if job.is_over():
+            self._let_go(job, cache, 0)
+            return
+        parts = [cache] if self._cache is None else [self._cache, cache]
+        self._cache = gather([(part, range(part.batch_size)) for part in parts]) if len(parts) > 1 else cache
+        self.jobs.append(job)
 
     def step(self) -> None:
-        """One more token of each job."""
+        """One more token of each job; those that are over leave, before and after."""
+        self.drop_those_over()
         if not self.jobs:
             return
         newest = torch.tensor([job.tokens[-1:] for job in self.jobs], device=self.model.device)
         logits = self.model(input_ids=newest, past_key_values=self._cache, use_cache=True).logits[:, -1]
         for row, job in enumerate(self.jobs):
-            job.take(int(job.choose(logits[row : row + 1])))
+            job.draw(logits[row : row + 1])
         self.drop_those_over()
 
     def drop_those_over(self) -> None:
@@ -56,13 +52,16 @@ class Batch:
         over = [row for row, job in enumerate(self.jobs) if job.is_over()]
         if not over or self._cache is None:
             return
-        cache, alone = self._cache, len(self.jobs) == 1
-        if self.leave is not None:
-            for row in over:
-                self.leave(self.jobs[row], cache if alone else gather([(cache, [row])]))
+        cache = self._cache
+        for row in over:
+            self._let_go(self.jobs[row], cache, row)
         staying = [row for row in range(len(self.jobs)) if row not in over]
         self.jobs = [self.jobs[row] for row in staying]
         self._cache = gather([(cache, staying)]) if staying else None
+
+    def _let_go(self, job: Job, cache: KIVICache, row: int) -> None:
+        if self.leave is not None and not job.broken:
+            self.leave(job, cache if cache.batch_size == 1 else gather([(cache, [row])]))
 
     def clear(self) -> list[Job]:
         """Forget all; the jobs that were in it."""

@@ -1,4 +1,4 @@
-"""The thread that has the model: prompts are fed one by one, answers made together."""
+"""The thread that has the model: prompts are fed one by one, answers made together and in the pauses of prompts."""
 
 from __future__ import annotations
 
@@ -12,11 +12,21 @@ from transformers import PreTrainedModel
 from modules.cache.rows import can_gather
 from modules.kivi_cache_general import KIVICache
 from modules.serving.batch import Batch
-from modules.serving.errors import server_error
+from modules.serving.errors import ApiError, server_error
 from modules.serving.job import Job
+from modules.serving.pauses import pausing
 from modules.serving.prefixes import PrefixCache
 
 log = logging.getLogger("kivi.serve")
+PAUSE_TOKENS = 256  # of a prompt, that answers being made wait for
+
+
+class _NotWanted(Exception):
+    """Nobody waits any more for what is being done."""
+
+
+def _going_down() -> ApiError:
+    return server_error("the server is going down.", 503, "unavailable")
 
 
 class Engine:
@@ -33,6 +43,7 @@ class Engine:
         empty = model.create_kivi_cache()
         options = empty.options
         self.model, self.max_waiting = model, max_waiting
+        self._static = empty.static or False  # read once: sequences lie together by the same scales
         self.max_batch = max_batch if can_gather(empty) else 1
         self.prefixes = PrefixCache(cache_memory, options.sink_length + options.residual_length + options.group_size)
         self._batch = Batch(model, self._leave if cache_memory else None)
@@ -63,7 +74,7 @@ class Engine:
         """
         with self._changed:
             if not self.alive:
-                raise server_error("the server is going down.", 503, "unavailable")
+                raise _going_down()
             if len(self._waiting) >= self.max_waiting:
                 raise server_error(f"{self.max_waiting} requests are waiting already; try again later.", 503, "busy")
             self._waiting.append(job)
@@ -79,19 +90,19 @@ class Engine:
 
     @torch.no_grad()
     def _run(self) -> None:
-        reason = "the server is going down."
+        reason = _going_down()
         try:
             while self._wait():
                 self._turn()
         except BaseException:
-            reason = "the server has failed; see its log."
+            reason = server_error("the server has failed; see its log.", 503, "unavailable")
             log.exception("the engine has failed and answers nothing more")
         with self._changed:
             self._closing = True
             left = [*self._waiting, *self._batch.clear()]
             self._waiting.clear()
         for job in left:
-            job.fail(server_error(reason, 503, "unavailable"))
+            job.fail(reason)
 
     def _wait(self) -> bool:
         """Until there is something to do; False where that is to end."""
@@ -101,42 +112,51 @@ class Engine:
             return not self._closing
 
     def _turn(self) -> None:
-        self._batch.drop_those_over()
-        admitted = self._admitted()
+        self._step()
+        job = self._next()
+        if job is not None:
+            self._feed(job)
+
+    def _step(self) -> None:
+        """One more token of each answer that is being made; they have one forward, and its failure, together."""
         try:
-            self._batch.join([(job, cache) for job in admitted if (cache := self._prefill(job)) is not None])
             self._batch.step()
         except Exception:
             log.exception("a step failed; its answers are given up")
-            for job in {*admitted, *self._batch.clear()}:
+            for job in self._batch.clear():
                 job.fail(server_error("the model failed; see the server's log."))
 
-    def _admitted(self) -> list[Job]:
-        """The jobs whose turn it is; those that nobody waits for any more are dropped, wherever they stand."""
+    def _next(self) -> Job | None:
+        """The job whose turn it is, where there is a place; those that nobody waits for any more are dropped, wherever they
+        stand."""
         with self._changed:
             self._waiting = deque(job for job in self._waiting if not job.is_over())
-            free = self.max_batch - len(self._batch.jobs)
-            return [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
+            return self._waiting.popleft() if self._waiting and self.running < self.max_batch else None
 
-    def _prefill(self, job: Job) -> KIVICache | None:
-        """The cache of a prompt whose first token was taken; None for a job that failed or that nobody waits for."""
-        if self._closing:
-            job.fail(server_error("the server is going down.", 503, "unavailable"))
-        if job.is_over():
-            return None
+    def _feed(self, job: Job) -> None:
+        """Feed a prompt and take its first token; its answer is then made with the others, which go on meanwhile."""
+
+        def pause() -> None:
+            if self._closing or job.is_over():
+                raise _NotWanted
+            self._step()
+
         try:
             cache = self.prefixes.find(job.prompt)
             if cache is None:
-                cache = self.model.create_kivi_cache()
+                cache = self.model.create_kivi_cache(static=self._static)
             job.cached = cache.get_seq_length()
             new = torch.tensor([job.prompt[job.cached :]], device=self.model.device)
-            logits = self.model(input_ids=new, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
-            job.take(int(job.choose(logits)))
-            return cache
+            with pausing(self.model, PAUSE_TOKENS, pause):
+                logits = self.model(input_ids=new, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            job.draw(logits[:, -1])
+            self._batch.join(job, cache)
+        except _NotWanted:
+            if not job.is_over():
+                job.fail(_going_down())
         except Exception:
             log.exception("a prompt failed")
             job.fail(server_error("the model failed on this prompt; see the server's log."))
-        return None
 
     def _leave(self, job: Job, cache: KIVICache) -> None:
         self.prefixes.keep([*job.prompt, *job.tokens][: cache.get_seq_length()], cache)

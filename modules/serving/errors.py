@@ -13,6 +13,7 @@ class ApiError(Exception):
         type: as the API names it: "invalid_request_error", "authentication_error", "server_error", "timeout_error".
         param: the field that it is about, None for the whole request.
         code: a name for programs, None where there is no more to say than the type does.
+        retry: whether it may help to send the same again.
     """
 
     def __init__(
@@ -23,13 +24,20 @@ class ApiError(Exception):
         type: str = "invalid_request_error",
         param: str | None = None,
         code: str | None = None,
+        retry: bool = True,
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.type, self.param, self.code = status, message, type, param, code
+        self.retry = retry
 
     def body(self) -> dict[str, Any]:
         """The JSON that is sent."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Of the answer. OpenAI's clients send again what failed by a status of 500 or more, unless they are told not to."""
+        return {} if self.retry else {"x-should-retry": "false"}
 
 
 def server_error(message: str, status: int = 500, code: str | None = None) -> ApiError:
@@ -44,4 +52,5 @@ def too_slow(seconds: float) -> ApiError:
         f"the answer was not complete after {seconds:g} s; ask for fewer tokens, or try again when there is less to do.",
         type="timeout_error",
         code="timeout",
+        retry=False,  # the work would be queued once more
     )

@@ -1,8 +1,8 @@
 """An endpoint on this machine that speaks OpenAI's API, over a quantized KV cache.
 
 /v1/chat/completions, /v1/completions, both streamed or not, /v1/models and /health. Answers are made together; the packed caches of past
-conversations are kept, so that a next turn feeds only what is new. Ctrl-C ends it, once the answers being made are there or
-ten seconds have passed.
+conversations are kept, so that a next turn feeds only what is new. Ctrl-C and SIGTERM end it, once the answers being made are there
+or --grace-seconds have passed.
 
 Examples:
   kivi serve path/to/model
@@ -41,6 +41,7 @@ class Serve(RunFlags):
     max_waiting: int = argument(64, "requests that may wait for their turn")
     max_body: str = argument("4MB", "largest request")
     max_seconds: float = argument(300.0, "for a request to come in, and for an answer, waiting included (seconds)")
+    grace_seconds: float = argument(10.0, "for answers being made, once the server is to end (seconds)")
     cache_memory: str = argument("1GB", "for caches of past conversations; 0B keeps none")
 
     def __post_init__(self) -> None:
@@ -53,6 +54,8 @@ class Serve(RunFlags):
             raise ValueError(f"--port must be from 0 to 65535; got {self.port}.")
         if not 0 < self.max_seconds < float("inf"):
             raise ValueError(f"--max-seconds must be above 0; got {self.max_seconds}.")
+        if not 0 <= self.grace_seconds < float("inf"):
+            raise ValueError(f"--grace-seconds must be 0 or above; got {self.grace_seconds}.")
         check_least(self.body_bytes, 1, "--max-body")
         parse_bytes(self.cache_memory, "--cache-memory")
         if self.key == "":

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Sequence
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from modules.cli.generate.streaming import Choice, TextStream
-from modules.serving.errors import ApiError, too_slow
+from modules.serving.errors import ApiError, server_error, too_slow
 from modules.serving.stops import StopText
+
+log = logging.getLogger("kivi.serve")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +57,7 @@ class Job:
         cached: tokens of the prompt that a kept cache held.
         cancelled: nobody waits for it any more.
         ended: `Done` or `Failed` was emitted.
+        broken: no token could be taken from its logits, so that its cache is good for nothing.
         first_token: when the first token came, by `time.monotonic`; None before.
     """
 
@@ -70,7 +75,7 @@ class Job:
     ) -> None:
         self.prompt, self.max_tokens, self.choose, self.ends = list(prompt), max_tokens, choose, ends
         self.tokens: list[int] = []
-        self.cached, self.cancelled, self.ended = 0, False, False
+        self.cached, self.cancelled, self.ended, self.broken = 0, False, False, False
         self.asked = time.monotonic()
         self.first_token: float | None = None
         self._emit, self._seconds = emit, seconds
@@ -81,6 +86,15 @@ class Job:
     def said(self) -> int:
         """Tokens of the answer, without one of the model's that ended it."""
         return len(self.tokens) - bool(self.tokens and self.tokens[-1] in self.ends)
+
+    def draw(self, logits: torch.Tensor) -> None:
+        """Take the next token by logits `[1, vocabulary]`. What fails here is this job's own failure: it ends with it."""
+        try:
+            self.take(int(self.choose(logits)))
+        except Exception:
+            log.exception("no token could be taken; its answer is given up")
+            self.broken = True
+            self.fail(server_error("the model failed on this request; see the server's log."))
 
     def take(self, token: int) -> None:
         """Count a token in; the job may have ended with it."""

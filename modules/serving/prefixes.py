@@ -34,23 +34,25 @@ class PrefixCache:
         return len(self._kept)
 
     def find(self, tokens: Sequence[int]) -> KIVICache | None:
-        """A copy of the cache that shares most tokens with the beginning of `tokens`, cropped to those; None where none shares
-        enough.
+        """A copy of the cache from which most of `tokens` can be taken, cropped to those that they share; None where that is
+        too little.
 
-        At least the last of `tokens` is left to be fed. A crop that cuts packed groups makes their tokens, dequantized, those of
-        the window (`KIVICache.crop`).
+        At least the last of `tokens` is left to be fed, and so are shared ones that would be packed in the copy, cut off as it
+        is, and are in full precision where nothing was cut off (`Ledger.clean_cut`).
         """
         wanted = torch.tensor(tokens[:-1], dtype=torch.long)
-        best, shared = None, self.worth - 1
+        best, most = None, self.worth - 1
         for key, (held, cache, _) in self._kept.items():
-            common = _common(held, wanted)
-            if common > shared and (common == len(held) or can_gather(cache)):
-                best, shared = key, common
+            shared = _common(held, wanted)
+            if shared < len(held):
+                shared = cache.ledger.clean_cut(0, shared) if can_gather(cache) else 0
+            if shared > most:
+                best, most = key, shared
         if best is None:
             return None
         self._kept.move_to_end(best)
         found = copy.deepcopy(self._kept[best][1])
-        found.crop(shared - len(best))
+        found.crop(most - len(best))
         return found
 
     def keep(self, tokens: Sequence[int], cache: KIVICache) -> None:

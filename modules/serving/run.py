@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import math
+import signal
 import sys
 from pathlib import Path
+from typing import Any, NoReturn
 
 import uvicorn
+from fastapi.concurrency import run_in_threadpool
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modules.cli.generate.loading import load_for
 from modules.cli.generate.warm import warm_up
+from modules.cli.status import OK
 from modules.serving.app import Served, create_app
 from modules.serving.engine import Engine
 from modules.serving.flags import Serve
 from modules.serving.gate import LOOPBACK, Limits
 from modules.serving.prompts import Prompts
 
-GRACE = 10  # seconds that answers being made have once the server is to end
+_FAREWELL = 5  # seconds in which answers that the grace ended are told so
 _SPARE = 32  # connections beside those of requests that run or wait
 
 
 def run(command: Serve) -> None:
-    """Load the model and serve it until Ctrl-C or SIGTERM."""
+    """Load the model and serve it until Ctrl-C or SIGTERM; the latter is an end like any other, with status 0."""
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(message)s")
     logging.getLogger("kivi.serve").setLevel(logging.INFO)
     model, tokenizer = load_for(command, command.model, gguf_file=command.gguf_file)
     warm_up(model, model.create_kivi_cache())
+    signal.signal(signal.SIGTERM, _end)  # uvicorn raises the signal again once it has ended
     Server(served_by(command, model, tokenizer), command).run()
+
+
+def _end(*_: Any) -> NoReturn:
+    raise SystemExit(OK)
 
 
 def served_by(command: Serve, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Served:
@@ -57,7 +68,7 @@ class Server(uvicorn.Server):
     """uvicorn with the settings of a command; says where it listens once it does."""
 
     def __init__(self, served: Served, command: Serve) -> None:
-        self.served = served
+        self.served, self.grace = served, command.grace_seconds
         hosts = LOOPBACK if command.key is None else None
         config = uvicorn.Config(
             create_app(served, Limits(command.key, command.body_bytes, command.max_seconds, hosts)),
@@ -68,7 +79,7 @@ class Server(uvicorn.Server):
             server_header=False,
             ws="none",
             limit_concurrency=command.max_batch + command.max_waiting + _SPARE,
-            timeout_graceful_shutdown=GRACE,
+            timeout_graceful_shutdown=math.ceil(command.grace_seconds) + _FAREWELL,
         )
         super().__init__(config)
 
@@ -77,6 +88,16 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         for address in self.addresses:
             logging.getLogger("kivi.serve").info("listening on http://%s:%d/v1; Ctrl-C ends it", *address)
+
+    async def shutdown(self, sockets: list | None = None) -> None:
+        """As uvicorn's; answers that the grace is too short for end with an error that says so, rather than cut off."""
+        ending = asyncio.create_task(self._end_answers())
+        await super().shutdown(sockets)
+        ending.cancel()
+
+    async def _end_answers(self) -> None:
+        await asyncio.sleep(self.grace)
+        await run_in_threadpool(self.served.engine.close)
 
     @property
     def addresses(self) -> list[tuple[str, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -19,7 +20,20 @@ def _only(allowed: Any, why: str) -> AfterValidator:
     def check(value: Any) -> Any:
         if value is None or value == allowed:
             return value
-        raise PydanticCustomError("unsupported", "must be {allowed}: {why}", {"allowed": repr(allowed), "why": why})
+        raise PydanticCustomError(
+            "unsupported", "must be {allowed}: {why}", {"allowed": json.dumps(allowed), "why": why}
+        )
+
+    return AfterValidator(check)
+
+
+def _empty(why: str) -> AfterValidator:
+    """A field that clients send back as they got it, as long as it says nothing."""
+
+    def check(value: Any) -> Any:
+        if value is None or value in ("", [], {}):
+            return value
+        raise PydanticCustomError("unsupported", "must be null or empty: {why}", {"why": why})
 
     return AfterValidator(check)
 
@@ -78,6 +92,12 @@ class Message(Strict):
 
     role: Literal["system", "user", "assistant"]
     content: str | list[TextPart]
+    name: Annotated[Any, _empty("templates know roles and no names")] = None
+    refusal: Annotated[Any, _empty("refusals are not supported; send their text as content")] = None
+    annotations: Annotated[Any, _empty("annotations are not supported")] = None
+    audio: Annotated[Any, _empty("sound is not supported")] = None
+    function_call: Annotated[Any, _empty("tools are not supported")] = None
+    tool_calls: Annotated[Any, _empty("tools are not supported")] = None
 
     @property
     def text(self) -> str:

@@ -331,6 +331,14 @@ class Ledger:
             stay.append(unpacked if self._in_window(unpacked, reach) else min(packed, whole))
         return stay
 
+    def clean_cut(self, row: int, length: int) -> int:
+        """The most tokens, of the first `length` of a sequence, that it can be cropped to with none of them in full precision
+        that was packed. None is packed then that would not be if the sequence had never been longer than `length`."""
+        unpacked = self.geometry.packed_after(length, 0)
+        if unpacked >= self.packed[row] or self.holds(row, unpacked):
+            return length
+        return min(length, self.geometry.sink_length + unpacked)
+
     def holds(self, row: int, first: int) -> bool:
         """Whether the window of a sequence holds its tokens from `first` on, counted behind the sinks, packed ones too."""
         return self._in_window(first, self._reach[row])

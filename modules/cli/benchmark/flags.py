@@ -7,6 +7,7 @@ Examples:
   kivi benchmark path/to/model
   kivi benchmark path/to/model --tokens 512 8000 --dtypes bfloat16 --threads 2
   kivi benchmark path/to/model --k-bits 4 --v-bits 2 --output decode.json
+  kivi benchmark path/to/model --compiled --weights int8
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from modules.cli.source import MODEL_HELP
 from modules.options import KIVIOptions
 
 DTYPES = ("float32", "bfloat16")
+WEIGHTS = ("full", "int8")
 DESCRIPTION = (__doc__ or "").strip()
 
 
@@ -26,9 +28,10 @@ class StepFlags:
     """What is measured, but for the model."""
 
     tokens: tuple[int, ...] = argument((512, 8000), "of context")
-    dtypes: tuple[str, ...] = argument(DTYPES, "of the weights", DTYPES)
+    dtypes: tuple[str, ...] = argument(DTYPES, "of the model", DTYPES)
+    weights: tuple[str, ...] = argument(("full",), "in the model's dtype, or int8 (needs torchao)", WEIGHTS)
     rounds: int = argument(60, "repetitions")
-    compiled: bool = argument(False, "also the stock model under torch.compile, which takes minutes to compile")
+    compiled: bool = argument(False, "also the stock model and KIVI's compiled, which takes minutes")
     threads: int | None = argument(None, "of torch and of Numba; None: as torch has it")
     cache: KIVIOptions = group(KIVIOptions)
 

@@ -10,14 +10,16 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+from transformers import PreTrainedModel
 
 from modules.cli.benchmark.flags import Benchmark, StepFlags
 from modules.cli.generate.loading import load
 from modules.cli.progress import progress
 from modules.evaluation.candidates import changes, written
-from modules.evaluation.decoding import CONTENDERS, measure_steps
+from modules.evaluation.decoding import COMPILED_STEPS, CONTENDERS, measure_steps
 from modules.evaluation.environment import Environment
 from modules.evaluation.results import BenchmarkResult, save_result
+from modules.evaluation.weights import WEIGHTS
 
 
 def run(command: Benchmark) -> None:
@@ -46,15 +48,23 @@ def measure(flags: StepFlags, model: str) -> BenchmarkResult:
     if flags.threads:
         torch.set_num_threads(flags.threads)
     rows: list[dict[str, Any]] = []
-    with progress("Measuring", len(flags.dtypes) * len(flags.tokens), unit="lengths") as update:
-        for dtype in flags.dtypes:
-            weights = getattr(torch, dtype)
-            loaded = load(model, dtype=weights)[0]
-            stock = load(model, stock=True, dtype=weights)[0].eval() if flags.compiled else None
+    measured = contenders(flags)
+    compiled = (COMPILED_STEPS if measured is CONTENDERS else tuple(measured)) if flags.compiled else ()
+    kinds = [(dtype, weights) for weights in flags.weights for dtype in flags.dtypes]
+    with progress("Measuring", len(kinds) * len(flags.tokens), unit="lengths") as update:
+        for kind, (dtype, weights) in enumerate(kinds):
+            torch._dynamo.reset()  # of the models before
+            loaded = _load(model, dtype, weights)
+            stock = _load(model, dtype, weights, stock=True) if flags.compiled else None
+            suffix = "" if weights == "full" else f", {weights} weights"
             for number, tokens in enumerate(flags.tokens, 1):
-                rows += measure_steps(loaded, tokens, contenders(flags), flags.rounds, stock)
-                update(flags.dtypes.index(dtype) * len(flags.tokens) + number)
+                rows += measure_steps(loaded, tokens, measured, flags.rounds, stock, compiled, suffix)
+                update(kind * len(flags.tokens) + number)
     return BenchmarkResult("decode", rows, Environment.here(), {"model": Path(model).name})
+
+
+def _load(model: str, dtype: str, weights: str, stock: bool = False) -> PreTrainedModel:
+    return WEIGHTS[weights](load(model, stock=stock, dtype=getattr(torch, dtype))[0].eval())
 
 
 def show(result: BenchmarkResult) -> None:

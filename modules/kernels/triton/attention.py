@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from modules.kernels.triton import launch
+from modules.kernels.triton import launch, tuning
 from modules.kernels.triton.arguments import Rows, Side
 from modules.kernels.triton.checks import check_new_tokens, check_query
 from modules.kernels.triton.combine import combine_splits
@@ -160,12 +160,14 @@ def attend(
     scaling: float,
     step: Step,
     splits: int | None = None,
+    pipeline: launch.Pipeline | None = None,
 ) -> torch.Tensor:
     """Attention of new tokens over a layer on a GPU; its lengths are read on the device.
 
     Args and result are those of `modules.kernels.backend.Backend.attend`, and
 
         splits: parts the packed tokens are attended in, side by side; None chooses by device and capacity.
+        pipeline: how programs walk over them; None: as tuned for the device, else the default.
 
     Raises:
         ValueError: for tensors whose shapes, dtypes or devices do not fit the layer.
@@ -175,17 +177,14 @@ def attend(
     batch, heads, new_tokens, head_dim = query.shape
     device, shape = query.device, launch.Shape.of(layer, heads)
     rows = new_tokens * shape.group
-    tile = launch.attention_tile(
-        shape,
-        rows > launch.FEW_ROWS,
-        query.element_size(),
-        launch.shared_memory(device),
-        query.is_cuda and not FORCE_PLAIN,
-    )
+    many_rows, item = rows > launch.FEW_ROWS, query.element_size()
+    if pipeline is None:
+        pipeline = tuning.pipeline(device, shape, many_rows, item)
+    tile = launch.attention_tile(shape, many_rows, pipeline, item, query.is_cuda and not FORCE_PLAIN)
     row_blocks, all_heads = -(-rows // tile.N), batch * shape.kv_heads
     programs = all_heads * row_blocks
     if splits is None:
-        splits = launch.number_of_splits(device, programs, layer.key.capacity, tile)
+        splits = launch.number_of_splits(device, programs, layer.key.capacity, tile, pipeline.programs)
     counts = layer.ledger.counts(device)
     new_lengths = counts if step.all_real else step.lengths_on(device)
     # Two numbers a row beside the sums, in one buffer.

@@ -1,6 +1,7 @@
 """What kernels are compiled for and launched with: tiles, stages, warps, registers, grids. All of it stands here.
 
-Numbers of tables come from compiled kernels (`benchmarks/compile_report.py`): the most that does not spill registers.
+Numbers of tables come from compiled kernels (`benchmarks/compile_report.py`): the most that does not spill registers. What was
+found faster on a GPU is in `modules.kernels.triton.tuning`.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ MOST_REGISTERS = {8: 255, 16: None}  # by query rows, see `attention_options`
 BLOCK_AT_ONCE = 32  # tokens of a block where they are packed one by one
 FULL_SEGMENT = 32  # channels of a full-precision tile where a whole head would spill
 FULL_SEGMENT_OF_FLOAT32 = 16  # the same where 32 would
-FULL_TOKENS = 16  # the least a product takes
+LEAST_TOKENS = 16  # of a block: the least a product takes
+MOST_TOKENS = 32  # of a block
 PACK_BYTES = 16  # of a token that are packed at a time
 PACK_TOKENS = 32  # whose values are packed at a time
 MOST_SPLITS = 128
@@ -82,6 +84,15 @@ class Shape(NamedTuple):
 
 def _bits(side: PackedSide) -> int:
     return side.bits if side.grouped else FULL_PRECISION_BITS
+
+
+class Pipeline(NamedTuple):
+    """How programs walk over packed tokens; another one gives the same attention, in another time."""
+
+    stages: int  # of the pipeline that fetches codes ahead
+    tokens: int  # that a warp handles at a time
+    warps: int  # of a program
+    programs: int  # that run side by side on a multiprocessor: the splits are as many as fill the device with them
 
 
 # Kernels give the constants they use a name of their own: Triton 3.6 takes no field of a tuple where it wants a constant.
@@ -150,15 +161,21 @@ class PackTile(NamedTuple):
     TOKENS: int  # tokens of values that a program packs at a time
 
 
-def _pipeline(shape: Shape, n: int, warps: int, item: int, shared: int) -> tuple[int, int, int]:
-    """Stages of the pipeline, tokens of a block and blocks a warp handles at a time.
+def query_rows(shape: Shape, many_rows: bool, item: int) -> int:
+    """Query rows of a program: 16 where there are more than `FEW_ROWS` and the registers hold them."""
+    return 16 if many_rows and shape.head_dim in HEADS_OF_16_ROWS and item == 2 else FEW_ROWS
 
-    The first of `PIPELINES` of which two programs fit `shared` bytes: all buffers but one are filled ahead. A token takes
-    its codes, its share of the key metadata, and of the value metadata 2 bytes a group and a row of 16 minima; operands on
-    their way take 20 bytes a channel and query row. Heads padded to a power of two, 16 query rows, wide channels and int8 leave
-    fewer registers, the widest heads only for one block at a time.
+
+@functools.cache
+def default_pipeline(shape: Shape, many_rows: bool, item: int = 2, shared: int = SHARED_H100) -> Pipeline:
+    """What nobody had to measure: the first of `PIPELINES` of which two programs fit `shared` bytes; args as `attention_tile`'s.
+
+    All buffers but one are filled ahead. A token takes its codes, its share of the key metadata, and of the value metadata 2
+    bytes a group and a row of 16 minima; operands on their way take 20 bytes a channel and query row. Heads padded to a power
+    of two, 16 query rows, wide channels and int8 leave fewer registers, the widest heads only for one block at a time.
     """
     d, g, k_bits, v_bits = shape[:4]
+    n, warps = query_rows(shape, many_rows, item), OPTIONS["num_warps"]
     of_rows = 8 if shape.static else 8 * item
     stored_bits = sum(of_rows if bits == FULL_PRECISION_BITS else bits for bits in (k_bits, v_bits))
     token = d * stored_bits // 8 + 4 * d // g + 2 * d // shape.value_group_size + 32 + shape.wide
@@ -171,9 +188,8 @@ def _pipeline(shape: Shape, n: int, warps: int, item: int, shared: int) -> tuple
     if padded or shape.static or (d == 256 and (k_bits, v_bits) != (2, 2)):
         stages, tokens = CROWDED_PIPELINE
     if padded and 4 in (k_bits, v_bits):
-        return stages, min(g, 16), 1
-    block = min(g, 32)
-    return stages, block, tokens // block
+        tokens = LEAST_TOKENS
+    return Pipeline(stages, tokens, warps, PROGRAMS_PER_PROCESSOR)
 
 
 def _full_segment(head_dim: int, k_bits: int, item: int) -> int:
@@ -185,20 +201,18 @@ def _full_segment(head_dim: int, k_bits: int, item: int) -> int:
 
 
 @functools.cache
-def attention_tile(
-    shape: Shape, many_rows: bool, item: int = 2, shared: int = SHARED_H100, asm: bool = True
-) -> AttentionTile:
+def attention_tile(shape: Shape, many_rows: bool, pipeline: Pipeline, item: int = 2, asm: bool = True) -> AttentionTile:
     """The tile of `attend_splits`.
 
     Args:
         shape: what the kernel is compiled for.
         many_rows: more than `FEW_ROWS` query rows a KV head, that is new tokens times `shape.group`.
+        pipeline: `default_pipeline`'s or a tuned one.
         item: bytes of a number of the states.
-        shared: bytes of shared memory of a multiprocessor.
         asm: with inline assembly.
     """
     d, g, k_bits, v_bits = shape[:4]
-    value_g, warps = shape.value_group_size, OPTIONS["num_warps"]
+    value_g, warps = shape.value_group_size, pipeline.warps
     k_width, v_width = d * min(k_bits, 8) // 8, d * min(v_bits, 8) // 8
     k_seg = next((seg for seg in KEY_SEGMENTS if k_width % seg == 0), k_width)
     # Planes of 16 bytes (2 bits, 64 channels) fill half a tile: two go into one product.
@@ -208,10 +222,11 @@ def attention_tile(
     else:
         v_seg = value_g if v_width % value_g == 0 and v_fold == 1 else v_width
         v_columns = max(16, triton.next_power_of_2(v_seg // 2))
-    n = 16 if many_rows and d in HEADS_OF_16_ROWS and item == 2 else 8
+    n = query_rows(shape, many_rows, item)
     v_segs, v_planes = v_width // v_seg, d // v_width // v_fold
     v_parts = 1 if v_bits == FULL_PRECISION_BITS else 2
-    stages, block_tokens, blocks = _pipeline(shape, n, warps, item, shared)
+    block_tokens = min(g, pipeline.tokens, MOST_TOKENS)
+    blocks = pipeline.tokens // block_tokens
     return AttentionTile(
         D=d,
         D_PAD=triton.next_power_of_2(d),
@@ -225,7 +240,7 @@ def attention_tile(
         U=blocks,
         WARPS=warps,
         BATCH=blocks * warps,
-        STAGES=stages,
+        STAGES=pipeline.stages,
         K_BITS=k_bits,
         K_WIDTH=k_width,
         K_SEG=k_seg,
@@ -251,7 +266,7 @@ def attention_tile(
         EARLY_MINIMA=n > FEW_ROWS,
         AT_ONCE=shape.at_once,
         FULL_SEG=_full_segment(d, k_bits, item),
-        FULL_T=FULL_TOKENS,
+        FULL_T=LEAST_TOKENS,
         ASM=asm,
     )
 
@@ -264,7 +279,7 @@ def attention_options(tile: AttentionTile) -> dict[str, int | bool | None]:
     the limit that spills some.
     """
     crowded = (tile.D == 256 and min(tile.K_BITS, tile.V_BITS) >= 4) or tile.FULL_SEG == FULL_SEGMENT_OF_FLOAT32
-    return OPTIONS | {"maxnreg": None if crowded else MOST_REGISTERS[tile.N]}
+    return OPTIONS | {"num_warps": tile.WARPS, "maxnreg": None if crowded else MOST_REGISTERS[tile.N]}
 
 
 def pack_tile(side: PackedSide, tokens: int) -> PackTile:
@@ -330,7 +345,14 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def number_of_splits(device: torch.device, programs: int, capacity: int, tile: AttentionTile) -> int:
-    """Splits that fill the device once, whatever the lengths: from the capacity, which the host knows."""
+def number_of_splits(
+    device: torch.device, programs: int, capacity: int, tile: AttentionTile, side_by_side: int = PROGRAMS_PER_PROCESSOR
+) -> int:
+    """Splits that fill the device once, whatever the lengths: from the capacity, which the host knows.
+
+    Args:
+        programs: that attend to each split.
+        side_by_side: how many of a multiprocessor run at a time.
+    """
     most = min(MOST_SPLITS, -(-capacity // (tile.BATCH * tile.T * LEAST_SPLIT_STEPS)))
-    return max(min(1, most), min(most, processors(device) * PROGRAMS_PER_PROCESSOR // programs))
+    return max(min(1, most), min(most, processors(device) * side_by_side // programs))
