@@ -8,11 +8,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 FULL_PRECISION_BITS = 16
-METADATA_BITS = 32  # a scale and a minimum, float16 each
+MINIMUM_BITS = 16  # of a group of keys, whatever its scale has
 WIDE_CHANNELS = 0.25
 ALLOWED_BITS = (2, 4, 8, FULL_PRECISION_BITS)
 ALLOWED_K_RANGES = ("lsq", "minmax")
 ALLOWED_V_RANGES = ("minmax", "clipped", "lsq", None)
+ALLOWED_METADATA_BITS = (8, 16)
 ALLOWED_BACKENDS = ("auto", "torch", "numba", "triton")
 AUTO = "auto"  # left to the code, by sizes it knows
 MOST_TOKENS = 1 << 24  # no length is larger: beyond any context, and what an allocator would refuse
@@ -39,6 +40,14 @@ def head_dims_of(config: Any) -> list[int]:
         return [head_dim_of(config)]
     except RuntimeError:  # what transformers raises for a field that differs between layers
         return sorted({head_dim_of(config.per_layer_config[layer]) for layer in range(config.num_hidden_layers)})
+
+
+def rotary_share(config: Any) -> float:
+    """The share of a head's channels, the first ones, that positions rotate in pairs half of them apart, as Llama and Qwen
+    have it; 0 where a config says nothing of that."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)  # where it differs by kind of attention
+    return float(rope.get("partial_rotary_factor", 1.0)) if rope else 0.0
 
 
 def check_count(name: str, value: Any, minimum: int = 1, others: tuple = ()) -> None:
@@ -122,6 +131,11 @@ class KIVIOptions:
         "channels of a value group; None: twice group_size for rotated values where that divides the head, else "
         "group_size",
     )
+    metadata_bits: int = _option(
+        16,
+        "bits of the scale of 2- and 4-bit codes, and of the minimum of values; that of keys has 16",
+        ALLOWED_METADATA_BITS,
+    )
     backend: str = _option(
         "auto", "what attends over the codes; auto: Triton on a GPU, Numba on a CPU, else torch", ALLOWED_BACKENDS
     )
@@ -154,6 +168,7 @@ class KIVIOptions:
         check_flag("v_rotation", self.v_rotation, None)
         if self.v_group_size is not None:
             check_count("v_group_size", self.v_group_size, 1)
+        _check_choice("metadata_bits", self.metadata_bits, ALLOWED_METADATA_BITS)
         _check_choice("backend", self.backend, ALLOWED_BACKENDS)
         check_flag("exact_products", self.exact_products)
 
@@ -214,10 +229,15 @@ class KIVIOptions:
         double = 2 * self.group_size
         return double if self.rotates_values(v_bits) and head_dim % double == 0 else self.group_size
 
+    def metadata_of(self, bits: int) -> int:
+        """Bits of a scale beside codes of `bits`; those of 8 bits, which a coarse scale would cut short, keep 16."""
+        return self.metadata_bits if bits < 8 else 16
+
     def stored_bits(self, k_bits: int, v_bits: int, head_dim: int, element_bits: int = 16) -> tuple[float, float]:
         """Bits a packed element of the keys and of the values takes, with its share of scale and minimum."""
-        keys = k_bits + METADATA_BITS / self.group_size + 2 * self.wide_count(k_bits, head_dim) / head_dim
-        values = v_bits + METADATA_BITS / self.value_group_size(v_bits, head_dim)
+        of_keys, of_values = self.metadata_of(k_bits) + MINIMUM_BITS, 2 * self.metadata_of(v_bits)
+        keys = k_bits + of_keys / self.group_size + 2 * self.wide_count(k_bits, head_dim) / head_dim
+        values = v_bits + of_values / self.value_group_size(v_bits, head_dim)
         return (
             element_bits if k_bits == FULL_PRECISION_BITS else keys,
             element_bits if v_bits == FULL_PRECISION_BITS else values,

@@ -46,6 +46,7 @@ def empty_layer(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     max_length: int | None = None,
+    rotary: int = 0,
     **options,
 ) -> PackedLayer:
     """A layer without tokens, and its ledger (`layer.ledger`) of `batch` empty sequences; `options` are `KIVIOptions`'.
@@ -58,7 +59,7 @@ def empty_layer(
     geometry = Geometry(chosen.group_size, chosen.residual_length, chosen.sink_length)
     ledger = Ledger(GEOMETRY if static else geometry, max_length)
     like = torch.empty(batch, kv_heads, 0, head_dim, dtype=dtype, device=device)
-    codecs = codecs_of(chosen, bits, head_dim)
+    codecs = codecs_of(chosen, bits, head_dim, rotary)
     if static == "int8":
         key, value = (StaticCodec(random_scales(kv_heads, head_dim, symmetric, device)) for symmetric in (True, False))
         codecs = key, value

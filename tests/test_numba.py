@@ -193,6 +193,26 @@ def test_decode_steps_are_those_of_torch(plan):
             assert relative_error(*read) < max(TOLERANCE[dtype] / 2, 1e-3)
 
 
+@pytest.mark.parametrize("plan", [PLANS[1], ((4, 4), 2, 3, 64, 32, torch.float32, 0.0)], ids=str)
+def test_metadata_of_8_bits(plan):
+    """Attention over it, and packing, by the kernels alone."""
+    for lengths in ([600, 68], [163]):
+        layer = layer_of(plan, lengths, metadata_bits=8)
+        compare(layer, plan[2], 1)
+        reference = copy.deepcopy(layer)
+        for step in range(2 * plan[4] + 3):
+            states = new_states(layer, plan[2], 1, seed=step)
+            with no_torch():
+                NUMBA.decode(*states, layer, 0.1)
+            layer.ledger.commit(Step.of(None, len(lengths), 1))
+            attend_and_store(TORCH, *states, reference, 0.1)
+        assert layer.packed == reference.packed
+        for ours, theirs in zip(layer.sides, reference.sides):
+            assert ours.scale.dtype == torch.uint8
+            last = [side.read(slice(0, 1), 0, layer.packed[0], torch.float32) for side in (ours, theirs)]
+            assert relative_error(*last) < 1e-3
+
+
 def test_a_decode_step_packs_the_same_bytes_as_an_append():
     """Codes, metadata and low bits of a ragged batch, without window and with wide channels."""
     for residual in (0, 64):

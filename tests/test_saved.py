@@ -89,6 +89,7 @@ def through_file(cache, path, model, **kwargs) -> KIVICache:
         {"k_bits": 16, "v_bits": 2},
         {"k_bits": 2, "v_bits": 16, "wide_channels": 0.5},
         {"k_bits": [2, 4, 8], "v_bits": [8, 2, 4], "v_rotation": True},
+        {"metadata_bits": 8, "wide_channels": 0.5},
         {"use_kivi": False},
     ],
     ids=str,

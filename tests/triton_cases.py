@@ -306,8 +306,10 @@ def test_append_in_a_window_with_room_for_drafts(kernels):
     check_attention(layers[0], group=2)
 
 
-@pytest.mark.parametrize("head_dim, residual, observed", [(64, 16, True), (96, 0, True), (128, 16, False)])
-def test_append_chooses_wide_channels_on_the_device(kernels, head_dim, residual, observed):
+@pytest.mark.parametrize(
+    "head_dim, rotary, residual, observed", [(64, 64, 16, True), (96, 24, 0, True), (128, 0, 16, False)]
+)
+def test_append_chooses_wide_channels_on_the_device(kernels, head_dim, rotary, residual, observed):
     """Sequences that reach their first group at different steps, of which the host is told nothing."""
     more = {
         "group_size": 16,
@@ -316,7 +318,7 @@ def test_append_chooses_wide_channels_on_the_device(kernels, head_dim, residual,
         "v_group_size": 32,
         "v_range": "clipped",
     }
-    sizes = {"kv_heads": 2, "head_dim": head_dim, **more}
+    sizes = {"kv_heads": 2, "head_dim": head_dim, "rotary": rotary, **more}
     layers = [empty_layer(2, **{**SMALL, **PLAIN, **sizes}) for _ in range(2)]
     keys, values = random_states((2, 2, 120, head_dim), torch.float16, 3, DEVICE)
     query, _ = random_states((2, 4, 1, head_dim), torch.float16, 4, DEVICE)

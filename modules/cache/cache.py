@@ -25,7 +25,7 @@ from modules.cache.saved import read, write
 from modules.cache.static import GEOMETRY, check_alone, check_packed, options_beside, parameters_of
 from modules.cache.undo import Savepoint
 from modules.codecs.static import StaticParameters
-from modules.options import KIVIOptions, check_count, check_flag, head_dims_of
+from modules.options import KIVIOptions, check_count, check_flag, head_dims_of, rotary_share
 from modules.store.ledger import Geometry, Ledger, OpenStep
 from modules.store.step import Step
 
@@ -109,7 +109,7 @@ class KIVICache(Cache):
             if type(layer) is DynamicLayer:
                 bits = self.options.bits_of_layer(index, len(layers))
                 static = None if self.static is None else self.static.layers.get(index)
-                layers[index] = KIVICacheLayer(self.options, bits, index, self.ledger, static)
+                layers[index] = KIVICacheLayer(self.options, bits, index, self.ledger, static, rotary_share(config))
         if self.static is not None:
             check_packed(self.static, layers)
         return layers

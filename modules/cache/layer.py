@@ -32,6 +32,7 @@ class KIVICacheLayer(CacheLayerMixin):
         layer_idx: its number.
         ledger: of the cache.
         static: calibrated scales of keys and values, which are then stored by those; None for KIVI's own.
+        rotary: the share of a head's channels that positions rotate, see `modules.options.rotary_share`.
     """
 
     is_sliding = False
@@ -44,10 +45,11 @@ class KIVICacheLayer(CacheLayerMixin):
         layer_idx: int,
         ledger: Ledger,
         static: tuple[ChannelScales, ChannelScales] | None = None,
+        rotary: float = 0.0,
     ) -> None:
         super().__init__()
         self.options, self.bits, self.layer_idx, self.ledger = options, bits, layer_idx, ledger
-        self.static = static
+        self.static, self.rotary = static, rotary
         self.store: PackedLayer | None = None
         self.backend: Backend | None = None
 
@@ -72,7 +74,7 @@ class KIVICacheLayer(CacheLayerMixin):
 
     def _codecs(self, head_dim: int) -> tuple[Codec, Codec]:
         if self.static is None:
-            return codecs_of(self.options, self.bits, head_dim)
+            return codecs_of(self.options, self.bits, head_dim, int(self.rotary * head_dim))
         key, value = self.static
         return StaticCodec(key.to(self.device)), StaticCodec(value.to(self.device))
 

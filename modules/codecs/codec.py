@@ -18,8 +18,8 @@ class Part(NamedTuple):
 class Packed(NamedTuple):
     """Packed tokens, part by part: `codes` `[..., T, width]` and what belongs to them, None where a codec has no such part.
 
-    At 2, 4 and 8 bits codes are uint8 `[..., T, D*bits/8]`; `scale` and `minimum` float16, `[..., T/G, D]` for keys and
-    `[..., T, D/G]` for values; `extra` uint8 `[..., T, W/4]`, the low two bits of the first `W` channels of 2-bit keys,
+    At 2, 4 and 8 bits codes are uint8 `[..., T, D*bits/8]`; `scale` and `minimum` `[..., T/G, D]` for keys and
+    `[..., T, D/G]` for values, in the dtypes of `modules.codecs.metadata.Metadata`; `extra` uint8 `[..., T, W/4]`, the low two bits of the first `W` channels of 2-bit keys,
     four neighbours a byte.
     """
 
@@ -30,7 +30,7 @@ class Packed(NamedTuple):
 
     @property
     def metadata(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scale and minimum; `ValueError` where the codec has none."""
+        """Scale and minimum as they are stored; `ValueError` where the codec has none."""
         if self.scale is None or self.minimum is None:
             raise ValueError(
                 "these tokens are packed without scale and minimum; read `codes` as their codec wrote them."
@@ -52,6 +52,10 @@ class Codec(Protocol):
     @property
     def wide(self) -> int:
         """Channels of a head that come first in an order of its own, 0 where channels lie as they are."""
+
+    @property
+    def rotary(self) -> int:
+        """The first channels of a head, which positions rotate in pairs; 0 where that does not matter."""
 
     @property
     def limit(self) -> float:

@@ -18,6 +18,7 @@ class FullPrecisionCodec:
     group_size: int
     bits: int = 16
     wide: int = 0
+    rotary: int = 0
     limit: float = torch.finfo(torch.float32).max
     method: str = "none"
     layout: str = FULL_PRECISION

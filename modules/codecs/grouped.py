@@ -15,6 +15,7 @@ import functools
 import torch
 
 from modules.codecs.codec import Packed
+from modules.codecs.metadata import FLOAT16, Metadata, numbers_of, scale_codes
 
 FLOAT16_MAX = 65504.0
 LSQ_ROUNDS = 4
@@ -44,13 +45,10 @@ def _round_to_codes(x: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor,
     return ((x - minimum) / safe).round_().clamp_(0, levels)
 
 
-def _as_stored(t: torch.Tensor) -> torch.Tensor:
-    """`t` as float16 will give it back, in float32."""
-    return t.to(torch.float16).float()
-
-
-def _fit(x: torch.Tensor, dim: int, bits: int, method: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes (float32, like `x`), scale and minimum (float32 holding float16 values, size 1 along `dim`) of groups.
+def _fit(
+    x: torch.Tensor, dim: int, bits: int, method: str, metadata: Metadata
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes (float32, like `x`), scale and minimum (float32 as they will be read, size 1 along `dim`) of groups.
 
     "minmax" spans each group; "clipped" the range shrunk to `CLIPPED` about its centre. "lsq" alternates rounding with the
     least-squares refit of scale and minimum, from the range shrunk to `LSQ_START` about its centre, and keeps the best of all
@@ -61,7 +59,7 @@ def _fit(x: torch.Tensor, dim: int, bits: int, method: str) -> tuple[torch.Tenso
     if method == "clipped":
         margin = (high - low) * ((1 - CLIPPED) / 2)
         low, high = low + margin, high - margin
-    scale, minimum = _as_stored((high - low) / levels), _as_stored(low)
+    scale, minimum = metadata.stored((high - low) / levels, low, bits)
     codes = _round_to_codes(x, scale, minimum, levels)
     if method != "lsq":
         return codes, scale, minimum
@@ -69,16 +67,15 @@ def _fit(x: torch.Tensor, dim: int, bits: int, method: str) -> tuple[torch.Tenso
     best_error = (codes * scale + minimum).sub_(x).square_().sum(dim, keepdim=True)
     best_scale, best_minimum = scale, minimum
     mean_x = x.mean(dim, keepdim=True)
-    scale = _as_stored((high - low) * (LSQ_START / levels))
-    minimum = _as_stored((low + high) / 2 - (high - low) * (LSQ_START / 2))
+    scale, minimum = (high - low) * (LSQ_START / levels), (low + high) / 2 - (high - low) * (LSQ_START / 2)
+    scale, minimum = metadata.stored(scale, minimum, bits)
     for _ in range(LSQ_ROUNDS):
         codes = _round_to_codes(x, scale, minimum, levels)
         mean_c = codes.mean(dim, keepdim=True)
         centred = codes - mean_c
         variance = centred.square().sum(dim, keepdim=True)
         refit = (centred * (x - mean_x)).sum(dim, keepdim=True) / variance.clamp_min(1e-12)
-        scale = _as_stored(refit)
-        minimum = _as_stored(mean_x - scale * mean_c)
+        scale, minimum = _refit(refit, mean_x, mean_c, bits, metadata)
         codes = _round_to_codes(x, scale, minimum, levels)
         error = (codes * scale + minimum).sub_(x).square_().sum(dim, keepdim=True)
         better = error < best_error
@@ -86,6 +83,14 @@ def _fit(x: torch.Tensor, dim: int, bits: int, method: str) -> tuple[torch.Tenso
         best_scale = torch.where(better, scale, best_scale)
         best_minimum = torch.where(better, minimum, best_minimum)
     return _round_to_codes(x, best_scale, best_minimum, levels), best_scale, best_minimum
+
+
+def _refit(
+    scale: torch.Tensor, mean_x: torch.Tensor, mean_c: torch.Tensor, bits: int, metadata: Metadata
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A refitted scale as it will be read, and the best minimum beside that one."""
+    rounded, _ = metadata.stored(scale, mean_x - scale * mean_c, bits)
+    return metadata.stored(rounded, mean_x - rounded * mean_c, bits)
 
 
 def refuse_unrepresentable(x: torch.Tensor, what: str) -> None:
@@ -115,7 +120,9 @@ def _check(x: torch.Tensor, size: int, what: str, bits: int, group_size: int, me
     refuse_unrepresentable(x, what)
 
 
-def quantize_keys(keys: torch.Tensor, bits: int, group_size: int, method: str = "lsq") -> Packed:
+def quantize_keys(
+    keys: torch.Tensor, bits: int, group_size: int, method: str = "lsq", metadata: Metadata = FLOAT16
+) -> Packed:
     """Quantize keys per channel over groups of `group_size` tokens.
 
     Args:
@@ -123,6 +130,7 @@ def quantize_keys(keys: torch.Tensor, bits: int, group_size: int, method: str = 
         bits: 2, 4 or 8.
         group_size: tokens that share a scale and minimum.
         method: "lsq" or "minmax".
+        metadata: how scale and minimum are stored.
 
     Returns:
         `Packed`: codes `[..., T, D*bits/8]`, scale and minimum `[..., T/G, D]`.
@@ -135,12 +143,15 @@ def quantize_keys(keys: torch.Tensor, bits: int, group_size: int, method: str = 
     parts = []
     for part in _token_slices(keys, group_size):
         groups = part.float().unflatten(-2, (-1, group_size))
-        codes, scale, minimum = _fit(groups, -2, bits, method)
-        parts.append((pack_codes(codes.to(torch.uint8), bits).flatten(-3, -2), scale.squeeze(-2), minimum.squeeze(-2)))
-    return _join(parts, head_dim * bits // 8, head_dim, keys)
+        codes, scale, minimum = _fit(groups, -2, bits, method, metadata)
+        numbers = metadata.pack(scale.squeeze(-2), minimum.squeeze(-2), bits)
+        parts.append((pack_codes(codes.to(torch.uint8), bits).flatten(-3, -2), *numbers))
+    return _join(parts, head_dim * bits // 8, head_dim, keys, metadata)
 
 
-def quantize_values(values: torch.Tensor, bits: int, group_size: int, method: str = "minmax") -> Packed:
+def quantize_values(
+    values: torch.Tensor, bits: int, group_size: int, method: str = "minmax", metadata: Metadata = FLOAT16
+) -> Packed:
     """Quantize values per token over groups of `group_size` channels.
 
     Args:
@@ -148,6 +159,7 @@ def quantize_values(values: torch.Tensor, bits: int, group_size: int, method: st
         bits: 2, 4 or 8.
         group_size: channels that share a scale and minimum.
         method: "minmax", "lsq" or "clipped".
+        metadata: how scale and minimum are stored.
 
     Returns:
         `Packed`: codes `[..., T, D*bits/8]`, scale and minimum `[..., T, D/G]`.
@@ -160,9 +172,10 @@ def quantize_values(values: torch.Tensor, bits: int, group_size: int, method: st
     parts = []
     for part in _token_slices(values, 1):
         groups = part.float().unflatten(-1, (-1, group_size))
-        codes, scale, minimum = _fit(groups, -1, bits, method)
-        parts.append((pack_codes(codes.to(torch.uint8).flatten(-2), bits), scale.squeeze(-1), minimum.squeeze(-1)))
-    return _join(parts, head_dim * bits // 8, head_dim // group_size, values)
+        codes, scale, minimum = _fit(groups, -1, bits, method, metadata)
+        numbers = metadata.pack(scale.squeeze(-1), minimum.squeeze(-1), bits)
+        parts.append((pack_codes(codes.to(torch.uint8).flatten(-2), bits), *numbers))
+    return _join(parts, head_dim * bits // 8, head_dim // group_size, values, metadata)
 
 
 def _token_slices(x: torch.Tensor, multiple: int) -> list[torch.Tensor]:
@@ -172,18 +185,18 @@ def _token_slices(x: torch.Tensor, multiple: int) -> list[torch.Tensor]:
     return [x[..., start : start + step, :] for start in range(0, tokens, step)]
 
 
-def _join(parts: list[tuple[torch.Tensor, ...]], code_bytes: int, metadata: int, like: torch.Tensor) -> Packed:
+def _join(
+    parts: list[tuple[torch.Tensor, ...]], code_bytes: int, numbers: int, like: torch.Tensor, metadata: Metadata
+) -> Packed:
     if not parts:
-        lead = like.shape[:-2]
-        meta = torch.empty(*lead, 0, metadata, dtype=torch.float16, device=like.device)
-        return Packed(torch.empty(*lead, 0, code_bytes, dtype=torch.uint8, device=like.device), meta, meta.clone())
-    codes, scale, minimum = (torch.cat(column, dim=-2) if len(parts) > 1 else column[0] for column in zip(*parts))
-    return Packed(codes, scale.to(torch.float16), minimum.to(torch.float16))
+        shapes = (code_bytes, torch.uint8), (numbers, metadata.scale), (numbers, metadata.minimum)
+        return Packed(*(torch.empty(*like.shape[:-2], 0, n, dtype=kind, device=like.device) for n, kind in shapes))
+    return Packed(*(torch.cat(column, dim=-2) if len(parts) > 1 else column[0] for column in zip(*parts)))
 
 
 def dequantize_keys(packed: Packed, bits: int, group_size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Keys `[..., T, D]` in `dtype` from their packed groups."""
-    scale, minimum = packed.metadata
+    scale, minimum = numbers_of(packed, bits)
     codes = unpack_codes(packed.codes, bits).to(torch.float32).unflatten(-2, (-1, group_size))
     keys = codes.mul_(scale.unsqueeze(-2)).add_(minimum.unsqueeze(-2))
     return keys.flatten(-3, -2).to(dtype)
@@ -191,16 +204,20 @@ def dequantize_keys(packed: Packed, bits: int, group_size: int, dtype: torch.dty
 
 def dequantize_values(packed: Packed, bits: int, group_size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Values `[..., T, D]` in `dtype` from their packed groups."""
-    scale, minimum = packed.metadata
+    scale, minimum = numbers_of(packed, bits)
     codes = unpack_codes(packed.codes, bits).to(torch.float32).unflatten(-1, (-1, group_size))
     values = codes.mul_(scale.unsqueeze(-1)).add_(minimum.unsqueeze(-1))
     return values.flatten(-2).to(dtype)
 
 
-def choose_order(keys: torch.Tensor, wide: int, group_size: int, query_energy: torch.Tensor) -> torch.Tensor:
+def choose_order(
+    keys: torch.Tensor, wide: int, group_size: int, query_energy: torch.Tensor, rotary: int = 0
+) -> torch.Tensor:
     """The order in which the channels of each head are stored: first the `wide` ones whose quantization costs most.
 
-    That cost is the mean squared range of a group times the energy of the queries.
+    That cost is the mean squared range of a group times the energy of the queries. Positions rotate the first `rotary`
+    channels in pairs, half of them apart, and what a channel costs at the first positions its partner costs at later ones:
+    both count with the sum.
 
     Args:
         keys: float `[b, H, T, D]`, `T` a multiple of `group_size`.
@@ -216,6 +233,9 @@ def choose_order(keys: torch.Tensor, wide: int, group_size: int, query_energy: t
     cost = costs[0].mean(2) if len(costs) == 1 else sum(part.sum(2) for part in costs) / count
     known = query_energy.amax(-1, keepdim=True) > 0
     cost = cost * torch.where(known, query_energy, torch.ones_like(query_energy))
+    half = rotary // 2
+    pairs = cost[..., :half] + cost[..., half : 2 * half]
+    cost = torch.cat([pairs, pairs, cost[..., 2 * half :]], dim=-1)
     others = torch.ones_like(cost, dtype=torch.uint8).scatter_(-1, cost.topk(wide, dim=-1).indices, 0)
     return others.argsort(dim=-1, stable=True)
 
@@ -238,8 +258,10 @@ def widen(packed: Packed, fine: Packed) -> Packed:
     codes, fine_codes = unpack_codes(packed.codes, 2), unpack_codes(fine.codes, WIDE_BITS)
     wide = fine_codes.shape[-1]
     codes[..., :wide] = fine_codes >> 2
-    (fine_scale, fine_minimum), (scale, minimum) = fine.metadata, packed.metadata
-    scale = torch.cat([fine_scale * 4, scale[..., wide:]], dim=-1)
+    (_, fine_minimum), (scale, minimum) = fine.metadata, packed.metadata
+    coarse, _ = numbers_of(fine, WIDE_BITS)
+    coarse = scale_codes(coarse * 4) if scale.dtype == torch.uint8 else coarse * 4
+    scale = torch.cat([coarse.to(scale.dtype), scale[..., wide:]], dim=-1)
     minimum = torch.cat([fine_minimum, minimum[..., wide:]], dim=-1)
     neighbours = (fine_codes & 3).unflatten(-1, (-1, 4)).transpose(-1, -2).flatten(-2)
     return Packed(pack_codes(codes, 2), scale, minimum, pack_codes(neighbours, 2))
@@ -249,7 +271,7 @@ def dequantize_wide_keys(packed: Packed, order: torch.Tensor, group_size: int) -
     """Float32 keys `[b, H, T, D]` from 2-bit ones with wide channels, stored in `order` `[b, H, D]`."""
     stored = dequantize_keys(packed, 2, group_size)
     low = low_codes(packed.extra)
-    scale = packed.metadata[0][..., : low.shape[-1]].float() / 4
+    scale = numbers_of(packed, 2)[0][..., : low.shape[-1]] / 4
     stored[..., : low.shape[-1]] += (low.unflatten(2, (-1, group_size)) * scale.unsqueeze(3)).flatten(2, 3)
     return torch.empty_like(stored).scatter_(3, order.unsqueeze(2).expand_as(stored), stored)
 

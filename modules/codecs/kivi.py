@@ -19,35 +19,46 @@ from modules.codecs.grouped import (
     quantize_values,
     widen,
 )
+from modules.codecs.metadata import EIGHT_BIT_KEYS, EIGHT_BIT_VALUES, FLOAT16, Metadata
 from modules.options import FULL_PRECISION_BITS, KIVIOptions
 
 GROUPED = "grouped"
+EIGHT_BIT_METADATA = "grouped, metadata of 8 bits"
 
 
 @dataclasses.dataclass(frozen=True)
 class KeyCodec:
-    """Keys: a scale and a minimum a channel and group of tokens; `wide` channels of a 2-bit key have 4 bits."""
+    """Keys: a scale and a minimum a channel and group of tokens; `wide` channels of a 2-bit key have 4 bits.
+
+    The first `rotary` channels of a head are rotated by position, in pairs: wide are both of a pair or neither.
+    """
 
     bits: int
     group_size: int
     method: str
     wide: int = 0
     limit: float = FLOAT16_MAX
-    layout: str = GROUPED
+    metadata: Metadata = FLOAT16
+    rotary: int = 0
+
+    @property
+    def layout(self) -> str:
+        """See `Codec.layout`."""
+        return GROUPED if self.metadata.exact else EIGHT_BIT_METADATA
 
     def parts(self, head_dim: int, dtype: torch.dtype) -> dict[str, Part]:
         """Codes, metadata a group of tokens and, with wide channels, their low bits."""
-        metadata = Part(head_dim, torch.float16, self.group_size)
-        parts = {"codes": Part(head_dim * self.bits // 8, torch.uint8), "scale": metadata, "minimum": metadata}
+        scale, minimum = (Part(head_dim, t, self.group_size) for t in (self.metadata.scale, self.metadata.minimum))
+        parts = {"codes": Part(head_dim * self.bits // 8, torch.uint8), "scale": scale, "minimum": minimum}
         return parts | ({"extra": Part(self.wide // 4, torch.uint8)} if self.wide else {})
 
     def encode(self, states: torch.Tensor, order: torch.Tensor | None) -> Packed:
         """Codes of whole groups `[b, H, T, D]`, channels in `order`."""
         if order is None:
-            return quantize_keys(states, self.bits, self.group_size, self.method)
+            return quantize_keys(states, self.bits, self.group_size, self.method, self.metadata)
         states = place_channels(states, order)
-        fine = quantize_keys(states[..., : self.wide], WIDE_BITS, self.group_size, self.method)
-        return widen(quantize_keys(states, self.bits, self.group_size, self.method), fine)
+        fine = quantize_keys(states[..., : self.wide], WIDE_BITS, self.group_size, self.method, self.metadata)
+        return widen(quantize_keys(states, self.bits, self.group_size, self.method, self.metadata), fine)
 
     def decode(self, packed: Packed, order: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         """The keys `[b, H, T, D]`, channels as the model has them."""
@@ -65,28 +76,40 @@ class ValueCodec:
     method: str
     wide: int = 0
     limit: float = FLOAT16_MAX
-    layout: str = GROUPED
+    metadata: Metadata = FLOAT16
+    rotary: int = 0
+
+    @property
+    def layout(self) -> str:
+        """See `Codec.layout`."""
+        return GROUPED if self.metadata.exact else EIGHT_BIT_METADATA
 
     def parts(self, head_dim: int, dtype: torch.dtype) -> dict[str, Part]:
         """Codes and metadata a token."""
-        metadata = Part(head_dim // self.group_size, torch.float16)
-        return {"codes": Part(head_dim * self.bits // 8, torch.uint8), "scale": metadata, "minimum": metadata}
+        groups = head_dim // self.group_size
+        scale, minimum = (Part(groups, t) for t in (self.metadata.scale, self.metadata.minimum))
+        return {"codes": Part(head_dim * self.bits // 8, torch.uint8), "scale": scale, "minimum": minimum}
 
     def encode(self, states: torch.Tensor, order: torch.Tensor | None) -> Packed:
         """Codes of values `[b, H, T, D]`."""
-        return quantize_values(states, self.bits, self.group_size, self.method)
+        return quantize_values(states, self.bits, self.group_size, self.method, self.metadata)
 
     def decode(self, packed: Packed, order: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         """The values `[b, H, T, D]`, as they were given: rotated, if they were."""
         return dequantize_values(packed, self.bits, self.group_size, dtype)
 
 
-def codecs_of(options: KIVIOptions, bits: tuple[int, int], head_dim: int) -> tuple[Codec, Codec]:
-    """The codecs of a layer's keys and values at `bits`."""
+def codecs_of(options: KIVIOptions, bits: tuple[int, int], head_dim: int, rotary: int = 0) -> tuple[Codec, Codec]:
+    """The codecs of a layer's keys and values at `bits`; `rotary` is that of `KeyCodec`."""
+    metadata = tuple(
+        small if options.metadata_of(own) == 8 else FLOAT16
+        for small, own in zip((EIGHT_BIT_KEYS, EIGHT_BIT_VALUES), bits)
+    )
     key: Codec = FullPrecisionCodec(options.group_size)
     value: Codec = FullPrecisionCodec(options.value_group_size(bits[1], head_dim))
     if bits[0] != FULL_PRECISION_BITS:
-        key = KeyCodec(bits[0], options.group_size, options.k_range, options.wide_count(bits[0], head_dim))
+        wide = options.wide_count(bits[0], head_dim)
+        key = KeyCodec(bits[0], options.group_size, options.k_range, wide, metadata=metadata[0], rotary=rotary)
     if bits[1] != FULL_PRECISION_BITS:
-        value = ValueCodec(bits[1], value.group_size, options.value_range(bits[1]))
+        value = ValueCodec(bits[1], value.group_size, options.value_range(bits[1]), metadata=metadata[1])
     return key, value

@@ -29,6 +29,7 @@ class StaticCodec:
     group_size: int = 1
     bits: int = 8
     wide: int = 0
+    rotary: int = 0
     limit: float = torch.finfo(torch.float32).max
     method: str = "none"
     layout: str = STATIC

@@ -1,4 +1,4 @@
-"""The command line: `kivi evaluate` or `python -m modules.evaluation`, with quality, passkey, layers or report."""
+"""The command line: `kivi evaluate` or `python -m modules.evaluation`, with quality, passkey, layers, ablations or report."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modules.cli.command import argument, check_least, group, parse_one_of
 from modules.cli.status import run
+from modules.evaluation.ablations import ablations
 from modules.evaluation.candidates import (
     CANDIDATE_SETS,
     Candidate,
@@ -34,7 +35,7 @@ from modules.evaluation.quality import SKIP, keep_peers, measure_quality
 from modules.evaluation.report import write_report
 from modules.evaluation.results import PasskeyResult, QualityResult, load_result, save_result
 from modules.evaluation.streaming import CHUNK
-from modules.evaluation.tables import layer_table, passkey_table, print_table, quality_table
+from modules.evaluation.tables import ablation_table, layer_table, passkey_table, print_table, quality_table
 from modules.evaluation.texts import TEXT_HELP, encode, load_text
 from modules.options import KIVIOptions
 
@@ -343,6 +344,33 @@ class Layers(ModelFlags):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Ablations:
+    """Ways to store keys and values, ranked on the recorded states of a model."""
+
+    model: str = argument(help=MODEL_HELP)
+    text: str = argument("prose", TEXT_HELP)
+    tokens: int = argument(1024, "of the text")
+    layers: int = argument(8, "equally far apart")
+    output: str | None = argument(None, "write the result as JSON here")
+
+    def run(self, console: Console) -> None:
+        """Measure, show and save."""
+        with _progress(console) as bar:
+            task = bar.add_task("", total=None)
+            result = ablations(
+                self.model,
+                self.text,
+                self.tokens,
+                self.layers,
+                progress=lambda name: bar.update(task, advance=1, description=name),
+            )
+        print_table(ablation_table(result), f"{Path(self.model).name}, {self.text}", Console())
+        if self.output:
+            save_result(result, self.output)
+            console.print(f"written: {self.output}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Report(ModelFlags):
     """docs/quality.md and its plot from the results."""
 
@@ -400,7 +428,14 @@ Examples:
   kivi evaluate layers --model path/to/model
   accelerate launch --num_processes 2 -m modules.evaluation quality --model path/to/model    # shared by two GPUs
 """
-COMMANDS = {"quality": Quality, "passkey": Passkey, "layers": Layers, "report": Report, "int8": Int8}
+COMMANDS = {
+    "quality": Quality,
+    "passkey": Passkey,
+    "layers": Layers,
+    "ablations": Ablations,
+    "report": Report,
+    "int8": Int8,
+}
 
 
 def main(arguments: list[str] | None = None, prog: str = "python -m modules.evaluation") -> int:

@@ -13,8 +13,8 @@ from modules.evaluation.candidates import BEST, DEFAULTS, FOUR_BITS, FULL, PAPER
 from modules.evaluation.environment import Environment
 from modules.evaluation.pages import render
 from modules.evaluation.plots import panels, save
-from modules.evaluation.results import PasskeyResult, QualityResult, QualityRow, load_result
-from modules.evaluation.tables import MISSING, compared, number, passkey_table, percent, quality_table
+from modules.evaluation.results import BenchmarkResult, PasskeyResult, QualityResult, QualityRow, load_result
+from modules.evaluation.tables import MISSING, ablation_table, compared, number, passkey_table, percent, quality_table
 
 TEMPLATE = Path(__file__).with_name("quality.md.jinja")
 SERIES = {  # kind: how it is drawn, and its name in the legend
@@ -52,11 +52,26 @@ def write_report(folder: str | Path, output: str | Path) -> list[Path]:
     output.parent.mkdir(parents=True, exist_ok=True)
     plot = output.with_suffix(".svg")
     draw(quality, plot)
-    output.write_text(page(quality, passkeys, plot.name))
+    output.write_text(page(quality, passkeys, plot.name, read_ablations(folder)))
     return [output, plot]
 
 
-def page(quality: Sequence[QualityResult], passkeys: Sequence[PasskeyResult], plot: str) -> str:
+def read_ablations(folder: str | Path) -> list[BenchmarkResult]:
+    """Every `ablations*.json` of a folder, by name.
+
+    Raises:
+        ValueError: where a file holds something else.
+    """
+    results = [load_result(path) for path in sorted(Path(folder).glob("ablations*.json"))]
+    return [result for result in results if isinstance(result, BenchmarkResult)]
+
+
+def page(
+    quality: Sequence[QualityResult],
+    passkeys: Sequence[PasskeyResult],
+    plot: str,
+    ablations: Sequence[BenchmarkResult] = (),
+) -> str:
     """The report as Markdown."""
     models = dict.fromkeys(result.model for result in passkeys)
     measured: list[QualityResult | PasskeyResult] = [*quality, *passkeys]
@@ -72,6 +87,8 @@ def page(quality: Sequence[QualityResult], passkeys: Sequence[PasskeyResult], pl
         days_of=_days_of,
         quality_table=quality_table,
         passkey_table=passkey_table,
+        ablations=ablations,
+        ablation_table=ablation_table,
     )
 
 

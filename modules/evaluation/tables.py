@@ -76,6 +76,21 @@ def layer_table(costs: LayerCosts, chosen: Mapping[str, Sequence[int]]) -> panda
     return pandas.DataFrame(rows, columns=["layer", "K: KL (nats)", "K bits", "V: KL (nats)", "V bits"])
 
 
+def ablation_table(result: BenchmarkResult) -> pandas.DataFrame:
+    """Side, variant, stored bits, and the error of attention, also beside that of the first variant of the side."""
+    rows = [
+        [
+            row["side"],
+            row["variant"],
+            number(row["stored_bits"], 2),
+            number(100 * row["error"], 3),
+            number(row["of_base"], 2),
+        ]
+        for row in result.rows
+    ]
+    return pandas.DataFrame(rows, columns=["side", "variant", "stored bits", "error (%)", "of the first"])
+
+
 def _sum(pairs: Iterable[tuple[int, int]]) -> tuple[int, int]:
     found, asked = zip(*pairs)
     return sum(found), sum(asked)

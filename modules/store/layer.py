@@ -209,7 +209,8 @@ class PackedLayer:
         """Choose the wide key channels, if there are any, of sequences by their first groups of keys `[b, H, T, D]`."""
         if self.key.order is not None and self.query_energy is not None:
             energy = self.query_energy[sequences]
-            self.key.order[sequences] = choose_order(groups, self.key.wide, self.key.group_size, energy)
+            codec = self.key.codec
+            self.key.order[sequences] = choose_order(groups, codec.wide, codec.group_size, energy, codec.rotary)
 
     def overwrites(self, step: Step) -> bool:
         """Whether new tokens take slots of the window in which tokens lie that are stored by now."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from modules.codecs.kivi import EIGHT_BIT_METADATA
 from modules.kernels.backend import Backend
 from modules.kernels.numba import attention, packing
 from modules.store.layer import PackedLayer
@@ -15,6 +16,7 @@ class NumbaBackend(Backend):
     """Vectorized kernels for float32, bfloat16 and float16 on any CPU."""
 
     name = "numba"
+    layouts = Backend.layouts | {EIGHT_BIT_METADATA}
 
     def why_not(self, layer: PackedLayer) -> str | None:
         """See `Backend.why_not`."""

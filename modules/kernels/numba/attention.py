@@ -14,6 +14,7 @@ import weakref
 import torch
 
 from modules.codecs.full_precision import FULL_PRECISION
+from modules.codecs.kivi import EIGHT_BIT_METADATA
 from modules.codecs.static_codec import STATIC
 from modules.kernels.checks import check_layer, check_new_states
 from modules.kernels.numba import packing
@@ -279,7 +280,9 @@ def _plan(layer: PackedLayer, rows: int) -> Plan | None:
     """The plan for a layer, None where there is none."""
     window, groups = layer.key.window, (layer.group_size, layer.value.group_size)
     formats = _format(layer.key), _format(layer.value)
-    return plan_of(formats, window.dtype, rows, window.shape[3], groups, layer.key.wide, not layer.exact_products)
+    small = tuple(side.codec.layout == EIGHT_BIT_METADATA for side in layer.sides)
+    sizes = rows, window.shape[3], groups, layer.key.wide
+    return plan_of(formats, window.dtype, *sizes, small, not layer.exact_products)
 
 
 def _format(side: PackedSide) -> int | str:

@@ -26,7 +26,7 @@ from numba.core import event
 from numba.core.typing.templates import AttributeTemplate
 from numba.extending import infer_getattr, intrinsic, lower_getattr_generic, models, register_model
 
-from modules.codecs import grouped, rotation, static
+from modules.codecs import grouped, metadata, rotation, static
 from modules.kernels.numba.vectors import I64, Emitter
 
 TAKE_IN, UNITS, COMBINE = 1, 2, 4  # the stages of a kernel
@@ -41,7 +41,7 @@ def digest() -> str:
     what that calls, nor at constants of other files."""
     found = hashlib.sha256()
     paths = sorted(pathlib.Path(__file__).parent.glob("*.py"))
-    for path in (*paths, *(pathlib.Path(inspect.getfile(module)) for module in (grouped, rotation, static))):
+    for path in (*paths, *(pathlib.Path(inspect.getfile(module)) for module in (grouped, metadata, rotation, static))):
         found.update(path.read_bytes())
     return found.hexdigest()[:16]
 

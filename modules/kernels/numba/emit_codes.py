@@ -6,6 +6,8 @@ from llvmlite import ir
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from modules.codecs.metadata import minimum_unit
+from modules.kernels.numba import small_metadata as small
 from modules.kernels.numba.compiling import emitting, void_signature
 from modules.kernels.numba.emit_fit import Fit
 from modules.kernels.numba.packing_spec import Packing
@@ -13,12 +15,12 @@ from modules.kernels.numba.vectors import I8, I32, I64, Emitter
 
 
 def _emit_fits(e: _UnitEmitter, source, scale, minimum, largest) -> None:
-    """Scale and minimum, float16, of the groups of one unit of float32 states `[tokens, head_dim]` at `source`; `largest`,
+    """Scale and minimum of the groups of one unit of float32 states `[tokens, head_dim]` at `source`; `largest`,
     int32, receives the bits of its largest magnitude."""
     spec, lanes = e.plan, e.plan.lanes
     most = e.variable(e.int_splat(0))
     step = lanes if spec.keys else spec.group_size
-    stored = ir.VectorType(ir.HalfType(), lanes if spec.keys else 1)
+    count = lanes if spec.keys else 1
     with cgutils.for_range(e.b, I64(spec.head_dim // step)) as loop:
         place = e.address(source, 0, loop.index, step * 4)
 
@@ -28,10 +30,9 @@ def _emit_fits(e: _UnitEmitter, source, scale, minimum, largest) -> None:
         fit = Fit(e, spec.group_size if spec.keys else spec.group_size // lanes, load, across=not spec.keys)
         *numbers, magnitude = fit.run()
         e.b.store(e.larger_int(magnitude, e.b.load(most)), most)
-        for number, address in zip(numbers, (scale, minimum)):
-            half = e.b.fptrunc(e.shuffle(number, number, list(range(stored.count))), stored)
-            target = e.address(address, 0, loop.index, stored.count * 2)
-            e.b.store(half, e.b.inttoptr(target, stored.as_pointer()), align=2)
+        scales, minima = (e.shuffle(number, number, list(range(count))) for number in numbers)
+        _store_scale(e, scales, e.address(scale, 0, loop.index, count * spec.scale_bytes))
+        _store_minimum(e, scales, minima, e.address(minimum, 0, loop.index, count * spec.minimum_bytes))
     whole = e.b.load(most)
     for shift in (1 << i for i in range(lanes.bit_length() - 1)):
         whole = e.larger_int(whole, e.shuffle(whole, whole, [lane ^ shift for lane in range(lanes)]))
@@ -45,7 +46,7 @@ def _emit_codes(e: _UnitEmitter, source, codes, scale, minimum) -> None:
     with cgutils.for_range(e.b, I64(spec.width // lanes)) as chunks:
         first = e.b.mul(chunks.index, I64(lanes))
         channels = [e.b.add(first, I64(plane * spec.width)) for plane in range(spec.planes)]
-        fitted = [[_load_metadata(e, address, channel) for address in (scale, minimum)] for channel in channels]
+        fitted = [_load_metadata(e, scale, minimum, channel) for channel in channels]
         inverses = [fit.inverse(scales) for scales, _ in fitted]
         with cgutils.for_range(e.b, I64(spec.tokens)) as tokens:
             row = e.address(source, 0, tokens.index, e.source_stride)
@@ -59,13 +60,37 @@ def _emit_codes(e: _UnitEmitter, source, codes, scale, minimum) -> None:
             e.b.store(small, e.b.inttoptr(place, small.type.as_pointer()), align=1)
 
 
-def _load_metadata(e: Emitter[Packing], address, channel):
-    """Scale or minimum of the channels from `channel` on, float32."""
-    if e.plan.keys:
-        return e.load(e.address(address, 0, channel, 2), "float16")
-    group = e.b.udiv(channel, I64(e.plan.group_size))
-    one = e.load(e.address(address, 0, group, 2), "float16", lanes=1)
-    return e.shuffle(one, one, [0] * e.plan.lanes)
+def _store_scale(e: Emitter[Packing], scale, address) -> None:
+    if not e.plan.small_metadata:
+        e.store_as(scale, address, "float16")
+        return
+    codes = small.scale_codes(e, scale)
+    e.store_scalar(e.b.trunc(codes, ir.VectorType(I8, codes.type.count)), address, 1)
+
+
+def _store_minimum(e: Emitter[Packing], scale, minimum, address) -> None:
+    whole = e.plan.minimum_bytes == 2
+    e.store_as(minimum if whole else small.minimum_codes(e, scale, minimum), address, "float16" if whole else "int8")
+
+
+def _load_scale(e: Emitter[Packing], address, lanes: int):
+    if not e.plan.small_metadata:
+        return e.load(address, "float16", lanes)
+    codes = e.load_scalar(address, ir.VectorType(I8, lanes), 1)
+    return small.scales_of(e, e.b.zext(codes, ir.VectorType(I32, lanes)))
+
+
+def _load_metadata(e: Emitter[Packing], scale, minimum, channel) -> list:
+    """Scale and minimum of the channels from `channel` on, float32."""
+    spec = e.plan
+    place = channel if spec.keys else e.b.udiv(channel, I64(spec.group_size))
+    count = spec.lanes if spec.keys else 1
+    scales = _load_scale(e, e.address(scale, 0, place, spec.scale_bytes), count)
+    kind = "float16" if spec.minimum_bytes == 2 else "int8"
+    minima = e.load(e.address(minimum, 0, place, spec.minimum_bytes), kind, count)
+    if kind == "int8":
+        minima = e.b.fmul(e.b.fmul(minima, scales), e.float_splat(minimum_unit(spec.bits), count))
+    return [scales, minima] if spec.keys else [e.shuffle(one, one, [0] * spec.lanes) for one in (scales, minima)]
 
 
 class _UnitEmitter(Emitter[Packing]):
@@ -96,8 +121,8 @@ def _emit_widen_scales(e: Emitter[Packing], scale) -> None:
         return
     fine = _UnitEmitter(e, fine=True)
     with cgutils.for_range(e.b, I64(e.plan.wide // fine.plan.lanes)) as loop:
-        place = fine.address(scale, 0, loop.index, fine.plan.lanes * 2)
-        fine.store_as(e.b.fmul(fine.load(place, "float16"), fine.float_splat(4.0)), place, "float16")
+        place = fine.address(scale, 0, loop.index, fine.plan.lanes * fine.plan.scale_bytes)
+        _store_scale(fine, e.b.fmul(_load_scale(fine, place, fine.plan.lanes), fine.float_splat(4.0)), place)
 
 
 @intrinsic

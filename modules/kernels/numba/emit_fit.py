@@ -10,6 +10,8 @@ from llvmlite import ir
 from numba.core import cgutils
 
 from modules.codecs.grouped import CLIPPED, LSQ_ROUNDS, LSQ_START
+from modules.codecs.metadata import LARGEST_MINIMUM, minimum_unit
+from modules.kernels.numba import small_metadata as small
 from modules.kernels.numba.vectors import I64, Emitter
 
 
@@ -42,6 +44,22 @@ class Fit:
         """`vector` as float16 gives it back."""
         half = ir.VectorType(ir.HalfType(), self.spec.lanes)
         return self.b.fpext(self.b.fptrunc(vector, half), vector.type)
+
+    def stored(self, scale, minimum):
+        """Both as they will be read; see `modules.codecs.metadata.Metadata.stored`."""
+        if not self.spec.small_metadata:
+            return self.as_stored(scale), self.as_stored(minimum)
+        e, b, levels = self.e, self.b, self.spec.levels
+        rounded, unit = small.scales_of(e, small.scale_codes(e, scale)), minimum_unit(self.spec.bits)
+        moved = e.multiply_add(b.fsub(scale, rounded), self.splat(levels / 2), minimum)
+        if self.spec.keys:
+            return rounded, self.as_stored(moved)
+        needed = b.fmul(small.magnitude(e, minimum), self.splat(1 / (LARGEST_MINIMUM * unit)))
+        above = small.at_most(e, b.add(small.scale_codes(e, needed), e.int_splat(1)))
+        far = b.fcmp_ordered(">", needed, rounded)
+        rounded = b.select(far, small.scales_of(e, above), rounded)
+        codes = small.minimum_codes(e, rounded, b.select(far, minimum, moved))
+        return rounded, b.fmul(b.fmul(codes, rounded), self.splat(unit))
 
     def inverse(self, scale):
         safe = self.b.select(self.b.fcmp_ordered(">", scale, self.splat(0.0)), scale, self.splat(1.0))
@@ -97,8 +115,8 @@ class Fit:
         variance = self.b.fsub(squares, self.b.fmul(codes, mean_code))
         differ = self.b.fcmp_ordered(">", variance, self.splat(0.25))  # whole numbers that differ vary by 1/2 or more
         scale = self.b.select(differ, self.b.fdiv(products, variance), self.splat(0.0))
-        scale = self.as_stored(scale)
-        return scale, self.as_stored(self.b.fsub(mean, self.b.fmul(scale, mean_code)))
+        scale, _ = self.stored(scale, self.b.fsub(mean, self.b.fmul(scale, mean_code)))
+        return self.stored(scale, self.b.fsub(mean, self.b.fmul(scale, mean_code)))
 
     def run(self):
         """`(scale, minimum, largest)` of the chunk; see `modules.codecs.grouped._fit`."""
@@ -109,15 +127,16 @@ class Fit:
             margin = self.b.fmul(span, self.splat((1 - CLIPPED) / 2))
             low, high = self.b.fadd(low, margin), self.b.fsub(high, margin)
             span = self.b.fsub(high, low)
-        best_scale = self.as_stored(self.b.fdiv(span, self.splat(float(levels))))
-        best_minimum = self.as_stored(low)
+        best_scale, best_minimum = self.stored(self.b.fdiv(span, self.splat(float(levels))), low)
         if self.spec.method != "lsq":
             return best_scale, best_minimum, largest
         mean = self.b.fmul(total, self.splat(1.0 / self.spec.group_size))
         best_error = self._measure(best_scale, best_minimum, mean)[0]
         centre = self.b.fmul(self.b.fadd(low, high), self.splat(0.5))
-        scale = self.as_stored(self.b.fmul(span, self.splat(LSQ_START / levels)))
-        minimum = self.as_stored(self.b.fsub(centre, self.b.fmul(span, self.splat(LSQ_START / 2))))
+        scale, minimum = self.stored(
+            self.b.fmul(span, self.splat(LSQ_START / levels)),
+            self.b.fsub(centre, self.b.fmul(span, self.splat(LSQ_START / 2))),
+        )
         state = [self.e.variable(v) for v in (scale, minimum, best_scale, best_minimum, best_error)]
         with cgutils.for_range(self.b, I64(LSQ_ROUNDS + 1)) as loop:
             scale, minimum, *best = [self.b.load(slot) for slot in state]

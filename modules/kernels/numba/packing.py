@@ -10,6 +10,7 @@ import torch
 
 from modules.codecs.codec import Packed
 from modules.codecs.grouped import FLOAT16_MAX, refuse_unrepresentable
+from modules.codecs.kivi import EIGHT_BIT_METADATA
 from modules.kernels.checks import check_groups
 from modules.kernels.numba.compiling import Kernel, compiled
 from modules.kernels.numba.fields import PackingFields
@@ -104,6 +105,8 @@ def _compiled(spec: Packing) -> Kernel:
 def _spec(side: PackedSide) -> Packing | None:
     """What is to be compiled for a side; None where there is no kernel for it, or its tensors are not contiguous."""
     window = side.window
-    spec = packing_of(side.what, side.bits, side.group_size, side.method, window.dtype, window.shape[3], side.wide)
+    small = side.codec.layout == EIGHT_BIT_METADATA
+    how = side.what, side.bits, side.group_size, side.method
+    spec = packing_of(*how, window.dtype, window.shape[3], side.wide, small)
     whole = all(t.is_contiguous() for t in side.tensors().values())
     return spec if whole else None

@@ -56,8 +56,9 @@ def packing(spec, address, stages, first, stop, thread):
         order = carray(as_pointer(call.order + row_head * spec.head_dim * 8), spec.head_dim, np.int64)
         _load_unit(spec, source, call.source_token, order, scratch, base)
         token = row_head * call.capacity + jobs[job, TARGET] + group * spec.tokens
-        codes, meta = call.codes + token * spec.width, token // spec.tokens * spec.metadata * 2
-        scale, minimum, largest = call.scale + meta, call.minimum + meta, call.largest + unit * 4
+        codes, meta = call.codes + token * spec.width, token // spec.tokens * spec.metadata
+        scale, minimum = call.scale + meta * spec.scale_bytes, call.minimum + meta * spec.minimum_bytes
+        largest = call.largest + unit * 4
         pack_unit(spec, base, codes, scale, minimum, largest)
         if spec.wide:
             fine = base + spec.at_fine * 4

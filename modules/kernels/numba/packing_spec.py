@@ -27,6 +27,7 @@ class Packing:
         head_dim: channels.
         wide: channels of 2-bit keys that get 4 bits.
         lanes: float32 lanes of a vector.
+        small_metadata: it has 8 bits, see `modules.codecs.metadata`.
     """
 
     what: str
@@ -37,6 +38,7 @@ class Packing:
     head_dim: int
     wide: int
     lanes: int
+    small_metadata: bool
 
     @property
     def summary(self) -> str:
@@ -73,6 +75,16 @@ class Packing:
         return self.head_dim if self.keys else self.head_dim // self.group_size
 
     @property
+    def scale_bytes(self) -> int:
+        """Bytes of one scale."""
+        return 1 if self.small_metadata else 2
+
+    @property
+    def minimum_bytes(self) -> int:
+        """Bytes of one minimum."""
+        return 1 if self.small_metadata and not self.keys else 2
+
+    @property
     def fine(self) -> Packing:
         """The packing of the wide channels alone."""
         lanes = math.gcd(host()[0], self.wide * WIDE_BITS // 8)
@@ -107,10 +119,18 @@ class Packing:
 
 @functools.cache
 def packing_of(
-    what: str, bits: int, group_size: int, method: str, dtype: torch.dtype, head_dim: int, wide: int
+    what: str,
+    bits: int,
+    group_size: int,
+    method: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    wide: int,
+    small_metadata: bool,
 ) -> Packing | None:
     """What to compile, or None where the layout fits no vector."""
     if dtype not in FLOAT_NAMES or bits not in (2, 4, 8) or not host_is_supported() or head_dim % (8 // bits):
         return None
     lanes = math.gcd(host()[0], head_dim * bits // 8, *([group_size] if what == "values" else []))
-    return Packing(what, bits, group_size, method, FLOAT_NAMES[dtype], head_dim, wide, lanes) if lanes >= 4 else None
+    spec = Packing(what, bits, group_size, method, FLOAT_NAMES[dtype], head_dim, wide, lanes, small_metadata)
+    return spec if lanes >= 4 else None

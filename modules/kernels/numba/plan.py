@@ -29,6 +29,7 @@ class Plan:
         wide: wide channels of 2-bit keys, a multiple of 4.
         lanes: float32 lanes of a vector.
         block: scores of one register block, `padded_rows * tokens`.
+        k_small_metadata, v_small_metadata: scales and minima are those of 8 bits.
         in_bytes: queries and weights meet codes as bytes, where the layout allows it.
     """
 
@@ -42,6 +43,8 @@ class Plan:
     wide: int
     lanes: int
     block: int
+    k_small_metadata: bool
+    v_small_metadata: bool
     in_bytes: bool
 
     @property
@@ -167,10 +170,18 @@ class Plan:
             "units": 2 * self.merged_steps + max(self.lanes, self.padded_rows) if self.k_in_bytes else 0,
             "weights": scores * self.groups // 4 if self.v_in_bytes else 0,
             "weight_units": self.groups * self.block,
+            "scales": self._metadata_floats,
+            "minima": self._metadata_floats,
             "maximum": self.block,
             "total": self.block,
             "decay": self.block,
         }
+
+    @property
+    def _metadata_floats(self) -> int:
+        """Room for metadata of 8 bits as float16: of a group of keys, or a tile of values."""
+        keys = self.head_dim if self.k_small_metadata else 0
+        return -(-max(keys, self.tile_tokens * self.groups if self.v_small_metadata else 0) // 2)
 
     def at(self, section: str) -> int:
         """Where a section of the scratch starts, in floats; "end" gives the size of it all."""
@@ -204,11 +215,13 @@ def plan_of(
     head_dim: int,
     groups: tuple[int, int],
     wide: int,
+    small_metadata: tuple[bool, bool],
     in_bytes: bool,
 ) -> Plan | None:
     """The plan for a layer, or None where the layout fits no vector or the dtype is not one of the three.
 
     `formats` and `in_bytes` are those of `Plan`, `groups` tokens (keys) and channels (values); rows of numbers have none.
+    `small_metadata` says of either side whether its metadata has 8 bits.
     """
     if dtype not in FLOAT_NAMES or not host_is_supported():
         return None
@@ -218,6 +231,6 @@ def plan_of(
     planes = [8 // form for form in formats if isinstance(form, int)]
     lanes = math.gcd(most, head_dim, v_group, *(head_dim // p for p in planes))
     dense = FLOAT_NAMES[dtype]
-    block = max(block, lanes)
-    plan = Plan(formats[0], formats[1], dense, rows, head_dim, group_size, v_group, wide, lanes, block, in_bytes)
+    sizes = head_dim, group_size, v_group, wide, lanes, max(block, lanes)
+    plan = Plan(*formats, dense, rows, *sizes, *small_metadata, in_bytes)
     return plan if lanes >= 4 and group_size % plan.tokens == 0 else None

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 
 from modules.codecs.grouped import low_codes, place_channels
+from modules.codecs.metadata import numbers_of
 from modules.store.layer import PackedLayer
 from modules.store.side import PackedSide
 from modules.store.step import Step
@@ -123,7 +124,7 @@ def _scores(query: torch.Tensor, side: PackedSide, sequences: slice, start: int,
         return query @ stored.codes.float().transpose(-1, -2)
     if side.order is not None:
         query = place_channels(query, side.order[sequences])
-    scale, minimum = (t.float() for t in stored.metadata)
+    scale, minimum = numbers_of(stored, side.bits)
     scores = (query @ minimum.transpose(-1, -2)).repeat_interleave(side.group_size, dim=-1)
     width = stored.codes.shape[-1]
     for number, plane in enumerate(_planes(stored.codes, side.bits)):
@@ -152,15 +153,15 @@ def _weighted_sum(weights: torch.Tensor, side: PackedSide, sequences: slice, sta
     width, parts, scaled_by, scaled = stored.codes.shape[-1], [], -1, weights
     segment = math.gcd(width, side.group_size)  # channels of one plane and one group
     half = ((1 << side.bits) - 1) / 2
+    scale, minimum = numbers_of(stored, side.bits)
     for number, plane in enumerate(_planes(stored.codes, side.bits)):
         plane.sub_(half)
         for first in range(0, width, segment):
             group = (number * width + first) // side.group_size
             if group != scaled_by:
-                scaled, scaled_by = weights * stored.scale[..., group].float().unsqueeze(-2), group
+                scaled, scaled_by = weights * scale[..., group].unsqueeze(-2), group
             parts.append(scaled @ plane[..., first : first + segment])
-    scale, minimum = stored.metadata
-    middle = torch.add(minimum.float(), scale.float(), alpha=half)
+    middle = torch.add(minimum, scale, alpha=half)
     offsets = (weights @ middle).unsqueeze(-1)
     return torch.cat(parts, dim=-1).unflatten(-1, (-1, side.group_size)).add_(offsets).flatten(-2)
 

@@ -43,20 +43,35 @@ def _costs(group, energy, channel, known, G: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
+def _pair_costs(group, energy, channel, known, TILE: tl.constexpr):
+    """`_costs`, of both channels of a pair that positions rotate together."""
+    G: tl.constexpr = TILE.G
+    D: tl.constexpr = TILE.D
+    ROTARY: tl.constexpr = TILE.ROTARY
+    cost = _costs(group, energy, channel, known, G, D)
+    if ROTARY > 1:
+        HALF: tl.constexpr = ROTARY // 2
+        partner = tl.where(channel < HALF, channel + HALF, channel - HALF)
+        paired = channel < 2 * HALF
+        partner = tl.where(paired, partner, channel)
+        cost = tl.where(paired, cost + _costs(group, energy, partner, known, G, D), cost)
+    return cost
+
+
+@triton.jit
 def _choose_order(group, energy, order, TILE: tl.constexpr):
     """`modules.codecs.grouped.choose_order` for the first group `[G, D]` of a head: of two equal costs the first channel's
     counts more."""
-    G: tl.constexpr = TILE.G
     D: tl.constexpr = TILE.D
     D_PAD: tl.constexpr = TILE.D_PAD
     WIDE: tl.constexpr = TILE.WIDE
     channel = tl.arange(0, D_PAD)
     known = tl.max(tl.load(energy + channel, mask=channel < D, other=0.0), 0) > 0.0
-    cost = _costs(group, energy, channel, known, G, D)
+    cost = _pair_costs(group, energy, channel, known, TILE)
     rank = tl.zeros([D_PAD], tl.int32)
     for start in range(0, D, _BLOCK):
         other = start + tl.arange(0, _BLOCK)
-        theirs = _costs(group, energy, other, known, G, D)[None, :]
+        theirs = _pair_costs(group, energy, other, known, TILE)[None, :]
         first = (theirs > cost[:, None]) | ((theirs == cost[:, None]) & (other[None, :] < channel[:, None]))
         rank += tl.sum(first.to(tl.int32), 1)
     is_wide = (rank < WIDE) & (channel < D)

@@ -155,6 +155,7 @@ class PackTile(NamedTuple):
     WIDE: int
     WIDE_PAD: int
     WIDE_BITS: int
+    ROTARY: int  # channels that positions rotate in pairs
     COLUMNS: int  # bytes of a token of keys that a program packs at a time
     COLUMN_BLOCKS: int  # of them, and one for the low bits of wide channels
     TOKENS: int  # tokens of values that a program packs at a time
@@ -284,12 +285,20 @@ def attention_options(tile: AttentionTile) -> dict[str, int | bool | None]:
 def pack_tile(side: PackedSide, tokens: int) -> PackTile:
     """The tile that packs groups of `side`, `tokens` tokens of values in blocks of equal size."""
     head_dim, block = side.window.shape[3], math.gcd(PACK_TOKENS, tokens)
-    return pack_tile_of(side.what == "keys", head_dim, side.group_size, _bits(side), side.method, side.wide, block)
+    how = side.group_size, _bits(side), side.method, side.wide, block, side.codec.rotary
+    return pack_tile_of(side.what == "keys", head_dim, *how)
 
 
 @functools.cache
 def pack_tile_of(
-    keys: bool, head_dim: int, group_size: int, bits: int, method: str, wide: int = 0, tokens: int = PACK_TOKENS
+    keys: bool,
+    head_dim: int,
+    group_size: int,
+    bits: int,
+    method: str,
+    wide: int = 0,
+    tokens: int = PACK_TOKENS,
+    rotary: int = 0,
 ) -> PackTile:
     """The same from numbers; `tokens` of values are packed at a time."""
     width = head_dim * min(bits, 8) // 8
@@ -306,6 +315,7 @@ def pack_tile_of(
         WIDE=wide,
         WIDE_PAD=max(4, triton.next_power_of_2(wide)),
         WIDE_BITS=WIDE_BITS,
+        ROTARY=rotary,
         COLUMNS=columns,
         COLUMN_BLOCKS=-(-width // columns) + (wide > 0),
         TOKENS=tokens,
