@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,17 +18,18 @@ from modules.evaluation.candidates import (
     Candidate,
     changes,
     kivi,
-    parse_options,
     peers,
     short_candidates,
     written,
 )
+from modules.evaluation.flags import CacheFlags, ModelFlags
 from modules.evaluation.int8 import measure_int8, write_int8_report
 from modules.evaluation.layers import EXTRA_BITS, TOKENS, LayerCosts, choose_bits, measure_layers
-from modules.evaluation.loading import DTYPES, MODEL_HELP, load_model
+from modules.evaluation.loading import MODEL_HELP, load_model
 from modules.evaluation.passkey import depths_of, measure_passkey
 from modules.evaluation.plan import INT8_PLAN, PLAN, Int8Step, Step, existing_models, int8_steps, steps
 from modules.evaluation.quality import SKIP, keep_peers, measure_quality
+from modules.evaluation.references import packages, references
 from modules.evaluation.report import write_report
 from modules.evaluation.results import PasskeyResult, QualityResult, load_result, save_result
 from modules.evaluation.streaming import CHUNK
@@ -170,13 +170,14 @@ def measure_steps(wanted: list[Step], models: Path, flags: Report, console: Cons
                 lengths=list(step.lengths),
             )
         else:
-            result = _measure_step(step, loaded[step.model], load_result(path) if path.exists() else None, console)
+            earlier = load_result(path) if path.exists() else None
+            result = _measure_step(step, loaded[step.model], earlier, flags.missing, console)
         _show(result, str(path))
 
 
-def _measure_step(step: Step, loaded: Any, earlier: Any, console: Console) -> QualityResult:
-    own = CANDIDATE_SETS[step.candidates]()
-    if step.calibration:
+def _measure_step(step: Step, loaded: Any, earlier: Any, missing_only: bool, console: Console) -> QualityResult:
+    own = [] if missing_only else CANDIDATE_SETS[step.candidates]()
+    if step.calibration and not missing_only:
         costs = run_layers(*loaded, console=console, text=step.calibration)
         own.append(kivi(f"4 bits in some layers, by {step.calibration}", choose_bits(costs)))
 
@@ -186,39 +187,10 @@ def _measure_step(step: Step, loaded: Any, earlier: Any, console: Console) -> Qu
             model, tokenizer, candidates, console=console, model_name=step.model, text=step.text, tokens=step.tokens
         )
 
-    result = keep_peers(measure(own), earlier)
-    missing = [peer for peer in peers() if step.peers and all(row.name != peer.name for row in result.rows)]
+    result = earlier if missing_only and earlier else keep_peers(measure(own), earlier)
+    others = [*peers(), *references(), *packages()] if step.peers else []
+    missing = [peer for peer in others if all(row.name != peer.name for row in result.rows)]
     return keep_peers(result, measure(missing)) if missing else result
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelFlags:
-    """The flags of whatever runs a model."""
-
-    dtype: str = argument("float32", "of the weights", DTYPES)
-    device: str | None = argument(None, "as torch names it; None: a GPU where there is one")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CacheFlags(ModelFlags):
-    """The flags of whatever compares caches."""
-
-    model: str = argument(help=MODEL_HELP)
-    cache: KIVIOptions = group(KIVIOptions)
-    options: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = argument(
-        (), "another KIVI cache, as NAME=VALUE,…; may be repeated, 'name: …' names it"
-    )
-    chunk: int = argument(CHUNK, "tokens that go through the cache at once")
-    output: str | None = argument(None, "write the result as JSON here")
-
-    def __post_init__(self) -> None:
-        check_least(self.chunk, 1, "--chunk")
-
-    def own_candidates(self) -> list[Candidate]:
-        """The caches asked for by flags: the one of the options that are not at their defaults, and `--options`."""
-        given = changes(self.cache)
-        asked = [kivi(written(given), given)] if given else []
-        return asked + [parse_options(text) for text in self.options]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -229,7 +201,7 @@ class Quality(CacheFlags):
     tokens: int = argument(3072, "of the text")
     skip: int = argument(SKIP, "tokens before the first measured prediction")
     set: str = argument("main", "caches, where no options are given", tuple(sorted(CANDIDATE_SETS)))
-    peers: bool = argument(True, "transformers' own quantized caches too")
+    peers: bool = argument(True, "other methods too: transformers' own quantized caches, KVarN, TurboQuant")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -238,7 +210,8 @@ class Quality(CacheFlags):
 
     def run(self, console: Console) -> None:
         """Measure, show and save."""
-        candidates = (self.own_candidates() or CANDIDATE_SETS[self.set]()) + (peers() if self.peers else [])
+        candidates = self.own_candidates() or CANDIDATE_SETS[self.set]()
+        candidates += [*peers(), *references(), *packages()] if self.peers else []
         load_text(self.text)  # a mistake here should not wait for the model
         model, tokenizer = load_model(self.model, self.dtype, self.device)
         result = run_quality(
@@ -325,6 +298,7 @@ class Report(ModelFlags):
     """docs/quality.md and its plot from the results."""
 
     measure: tuple[str, ...] = argument((), f"measure first: all, or some of {', '.join(step.name for step in PLAN)}")
+    missing: bool = argument(False, "of what is measured, only the rows of other methods that a result does not have")
     models: str | None = argument(None, "folder of the models of the page; None: $KIVI_MODELS or ~/.cache/kivi-models")
     results: str = argument(RESULTS, "folder of quality*.json")
     output: str = argument(REPORT, "the page")
