@@ -1,4 +1,4 @@
-"""The command line: `kivi evaluate` or `python -m modules.evaluation`, with quality, passkey, layers or report."""
+"""The command line: `kivi evaluate` or `python -m modules.evaluation`, with quality, free, tasks, passkey, layers or report."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modules.cli.command import argument, check_least, group, parse_one_of
@@ -23,6 +22,7 @@ from modules.evaluation.candidates import (
     written,
 )
 from modules.evaluation.flags import CacheFlags, ModelFlags
+from modules.evaluation.free_command import Free, run_free
 from modules.evaluation.int8 import measure_int8, write_int8_report
 from modules.evaluation.layers import EXTRA_BITS, TOKENS, LayerCosts, choose_bits, measure_layers
 from modules.evaluation.loading import MODEL_HELP, load_model
@@ -31,19 +31,23 @@ from modules.evaluation.plan import INT8_PLAN, PLAN, Int8Step, Step, existing_mo
 from modules.evaluation.quality import SKIP, keep_peers, measure_quality
 from modules.evaluation.references import packages, references
 from modules.evaluation.report import write_report
-from modules.evaluation.results import PasskeyResult, QualityResult, load_result, save_result
+from modules.evaluation.results import (
+    FreeResult,
+    PasskeyResult,
+    QualityResult,
+    TasksResult,
+    load_result,
+    save_result,
+)
+from modules.evaluation.showing import progress_bar, show
 from modules.evaluation.streaming import CHUNK
-from modules.evaluation.tables import layer_table, passkey_table, print_table, quality_table
+from modules.evaluation.tables import layer_table, print_table
+from modules.evaluation.tasks_command import Tasks, run_tasks
 from modules.evaluation.texts import TEXT_HELP, encode, load_text
 from modules.options import KIVIOptions
 
 RESULTS = "benchmarks/results"
 REPORT = "docs/quality.md"
-
-
-def _progress(console: Console) -> Progress:
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    return Progress(*columns, console=console)
 
 
 def run_quality(
@@ -61,7 +65,7 @@ def run_quality(
     """Measure with a progress bar."""
     ids = encode(tokenizer, load_text(text), tokens, text)
     total = -(-tokens // chunk) * (len(candidates) + 1)
-    with _progress(console) as bar:
+    with progress_bar(console) as bar:
         task = bar.add_task("", total=total)
         return measure_quality(
             model,
@@ -88,7 +92,7 @@ def run_passkey(
     chunk: int = CHUNK,
 ) -> PasskeyResult:
     """Measure with a progress bar."""
-    with _progress(console) as bar:
+    with progress_bar(console) as bar:
         task = bar.add_task("", total=sum(lengths) * len(depths_of(depths)) * (len(candidates) + 1))
         return measure_passkey(
             model,
@@ -116,7 +120,7 @@ def run_layers(
     """Measure every layer alone, with a progress bar."""
     ids = encode(tokenizer, load_text(text), tokens, text)
     total = -(-tokens // CHUNK) * (2 * model.config.num_hidden_layers + 1)
-    with _progress(console) as bar:
+    with progress_bar(console) as bar:
         task = bar.add_task("", total=total)
         return measure_layers(
             model, ids, options=options, progress=lambda name: bar.update(task, advance=1, description=name)
@@ -132,22 +136,9 @@ def _run_int8(
     page: Path,
 ) -> dict[str, Any]:
     """Calibrate and measure with a progress bar."""
-    with _progress(console) as bar:
+    with progress_bar(console) as bar:
         task = bar.add_task("", total=None)
         return measure_int8(model, tokenizer, step, page, lambda name: bar.update(task, advance=1, description=name))
-
-
-def _show(result: QualityResult | PasskeyResult, output: str | None) -> None:
-    console = Console()
-    if isinstance(result, QualityResult):
-        print_table(quality_table(result), f"{result.model}, {result.text}, {result.tokens} tokens", console)
-    else:
-        print_table(passkey_table([result]), f"{result.model}: keys found", console)
-        for name, note in result.notes.items():
-            console.print(f"{name}: {note}")
-    if output:
-        save_result(result, output)
-        console.print(f"written: {output}")
 
 
 def measure_steps(wanted: list[Step], models: Path, flags: Report, console: Console) -> None:
@@ -158,21 +149,48 @@ def measure_steps(wanted: list[Step], models: Path, flags: Report, console: Cons
         if step.model not in loaded:
             loaded = {step.model: load_model(str(models / step.model), flags.dtype, flags.device)}  # one at a time
         path = Path(flags.results) / step.file
-        if step.lengths:
-            model, tokenizer = loaded[step.model]
-            result: Any = run_passkey(
-                model,
-                tokenizer,
-                short_candidates()[:1],
-                console=console,
-                model_name=step.model,
-                filler=step.text,
-                lengths=list(step.lengths),
-            )
+        if step.kind != "quality":
+            result: Any = _MEASURES[step.kind](step, *loaded[step.model], console)
         else:
             earlier = load_result(path) if path.exists() else None
             result = _measure_step(step, loaded[step.model], earlier, flags.missing, console)
-        _show(result, str(path))
+        show(result, str(path))
+
+
+def _measure_passkey(
+    step: Step, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, console: Console
+) -> PasskeyResult:
+    defaults, lengths = short_candidates()[:1], list(step.lengths)
+    return run_passkey(
+        model, tokenizer, defaults, console=console, model_name=step.model, filler=step.text, lengths=lengths
+    )
+
+
+def _measure_free(
+    step: Step, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, console: Console
+) -> FreeResult:
+    return run_free(
+        model,
+        tokenizer,
+        [*short_candidates(), *(references() if step.peers else [])],
+        console=console,
+        model_name=step.model,
+        text=step.text,
+        prompt_tokens=step.tokens,
+        new_tokens=step.new_tokens,
+    )
+
+
+def _measure_tasks(
+    step: Step, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, console: Console
+) -> TasksResult:
+    candidates = [*short_candidates(), *(references() if step.peers else [])]
+    return run_tasks(
+        model, tokenizer, candidates, console=console, model_name=step.model, filler=step.text, lengths=step.lengths
+    )
+
+
+_MEASURES = {"passkey": _measure_passkey, "free": _measure_free, "tasks": _measure_tasks}
 
 
 def _measure_step(step: Step, loaded: Any, earlier: Any, missing_only: bool, console: Console) -> QualityResult:
@@ -225,7 +243,7 @@ class Quality(CacheFlags):
             chunk=self.chunk,
             skip=self.skip,
         )
-        _show(result, self.output)
+        show(result, self.output)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -261,7 +279,7 @@ class Passkey(CacheFlags):
             depths=self.depths,
             chunk=self.chunk,
         )
-        _show(result, self.output)
+        show(result, self.output)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -337,7 +355,7 @@ class Int8(ModelFlags):
             measured = _run_int8(model, tokenizer, step, console=console, page=Path(self.output))
             for file, result in measured.items():
                 if isinstance(result, QualityResult):
-                    _show(result, None)
+                    show(result, None)
                 save_result(result, Path(self.results) / file)
 
 
@@ -346,10 +364,20 @@ DESCRIPTION = """What a quantized cache costs, measured on a model of yours.
 Examples:
   kivi evaluate quality --model path/to/model --text prose
   kivi evaluate quality --model path/to/model --options k_bits=4,v_bits=4 --options 'paper: k_range=minmax,sink_length=0'
+  kivi evaluate free --model path/to/model --new-tokens 500
+  kivi evaluate tasks --model path/to/model --lengths 4000 8000
   kivi evaluate passkey --model path/to/model --lengths 2000 4000
   kivi evaluate layers --model path/to/model
 """
-COMMANDS = {"quality": Quality, "passkey": Passkey, "layers": Layers, "report": Report, "int8": Int8}
+COMMANDS = {
+    "quality": Quality,
+    "free": Free,
+    "tasks": Tasks,
+    "passkey": Passkey,
+    "layers": Layers,
+    "report": Report,
+    "int8": Int8,
+}
 
 
 def main(arguments: list[str] | None = None, prog: str = "python -m modules.evaluation") -> int:
