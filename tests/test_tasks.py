@@ -20,7 +20,7 @@ def hay(tokenizer):
 
 
 def test_needles_are_where_and_as_often_as_they_should(tokenizer, hay):
-    context = needles.haystack(tokenizer, hay, 6000, seed=3, values=3, hops=2)
+    context = needles.haystack(tokenizer, hay, 6000, 3, needles.Difficulty(keys=10, values=3, hops=2))
     assert len(context.ids) == 6000
     text = tokenizer.decode(context.ids)
     assert text.startswith(needles.HEADER) and text.rstrip().endswith("long.")
@@ -28,7 +28,7 @@ def test_needles_are_where_and_as_often_as_they_should(tokenizer, hay):
         task: [q for q in context.questions if q.task == task]
         for task in (needles.MULTI_KEY, needles.MULTI_VALUE, needles.TRACKING)
     }
-    assert [len(each) for each in by_task.values()] == [needles.KEYS, needles.SEVERAL, needles.CHAINS]
+    assert [len(each) for each in by_task.values()] == [10, needles.SEVERAL, needles.CHAINS]
     for question in by_task[needles.MULTI_KEY] + by_task[needles.MULTI_VALUE]:
         key = question.text.split(" for ")[1].split(" mentioned")[0]
         values = question.expected.split(", ")
@@ -118,6 +118,7 @@ def test_all_problems_differ():
         ({"haystacks": 0}, "haystacks must be"),
         ({"lengths": [200]}, "no room for"),
         ({"lengths": [200_000]}, "the filler has"),
+        ({"largest": 1}, "largest must be"),
         ({"shot_tokens": 100}, "do not make a context of 100 tokens"),
         ({"shot_tokens": 90_000}, "do not make a context of 90000 tokens"),
     ],
@@ -171,6 +172,7 @@ def test_commands(model_folder, tmp_path, capsys, without_numba):  # noqa: F811
     assert "right answers" in capsys.readouterr().out
     for arguments, message in (
         (["tasks", "--model", "m", "--tasks", "chess"], "--tasks must be some of needles, arithmetic, code; got chess"),
+        (["tasks", "--model", "m", "--keys", 0], "keys must be a whole number from 1 to 80; got 0"),
         (["tasks", "--model", "m", "--questions", 0], "--questions must be 1 or more"),
         (["free", "--model", "m", "--seeds", 1], "--seeds must be 2 or more"),
     ):

@@ -8,6 +8,7 @@ five digits, chains are shorter, there is no worked example, and an answer is ri
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Sequence
 
@@ -33,8 +34,33 @@ ALL_VARIABLES = (
     "The {count} variables that are assigned the value {value} are:"
 )
 MULTI_KEY, MULTI_VALUE, TRACKING = "multi-key", "multi-value", "variable tracking"
-KEYS, SEVERAL, CHAINS = 10, 3, 3  # keys of one value, keys of several, chains
-VALUES, HOPS = 2, 1  # of a key of several, of a chain
+SEVERAL, CHAINS = 3, 3  # keys of several values, chains
+
+
+@dataclasses.dataclass(frozen=True)
+class Difficulty:
+    """How hard needles are to tell apart.
+
+    Attributes:
+        keys: of one value each, all of which are asked for; the others are decoys.
+        values: of each of the keys of several values.
+        hops: of a chain: variables that are assigned another variable.
+
+    Raises:
+        ValueError: for a number that is not allowed.
+    """
+
+    keys: int = 8
+    values: int = 2
+    hops: int = 1
+
+    def __post_init__(self) -> None:
+        for name, least, most in (("keys", 1, 80), ("values", 1, 20), ("hops", 0, 20)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+                raise ValueError(f"{name} must be a whole number from {least} to {most}; got {value!r}.")
+
+
 DEPTHS = (0.02, 0.92)  # of the haystack: the newest tokens of a context are in full precision
 _NUMBER_TOKENS = 8  # that a number or a name may take in an answer
 
@@ -44,10 +70,7 @@ def haystack(
     filler: Sequence[int],
     length: int,
     seed: int,
-    *,
-    keys: int = KEYS,
-    values: int = VALUES,
-    hops: int = HOPS,
+    difficulty: Difficulty = Difficulty(),
 ) -> Context:
     """A context of exactly `length` tokens and the questions about its needles.
 
@@ -56,15 +79,13 @@ def haystack(
         filler: token ids of the hay.
         length: in tokens.
         seed: of keys, numbers and places.
-        keys: of one value each, all of which are asked for; the others are decoys.
-        values: of each of the keys of several values.
-        hops: of a chain: variables that are assigned another variable.
+        difficulty: of the needles.
 
     Raises:
         ValueError: for a length that has no room for the needles, or that the filler does not fill.
     """
     numbers = random.Random(seed)
-    asked = [*_about_keys(numbers, keys, values), *_about_chains(numbers, hops)]
+    asked = [*_about_keys(numbers, difficulty.keys, difficulty.values), *_about_chains(numbers, difficulty.hops)]
     needles = _shuffled(numbers, [own for own, _ in asked])
     header = tokenizer(HEADER)["input_ids"]
     pieces = [tokenizer(needle, add_special_tokens=False)["input_ids"] for needle in needles]

@@ -17,6 +17,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from modules.evaluation.questions import Context, Question, few_shots
+from modules.evaluation.streaming import check_count
 
 ARITHMETIC, CODE = "arithmetic", "code"
 PEOPLE = ("Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hal", "Ida", "Jon")
@@ -24,22 +25,27 @@ THINGS = ("apples", "books", "coins", "stamps", "shells", "pencils", "tickets", 
 SECONDS = 5  # that an answer may run
 MEMORY = 1 << 30  # bytes that it may take
 SHOTS = 400
+LARGEST = 50
 
 
-def arithmetic(tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int) -> Context:
-    """Additions and subtractions of numbers up to 50 in words, after worked examples that fill `length` tokens.
+def arithmetic(
+    tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed: int, largest: int = LARGEST
+) -> Context:
+    """Additions and subtractions of two numbers in words, after worked examples that fill `length` tokens.
 
     Args:
         tokenizer: of the model.
         length: of the context, in tokens.
         count: of questions.
         seed: of the problems.
+        largest: of the two numbers.
 
     Raises:
-        ValueError: for a length that holds no two examples, or more than there are.
+        ValueError: for a length that holds no two examples, or more than there are, or for a `largest` below 2.
     """
+    check_count("largest", largest, 2, "things")
     numbers = random.Random(seed)
-    problems = [_sum(numbers) for _ in range(SHOTS + count)]
+    problems = [_sum(numbers, largest) for _ in range(SHOTS + count)]
     shots = [f"Question: {text}\nAnswer: {answer}\n\n" for text, answer in problems[count:]]
     questions = [
         Question(ARITHMETIC, f"Question: {text}\nAnswer:", str(answer), _is_number(answer), 6)
@@ -48,10 +54,10 @@ def arithmetic(tokenizer: PreTrainedTokenizerBase, length: int, count: int, seed
     return few_shots(tokenizer, "", shots, questions, length)
 
 
-def _sum(numbers: random.Random) -> tuple[str, int]:
+def _sum(numbers: random.Random, largest: int) -> tuple[str, int]:
     """A problem in words and its answer."""
     person, thing = numbers.choice(PEOPLE), numbers.choice(THINGS)
-    first, second = numbers.randint(5, 50), numbers.randint(2, 50)
+    first, second = numbers.randint(2, largest), numbers.randint(2, largest)
     if first > second and numbers.random() < 0.5:
         return f"{person} has {first} {thing} and gives {second} of them away. How many are left?", first - second
     return f"{person} has {first} {thing} and finds {second} more. How many are there now?", first + second

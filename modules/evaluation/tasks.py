@@ -15,8 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modules.evaluation.candidates import CacheFactory, Candidate, as_candidates, full_precision
 from modules.evaluation.environment import Environment
-from modules.evaluation.needles import haystack
-from modules.evaluation.problems import arithmetic, code
+from modules.evaluation.needles import Difficulty, haystack
+from modules.evaluation.problems import LARGEST, arithmetic, code
 from modules.evaluation.questions import Context, Question
 from modules.evaluation.results import TaskRow, TasksResult
 from modules.evaluation.streaming import CHUNK, check_count, greedy, prefill
@@ -39,6 +39,8 @@ def make_contexts(
     haystacks: int = HAYSTACKS,
     questions: int = QUESTIONS,
     seed: int = 0,
+    difficulty: Difficulty = Difficulty(),
+    largest: int = LARGEST,
 ) -> list[Context]:
     """Contexts and their questions, the same for the same seed.
 
@@ -51,6 +53,7 @@ def make_contexts(
         haystacks: of each length.
         questions: of arithmetic, and of code.
         seed: of all of them.
+        difficulty: of the needles; largest: number of the arithmetic.
 
     Raises:
         ValueError: for a task that there is not, and for counts and lengths that are not allowed.
@@ -66,10 +69,12 @@ def make_contexts(
     if "needles" in tasks:
         hay = tokenizer(filler[: 16 * max(lengths)], add_special_tokens=False, verbose=False)["input_ids"]
         contexts += [
-            haystack(tokenizer, hay, length, 1000 * seed + number) for length in lengths for number in range(haystacks)
+            haystack(tokenizer, hay, length, 1000 * seed + number, difficulty)
+            for length in lengths
+            for number in range(haystacks)
         ]
     if "arithmetic" in tasks:
-        contexts.append(arithmetic(tokenizer, shot_tokens, questions, seed))
+        contexts.append(arithmetic(tokenizer, shot_tokens, questions, seed, largest))
     if "code" in tasks:
         contexts.append(code(tokenizer, shot_tokens, questions, seed))
     return contexts

@@ -12,6 +12,8 @@ from modules.cli.command import argument, check_least
 from modules.evaluation.candidates import Candidate, peers, short_candidates
 from modules.evaluation.flags import CacheFlags
 from modules.evaluation.loading import load_model
+from modules.evaluation.needles import Difficulty
+from modules.evaluation.problems import LARGEST
 from modules.evaluation.references import packages, references
 from modules.evaluation.results import TasksResult
 from modules.evaluation.showing import progress_bar, show
@@ -34,6 +36,8 @@ def run_tasks(
     haystacks: int = HAYSTACKS,
     questions: int = QUESTIONS,
     seed: int = 0,
+    difficulty: Difficulty = Difficulty(),
+    largest: int = LARGEST,
     chunk: int = CHUNK,
 ) -> TasksResult:
     """Measure with a progress bar."""
@@ -46,6 +50,8 @@ def run_tasks(
         haystacks=haystacks,
         questions=questions,
         seed=seed,
+        difficulty=difficulty,
+        largest=largest,
     )
     asked = sum(len(context.questions) for context in contexts)
     with progress_bar(console) as bar:
@@ -72,6 +78,10 @@ class Tasks(CacheFlags):
     haystacks: int = argument(HAYSTACKS, "of each length")
     shot_tokens: int = argument(SHOT_TOKENS, "of worked examples before an arithmetic or a code question")
     questions: int = argument(QUESTIONS, "of arithmetic, and of code")
+    keys: int = argument(Difficulty.keys, "of a haystack, of one value each; all but the one asked for are decoys")
+    values: int = argument(Difficulty.values, "of each key of several values")
+    hops: int = argument(Difficulty.hops, "of a chain: variables that are assigned another variable")
+    largest: int = argument(LARGEST, "number of the arithmetic")
     seed: int = argument(0, "of the questions")
     peers: bool = argument(False, "other methods too: transformers' own quantized caches, KVarN, TurboQuant")
 
@@ -84,6 +94,8 @@ class Tasks(CacheFlags):
             check_least(getattr(self, name), 1, "--" + name.replace("_", "-"))
         for length in self.lengths:
             check_least(length, 1, "--lengths")
+        check_least(self.largest, 2, "--largest")
+        Difficulty(self.keys, self.values, self.hops)
 
     def run(self, console: Console) -> None:
         """Measure, show and save."""
@@ -104,6 +116,8 @@ class Tasks(CacheFlags):
             haystacks=self.haystacks,
             questions=self.questions,
             seed=self.seed,
+            difficulty=Difficulty(self.keys, self.values, self.hops),
+            largest=self.largest,
             chunk=self.chunk,
         )
         show(result, self.output)
