@@ -61,6 +61,9 @@ class Difficulty:
                 raise ValueError(f"{name} must be a whole number from {least} to {most}; got {value!r}.")
 
 
+USUAL = Difficulty()
+
+
 DEPTHS = (0.02, 0.92)  # of the haystack: the newest tokens of a context are in full precision
 _NUMBER_TOKENS = 8  # that a number or a name may take in an answer
 
@@ -70,7 +73,7 @@ def haystack(
     filler: Sequence[int],
     length: int,
     seed: int,
-    difficulty: Difficulty = Difficulty(),
+    difficulty: Difficulty = USUAL,
 ) -> Context:
     """A context of exactly `length` tokens and the questions about its needles.
 

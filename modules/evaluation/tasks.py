@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modules.evaluation.candidates import CacheFactory, Candidate, as_candidates, full_precision
 from modules.evaluation.environment import Environment
-from modules.evaluation.needles import Difficulty, haystack
+from modules.evaluation.needles import USUAL, Difficulty, haystack
 from modules.evaluation.problems import LARGEST, arithmetic, code
 from modules.evaluation.questions import Context, Question
 from modules.evaluation.results import TaskRow, TasksResult
@@ -39,7 +39,7 @@ def make_contexts(
     haystacks: int = HAYSTACKS,
     questions: int = QUESTIONS,
     seed: int = 0,
-    difficulty: Difficulty = Difficulty(),
+    difficulty: Difficulty = USUAL,
     largest: int = LARGEST,
 ) -> list[Context]:
     """Contexts and their questions, the same for the same seed.

@@ -12,7 +12,7 @@ from modules.cli.command import argument, check_least
 from modules.evaluation.candidates import Candidate, peers, short_candidates
 from modules.evaluation.flags import CacheFlags
 from modules.evaluation.loading import load_model
-from modules.evaluation.needles import Difficulty
+from modules.evaluation.needles import USUAL, Difficulty
 from modules.evaluation.problems import LARGEST
 from modules.evaluation.references import packages, references
 from modules.evaluation.results import TasksResult
@@ -36,7 +36,7 @@ def run_tasks(
     haystacks: int = HAYSTACKS,
     questions: int = QUESTIONS,
     seed: int = 0,
-    difficulty: Difficulty = Difficulty(),
+    difficulty: Difficulty = USUAL,
     largest: int = LARGEST,
     chunk: int = CHUNK,
 ) -> TasksResult:
