@@ -4,12 +4,12 @@ import json
 
 import pytest
 from conftest import SMALL, make_pair
-from test_evaluation import model_folder, run  # noqa: F401 - a fixture, and the command line
+from test_evaluation import HERE, a_result, model_folder, run  # noqa: F401 - a fixture, and the command line
 
 from modules import evaluation
 from modules.evaluation import candidates as named
-from modules.evaluation import needles, problems, tables, tasks
-from modules.evaluation.results import TaskRow
+from modules.evaluation import needles, problems, report, tables, tasks
+from modules.evaluation.results import FreeResult, FreeRow, TaskRow, TasksResult
 
 FILLER = "the hay is dry and long. " * 4000
 
@@ -148,16 +148,31 @@ def test_table_compares_pair_by_pair(tmp_path):
         for name, values in right.items()
         for number, value in enumerate(values)
     ]
-    from test_evaluation import HERE
-
-    from modules.evaluation.results import TasksResult
-
     result = TasksResult("m", 128, 0, rows, {}, HERE)
     full, ours = tables.tasks_table(result).values.tolist()
     assert full == ["code", "1,500", named.FULL, "3 of 4", "0.75", "0.30 to 0.95", "–", "–", "–"]
     assert ours[3:] == ["1 of 4", "0.25", "0.05 to 0.70", "2", "0", "0.50"]
     evaluation.save_result(result, tmp_path / "tasks.json")
     assert evaluation.load_result(tmp_path / "tasks.json") == result
+
+
+def test_page_has_both(tmp_path):
+    """And says so where there is none."""
+    evaluation.save_result(a_result(), tmp_path / "quality-a.json")
+    page = report.write_report(tmp_path, tmp_path / "quality.md")[0]
+    assert "`python -m modules.evaluation free --model MODEL`" in page.read_text()
+    numbers = {"kl_own": 0.5, "kl_own_error": 0.1, "kl_quarters": [0.4, 0.6], "log_p": -2.0, "sequence_kl": 0.7}
+    rows = [FreeRow(named.DEFAULTS, "kivi", stored_bits=3.0, **numbers)]
+    evaluation.save_result(
+        FreeResult("m", "prose", "abc", 4, 1024, 400, 3, 128, rows, HERE), tmp_path / "quality-f.json"
+    )
+    rows = [TaskRow(name, "kivi", "code", 1500, 0, "x", "y", True) for name in (named.FULL, named.DEFAULTS)]
+    evaluation.save_result(TasksResult("m", 128, 0, rows, {}, HERE), tmp_path / "quality-t.json")
+    text = " ".join(report.write_report(tmp_path, page)[0].read_text().replace("**", "").split())
+    assert "m: 4 prompts of 1,024 tokens, 400 new tokens, 3 samples each" in text
+    assert "| defaults | 3.00 | 0.5000 | 0.1000 | 0.4000 to 0.6000 |" in text
+    assert "| code | 1,500 | defaults | 1 of 1 | 1.00 | 0.21 to 1.00 | 0 | 0 | 1.00 |" in text
+    assert "Not measured yet: `python -m modules.evaluation free" not in text
 
 
 def test_commands(model_folder, tmp_path, capsys, without_numba):  # noqa: F811
