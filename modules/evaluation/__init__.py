@@ -13,7 +13,6 @@ from modules.evaluation.free import measure_free
 from modules.evaluation.layers import LayerCosts, choose_bits, measure_layers
 from modules.evaluation.passkey import measure_passkey, passkey_prompt
 from modules.evaluation.quality import measure_quality
-from modules.evaluation.references import references
 from modules.evaluation.results import (
     BenchmarkResult,
     FreeResult,
@@ -61,6 +60,5 @@ __all__ = [
     "passkey_prompt",
     "peers",
     "prefill",
-    "references",
     "save_result",
 ]
