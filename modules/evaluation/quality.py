@@ -26,6 +26,7 @@ from modules.evaluation.streaming import CHUNK, check_count, chunks, forward
 from modules.evaluation.texts import digest
 
 SKIP = 512
+OTHERS = ("transformers", "reference", "package")  # kinds of what is not ours
 PEER_PACKAGES = ("torch", "transformers", "optimum-quanto", "hqq")  # what transformers' caches depend on
 Progress = Callable[[str], None]
 
@@ -172,7 +173,7 @@ def _one_chunk(
 
 
 def keep_peers(result: QualityResult, earlier: QualityResult | None) -> QualityResult:
-    """`result` with the rows of transformers' caches that an earlier run has of the same text, versions and settings.
+    """`result` with the rows of other methods that an earlier run has of the same text, versions and settings.
 
     They are slow and none of our changes moves them.
     """
@@ -182,7 +183,7 @@ def keep_peers(result: QualityResult, earlier: QualityResult | None) -> QualityR
     kept = [
         dataclasses.replace(row, date=row.date or earlier.environment.date)
         for row in earlier.rows
-        if row.kind == "transformers" and row.name not in known and row.kl is not None
+        if row.kind in OTHERS and row.name not in known and row.kl is not None
     ]
     return dataclasses.replace(result, rows=[*result.rows, *kept])
 
