@@ -116,7 +116,7 @@ def flags_of(script: str) -> Callable[[list[str]], object]:
     return lambda arguments: parse(module.Flags, arguments, description="")
 
 
-LAUNCHERS = ("python", r"torchrun --nproc_per_node \d+", r"accelerate launch (?:--cpu )?--num_processes \d+")
+LAUNCHERS = ("python", r"torchrun --nproc_per_node \d+", r"accelerate launch --num_processes \d+")
 COMMANDS = [(block, line) for page in HERE for block in pages.blocks(page, "bash") for line in block.commands]
 
 
