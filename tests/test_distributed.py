@@ -110,4 +110,4 @@ def test_two_ranks_measure_what_one_process_does(tokenizer, tmp_path):
         for figure in ("perplexity", "kl", "kl_error", "top1", "stored_bits"):
             expected = getattr(alone, figure)
             assert getattr(shared_out, figure) == pytest.approx(expected, rel=1e-6, abs=1e-9), (alone.name, figure)
-    assert two[1].kl > 1e-4
+    assert two[1].kl > 1e-6  # it did quantize
