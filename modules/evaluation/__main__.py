@@ -348,7 +348,7 @@ class Ablations:
 
     def run(self, console: Console) -> None:
         """Measure, show and save."""
-        with _progress(console) as bar:
+        with _progress(console, ALONE) as bar:
             task = bar.add_task("", total=None)
             result = ablations(
                 self.model,
