@@ -71,7 +71,11 @@ class Flags:
         if given:
             return {written(given): self.cache}
         pairs = itertools.product(self.backends, self.bits)
-        return {f"{name} {bits} bits": KIVIOptions(k_bits=bits, v_bits=bits, backend=name) for name, bits in pairs}
+        found = {f"{name} {bits} bits": KIVIOptions(k_bits=bits, v_bits=bits, backend=name) for name, bits in pairs}
+        exact = {
+            f"{name}, exact": dataclasses.replace(found[name], exact_products=True) for name in found if "numba" in name
+        }
+        return found | exact
 
 
 def packed_step(

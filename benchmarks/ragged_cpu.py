@@ -1,14 +1,16 @@
-"""Time of one decode step in one layer on the CPU: sequences that fill their groups together, and at random phases.
+"""Time of one decode step in one layer on the CPU: sequences that fill their groups together, and at random phases, each by
+products of bytes and by exact ones.
 
     python benchmarks/ragged_cpu.py --batch 16 --tokens 2048 --threads 1
 
-Both run through the same number of steps, taking turns, so that each sequence packs equally often in both: all at the same
+All run through the same number of steps, taking turns, so that each sequence packs equally often in each: all at the same
 step, or about `batch / group_size` of them at each.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import pathlib
 import random
 import statistics
@@ -34,7 +36,8 @@ def filled(lengths: list[int], kv_heads: int, head_dim: int, options: KIVIOption
     """A layer that holds `lengths[b]` random tokens of sequence `b`."""
     ledger = Ledger(Geometry(options.group_size, options.residual_length, options.sink_length))
     states = torch.randn(len(lengths), kv_heads, max(lengths), head_dim)
-    layer = PackedLayer.empty(states, codecs_of(options, (2, 2), head_dim), ledger, options.rotates_values(2))
+    codecs, exact = codecs_of(options, (2, 2), head_dim), options.exact_products
+    layer = PackedLayer.empty(states, codecs, ledger, options.rotates_values(2), exact)
     ledger.clear([0] * len(lengths))
     step = Step.of_lengths(lengths, max(lengths))
     layer.make_room(step)
@@ -44,12 +47,13 @@ def filled(lengths: list[int], kv_heads: int, head_dim: int, options: KIVIOption
 
 
 def milliseconds(shape: str, args: argparse.Namespace) -> dict[str, list[float]]:
-    """Of every step, with aligned sequences and with ragged ones."""
+    """Of every step, with aligned sequences and with ragged ones, in bytes and exact."""
     heads, kv_heads, head_dim = SHAPES[shape]
     options, numba, rng = KIVIOptions(), backend("numba"), random.Random(0)
     ragged = [args.tokens + rng.randrange(options.group_size) for _ in range(args.batch)]
     layers = {
-        name: filled(lengths, kv_heads, head_dim, options, numba)
+        name + kind: filled(lengths, kv_heads, head_dim, dataclasses.replace(options, exact_products=bool(kind)), numba)
+        for kind in ("", ", exact")
         for name, lengths in (("aligned", [args.tokens] * args.batch), ("ragged", ragged))
     }
     token = [torch.randn(args.batch, count, 1, head_dim) for count in (heads, kv_heads, kv_heads)]

@@ -42,7 +42,7 @@ def measured_with(result: BenchmarkResult) -> str:
 def against(rows: list[dict[str, Any]], contender: str, baseline: str) -> pandas.DataFrame:
     """A line for every group of rows that ran together, a column for every contender, the baseline first."""
     frame = pandas.DataFrame(rows)
-    together = [name for name in ("shape", "dtype", "tokens") if name in frame]
+    together = [name for name in ("shape", "dtype", "tokens", "piece") if name in frame]
     names = [baseline, *(name for name in frame[contender].unique() if name != baseline)]
     times = frame.set_index([*together, contender])["p50_ms"].unstack(contender)[names]
     times = times.loc[frame[together].drop_duplicates().itertuples(index=False, name=None)]  # in the order measured
@@ -86,6 +86,38 @@ def gpu_table(rows: list[dict[str, Any]]) -> pandas.DataFrame:
     return pandas.DataFrame(rows, dtype=object).map(plain)
 
 
+def prefill_table(rows: list[dict[str, Any]]) -> pandas.DataFrame:
+    """Memory and time of long prompts."""
+    shown = [
+        {
+            "tokens": str(row["tokens"]),
+            "cache": row["cache"],
+            "seconds": f"{row['seconds']:.1f}",
+            **{f"{of} MB": f"{row[f'{of}_bytes'] / 1e6:.0f}" for of in ("peak", "cache", "beyond")},
+            "of the unquantized cache": f"{100 * row['beyond_share']:.0f} %",
+        }
+        for row in rows
+    ]
+    return pandas.DataFrame(shown)
+
+
+def drafts_table(rows: list[dict[str, Any]]) -> pandas.DataFrame:
+    """Decoding with drafts and without."""
+    shown = [
+        {
+            "tokens": str(row["tokens"]),
+            "cache": row["cache"],
+            "drafts": row["drafts"],
+            "tokens/s": f"{row['tokens_a_second']:.1f} ({row['speedup']:.1f}×)",
+            "forwards": str(row["steps"]),
+            "accepted": str(row["accepted"]),
+            "same tokens": "yes" if row["as_without"] else "no",
+        }
+        for row in rows
+    ]
+    return pandas.DataFrame(shown)
+
+
 def load(path: Path) -> BenchmarkResult | None:
     """A result, None where it is missing."""
     if not path.exists():
@@ -112,8 +144,16 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 def write_page(results: Path, output: Path) -> None:
     """The page from the results in a folder, and its plot beside it."""
-    names = {"attention": "attention_cpu", "decode": "decode_cpu", "compiled": "compile", "gpu": "gpu_bench"}
-    names["peers"] = "peers_cpu"
+    names = {
+        "attention": "attention_cpu",
+        "decode": "decode_cpu",
+        "pieces": "pieces_cpu",
+        "prefill": "prefill_cpu",
+        "drafts": "drafts_cpu",
+        "peers": "peers_cpu",
+        "compiled": "compile",
+        "gpu": "gpu_bench",
+    }
     found = {name: load(results / f"{file}.json") for name, file in names.items()}
     plot = output.with_suffix(".svg")
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -126,6 +166,8 @@ def write_page(results: Path, output: Path) -> None:
         "run_with": run_with,
         "compile_table": compile_table,
         "gpu_table": gpu_table,
+        "prefill_table": prefill_table,
+        "drafts_table": drafts_table,
     }
     output.write_text(render(TEMPLATE, plot=plot.name, **found, **functions))
 

@@ -15,6 +15,7 @@ ALLOWED_K_RANGES = ("lsq", "minmax")
 ALLOWED_V_RANGES = ("minmax", "clipped", "lsq", None)
 ALLOWED_METADATA_BITS = (8, 16)
 ALLOWED_BACKENDS = ("auto", "torch", "numba", "triton")
+AUTO = "auto"  # left to the code, by sizes it knows
 MOST_TOKENS = 1 << 24  # no length is larger: beyond any context, and what an allocator would refuse
 
 
@@ -49,11 +50,12 @@ def rotary_share(config: Any) -> float:
     return float(rope.get("partial_rotary_factor", 1.0)) if rope else 0.0
 
 
-def check_count(name: str, value: Any, minimum: int = 1) -> None:
-    """Raise `ValueError` where `value` is not a number of tokens from `minimum` to `MOST_TOKENS`."""
+def check_count(name: str, value: Any, minimum: int = 1, others: tuple = ()) -> None:
+    """Raise `ValueError` where `value` is not a number of tokens from `minimum` to `MOST_TOKENS`, nor one of `others`."""
     if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= MOST_TOKENS:
+        more = "".join(f", or {other!r}" for other in others)
         raise ValueError(
-            f"{name} must be a whole number of tokens, {minimum} or more and at most {MOST_TOKENS}; got {value!r}."
+            f"{name} must be a whole number of tokens, {minimum} or more and at most {MOST_TOKENS}{more}; got {value!r}."
         )
 
 
@@ -137,6 +139,11 @@ class KIVIOptions:
     backend: str = _option(
         "auto", "what attends over the codes; auto: Triton on a GPU, Numba on a CPU, else torch", ALLOWED_BACKENDS
     )
+    exact_products: bool = _option(
+        False,
+        "codes are multiplied with queries and softmax weights in float32, as torch and Triton always do; False: Numba rounds "
+        "these to 8 bits for codes of 2 and 4 bits, where the CPU multiplies bytes faster",
+    )
 
     def __post_init__(self) -> None:
         for name in ("k_bits", "v_bits"):
@@ -163,6 +170,7 @@ class KIVIOptions:
             check_count("v_group_size", self.v_group_size, 1)
         _check_choice("metadata_bits", self.metadata_bits, ALLOWED_METADATA_BITS)
         _check_choice("backend", self.backend, ALLOWED_BACKENDS)
+        check_flag("exact_products", self.exact_products)
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -267,8 +275,9 @@ class RunOptions:
     """
 
     use_kivi_cache: bool = _option(False, "generate() and forward() make a KIVI cache by themselves")
-    prefill_chunk: int | None = _option(
-        None, "longest piece that goes through a KIVI cache at once; None for no limit (tokens)"
+    prefill_chunk: int | str | None = _option(
+        AUTO,
+        "longest piece that goes through a KIVI cache at once (tokens); auto: by the model, for long prompts; None: no limit",
     )
     compile_decode: bool = _option(
         False, "compile steps of one token on a CPU, all of the model as one program; takes up to minutes once"
@@ -280,8 +289,8 @@ class RunOptions:
     def __post_init__(self) -> None:
         check_flag("use_kivi_cache", self.use_kivi_cache)
         check_flag("compile_decode", self.compile_decode)
-        if self.prefill_chunk is not None:
-            check_count("prefill_chunk", self.prefill_chunk)
+        if self.prefill_chunk not in (None, AUTO):
+            check_count("prefill_chunk", self.prefill_chunk, 1, (AUTO, None))
         check_path("static", self.static)
 
 

@@ -63,7 +63,7 @@ def empty_layer(
     if static == "int8":
         key, value = (StaticCodec(random_scales(kv_heads, head_dim, symmetric, device)) for symmetric in (True, False))
         codecs = key, value
-    layer = PackedLayer.empty(like, codecs, ledger, chosen.rotates_values(bits[1]))
+    layer = PackedLayer.empty(like, codecs, ledger, chosen.rotates_values(bits[1]), chosen.exact_products)
     ledger.clear([0] * batch)
     return layer
 

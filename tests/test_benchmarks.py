@@ -6,8 +6,11 @@ import pathlib
 import attention_cpu
 import compile_report
 import decode_cpu
+import drafts_cpu
 import gpu_bench
 import peers_cpu
+import pieces_cpu
+import prefill_cpu
 import pytest
 import report
 import torch
@@ -87,7 +90,10 @@ def test_layers_of_the_gpu_benchmark_hold_what_they_say(monkeypatch):
 
 @pytest.mark.parametrize(
     ("flags", "contenders"),
-    [(attention_cpu.Flags, attention_cpu.Flags.contenders), (decode_cpu.Flags, benchmark.contenders)],
+    [
+        (attention_cpu.Flags, attention_cpu.Flags.contenders),
+        (decode_cpu.Flags, benchmark.contenders),
+    ],
 )
 def test_options_that_are_given_are_what_is_measured(flags, contenders):
     assert len(contenders(parse(flags, [], description=""))) >= 4
@@ -106,6 +112,10 @@ def test_options_that_are_given_are_what_is_measured(flags, contenders):
         (attention_cpu, ["--bits", "3"]),
         (decode_cpu, ["--tokens", "512", "0"]),
         (decode_cpu, ["--threads", "0"]),
+        (drafts_cpu, ["--lookup", "0"]),
+        (pieces_cpu, ["--rounds", "0"]),
+        (prefill_cpu, ["--tokens", "1"]),
+        (prefill_cpu, ["--chunk", "0"]),
         (gpu_bench, ["--minutes", "-1"]),
         (peers_cpu, ["--only", "llama.cpp q3_0"]),
         (peers_cpu, ["--rounds", "4"]),
@@ -119,6 +129,44 @@ def test_mistakes_are_named_before_any_work(module, arguments, capsys):
     assert ended.value.code == 2 and arguments[0] in capsys.readouterr().err
 
 
+def test_drafts_change_no_token_and_are_counted():
+    """A prompt that comes again and again: what is looked up is right now and then, what the model itself drafts always."""
+    model = make_pair("llama", backend="torch")[1]
+    prompt = tokens(1, 12).repeat(1, 10)
+    flags = parse(drafts_cpu.Flags, ["--new-tokens", "30", "--lookup", "4"], description="")
+    rows = drafts_cpu.measure(model, prompt, flags)
+    rows += drafts_cpu.measure(model, prompt, flags, make_pair("llama", backend="torch")[1])
+    assert [(row["cache"], row["drafts"]) for row in rows] == [
+        (cache, drafts)
+        for ways in (("none", "from the prompt"), ("none", "by itself"))
+        for cache in ("DynamicCache", "KIVI")
+        for drafts in ways
+    ]
+    for row in rows:
+        assert row["as_without"] and row["steps"] + row["accepted"] == 30 and row["tokens_a_second"] > 0
+        assert row["accepted"] == 0 if row["drafts"] == "none" else row["accepted"] >= 0
+    assert rows[5]["accepted"] > 10 and rows[7]["accepted"] > 10
+
+
+def test_a_piece_is_timed_over_the_same_past(monkeypatch):
+    model = make_pair("llama", backend="torch")[1]
+    seen = []
+    forward = type(model).forward
+    monkeypatch.setattr(
+        type(model),
+        "forward",
+        lambda self, ids, past_key_values, **more: (
+            seen.append((int(past_key_values.get_seq_length()), ids.shape[1])),
+            forward(self, input_ids=ids, past_key_values=past_key_values, **more),
+        )[1],
+    )
+    flags = parse(pieces_cpu.Flags, ["--stored", "90", "--rounds", "2"], description="")
+    rows = pieces_cpu.measure(model, flags, 40)
+    assert seen == [(90, 40)] * 3 * len(rows)
+    assert [row["cache"] for row in rows] == ["StaticCache", "DynamicCache", *pieces_cpu.CONTENDERS]
+    assert all(row["p50_ms"] > 0 and row["piece"] == 40 for row in rows) and rows[0]["speedup"] == 1
+
+
 def test_the_pages_are_those_of_the_results(tmp_path):
     report.write_page(RESULTS, tmp_path / "performance.md")
     write_report(RESULTS, tmp_path / "quality.md")
@@ -129,7 +177,7 @@ def test_the_pages_are_those_of_the_results(tmp_path):
 def test_a_page_says_what_was_not_measured_and_what_was(tmp_path):
     report.write_page(tmp_path, tmp_path / "page.md")
     page = (tmp_path / "page.md").read_text()
-    assert page.count("Not measured yet.") == 2 and "Not compiled yet." in page and "not run on a GPU" in page
+    assert page.count("Not measured yet.") == 5 and "Not compiled yet." in page and "not run on a GPU" in page
     row = gpu_bench.Row("end-to-end", "Llama-3.1-8B", "KIVI graph", 8, 32768, microseconds=12345.6)
     here = Environment("2026-01-02T03:04Z", "a GPU", 1, "", "3.12.0", {"torch": "2"})
     result = BenchmarkResult("gpu", [dataclasses.asdict(row)], here, {"copy_gigabytes_per_second": 2000})

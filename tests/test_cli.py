@@ -44,6 +44,7 @@ GIVEN = {
     "v_rotation": True,
     "v_group_size": 64,
     "backend": "torch",
+    "exact_products": True,
 }
 
 
@@ -52,7 +53,7 @@ def flags(options: dict) -> list[str]:
     parts = []
     for name, value in options.items():
         flag = name.replace("_", "-")
-        if name == "use_kivi":
+        if name in ("use_kivi", "exact_products"):
             parts.append(f"--{'' if value else 'no-'}{flag}")
         else:
             parts += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]

@@ -414,7 +414,7 @@ def test_quality_and_passkey_commands(model_folder, tmp_path, capsys):
 
 def test_report_command_measures_and_writes(model_folder, tmp_path, monkeypatch, without_numba):
     step = plan.Step("small", plan.SMOLLM2, tokens=600, peers=False, calibration="code")
-    monkeypatch.setattr(plan, "PLAN", [step, plan.Step("keys", plan.SMOLLM2, lengths=(400,))])
+    monkeypatch.setattr(plan, "PLAN", [step, plan.Step("keys", plan.SMOLLM2, kind="passkey", lengths=(400,))])
     monkeypatch.setattr(command, "short_candidates", lambda: [named.kivi(named.DEFAULTS, {})])
     places = ["--results", tmp_path, "--output", tmp_path / "quality.md"]
     assert run("report", "--measure", "all", "--models", model_folder.parent, "--device", "cpu", *places) == 0

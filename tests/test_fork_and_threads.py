@@ -27,7 +27,7 @@ ONE = Step.of(None, 1, 1)
 
 def past(tokens=3000):
     # as little as needs several threads
-    layer = make_layer([tokens], head_dim=128, kv_heads=2)
+    layer = make_layer([tokens], head_dim=128, kv_heads=2, exact_products=True)
     query, _ = random_states((1, 8, 1, 128))
     return layer, (query, *random_states((1, 2, 1, 128), seed=1))
 

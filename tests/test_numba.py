@@ -1,4 +1,4 @@
-"""The Numba backend against the torch one, which the other tests hold to dense attention."""
+"""The Numba backend with exact products against the torch one, which the other tests hold to dense attention."""
 
 import contextlib
 import copy
@@ -41,8 +41,9 @@ def layer_of(plan, lengths, residual=None, sinks=4, **more):
     """A layer of random tokens for one of the `PLANS`."""
     bits, kv_heads, _, head_dim, group, dtype, share = plan
     residual = group * 2 if residual is None else residual
-    options = {"group_size": group, "residual_length": residual, "sink_length": sinks, "wide_channels": share}
-    return make_layer(lengths, bits=bits, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, **options, **more)
+    options = {"group_size": group, "residual_length": residual, "sink_length": sinks, "wide_channels": share, **more}
+    options = {"exact_products": True, **options}
+    return make_layer(lengths, bits=bits, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype, **options)
 
 
 def new_states(layer, gqa, new, seed=0):
@@ -65,6 +66,7 @@ def no_torch():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "attend_in_torch", refuse)
+        patch.setattr(attention, "attend_rebuilt", refuse)
         patch.setattr(grouped, "_fit", refuse)
         yield
 
@@ -74,7 +76,7 @@ def compare(layer, gqa, new, counts=None):
     states, dtype = new_states(layer, gqa, new, seed=sum(layer.lengths)), layer.key.window.dtype
     step = Step.of_lengths(counts or [new] * layer.batch_size, new)
     scaling = layer.key.window.shape[-1] ** -0.5
-    with no_torch() if gqa * new <= attention._MANY_ROWS else contextlib.nullcontext():
+    with no_torch() if new < attention._MANY_TOKENS else contextlib.nullcontext():
         out = NUMBA.attend(*states, layer, scaling, step)
     ref = TORCH.attend(*states, layer, scaling, step)
     assert out.shape == ref.shape and out.dtype == dtype
@@ -113,6 +115,19 @@ def test_several_new_tokens_are_causal(plan):
             layer = layer_of(plan, lengths)
             compare(layer, plan[2], new)
             compare(layer, plan[2], new, [rng.randint(0, new) for _ in lengths])
+
+
+def test_many_new_tokens_are_left_to_torch(monkeypatch):
+    """The same layer and states, over codes and rebuilt: static codes are rows of numbers, which are rebuilt alike."""
+    for layer in (layer_of(PLANS[1], [600, 5]), make_layer([600, 5], static="int8", kv_heads=3)):
+        states, step = new_states(layer, 8, 40), Step.of_lengths([40, 13], 40)
+        with no_torch():
+            over_codes = NUMBA.attend(*states, layer, 0.125, step)
+        with monkeypatch.context() as patch:
+            patch.setattr(attention, "_MANY_TOKENS", 40)
+            patch.setattr(attention, "_Call", None)
+            rebuilt = NUMBA.attend(*states, layer, 0.125, step)
+        assert relative_error(rebuilt, over_codes) < 1e-5 and not rebuilt[1, 13:].any()
 
 
 def test_shares_of_the_tokens_add_up(monkeypatch):

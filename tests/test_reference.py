@@ -7,7 +7,8 @@ import torch
 from conftest import relative_error
 from layers import make_layer
 
-from modules.kernels.reference import BACKEND
+from modules.kernels.reference import BACKEND, attention, rebuilt
+from modules.kernels.reference import MANY_TOKENS as BACKEND_TOKENS
 from modules.store.step import Step
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
@@ -39,14 +40,16 @@ def dense_attention(query, key, value, layer, scaling, new_lengths):
     return out
 
 
-def check(lengths, kv_heads, gqa, head_dim, bits, group, dtype, new, new_lengths=None, residual=None):
+def check(
+    lengths, kv_heads, gqa, head_dim, bits, group, dtype, new, new_lengths=None, residual=None, attend=BACKEND.attend
+):
     layer = filled_layer(lengths, kv_heads, head_dim, bits, group, dtype, residual)
     generator = torch.Generator().manual_seed(99)
     shape = (len(lengths), kv_heads, new, head_dim)
     query = torch.randn(len(lengths), kv_heads * gqa, new, head_dim, generator=generator).to(dtype)
     key, value = (torch.randn(shape, generator=generator).to(dtype) for _ in "kv")
     counts = new_lengths or [new] * len(lengths)
-    out = BACKEND.attend(query, key, value, layer, head_dim**-0.5, Step.of_lengths(counts, new))
+    out = attend(query, key, value, layer, head_dim**-0.5, Step.of_lengths(counts, new))
     ref = dense_attention(query, key, value, layer, head_dim**-0.5, counts)
     assert out.dtype == dtype and out.shape == ref.shape
     assert relative_error(out, ref) < TOLERANCE[dtype]
@@ -88,6 +91,32 @@ def test_windows(residual):
 def test_ragged_batches_and_ragged_new_tokens():
     check([0, 5, 131, 400, 401], 2, 3, 64, (2, 2), 32, torch.float32, 1)
     check([0, 5, 131, 400, 401], 2, 3, 64, (4, 2), 32, torch.float32, 20, new_lengths=[20, 0, 3, 20, 1])
+
+
+WAYS = {"over codes": attention.attend, "rebuilt": rebuilt.attend}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("bits", [(2, 2), (4, 16), (16, 8)])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_both_ways_of_several_new_tokens(way, bits, dtype, monkeypatch):
+    """Over short blocks, so that there are several of stored tokens, and of new ones."""
+    monkeypatch.setattr(rebuilt, "_BLOCK_FLOATS", 2 * 64 * 70)
+    monkeypatch.setattr(attention, "_NEW_SCORES", 2 * 3 * 50 * 20)
+    check([300, 300], 2, 3, 64, bits, 32, dtype, 50, attend=WAYS[way])
+    check([0, 5, 131, 400, 401], 2, 3, 64, bits, 32, dtype, 20, new_lengths=[20, 0, 3, 20, 1], attend=WAYS[way])
+
+
+@pytest.mark.parametrize("new", [BACKEND_TOKENS - 1, BACKEND_TOKENS])
+def test_many_new_tokens_have_the_past_rebuilt(new, monkeypatch):
+    taken = []
+    for name, way in (("codes", attention), ("rebuilt", rebuilt)):
+        attend = way.attend
+        monkeypatch.setattr(
+            way, "attend", lambda *args, name=name, attend=attend: (taken.append(name), attend(*args))[1]
+        )
+    check([300], 2, 3, 64, (2, 2), 32, torch.float32, new)
+    assert taken == ["codes" if new < BACKEND_TOKENS else "rebuilt"]
 
 
 def test_a_long_cache_goes_through_several_blocks():

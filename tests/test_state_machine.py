@@ -516,7 +516,7 @@ class NumbaMachine(CacheMachine):
 
     backend = "numba"
     bits = st.sampled_from(((2, 2), (4, 8), (8, 16), (16, 4)))
-    variants = st.just({})
+    variants = st.just({"exact_products": True})
 
 
 class StaticMachine(CacheMachine):

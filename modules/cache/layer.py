@@ -65,8 +65,8 @@ class KIVICacheLayer(CacheLayerMixin):
         with self._located():
             self.options.check_head_dim(head_dim)
             codecs = self._codecs(head_dim)
-            rotates = self.options.rotates_values(self.bits[1])
-            store = PackedLayer.empty(key_states, codecs, self.ledger, rotates)
+            rotates, exact = self.options.rotates_values(self.bits[1]), self.options.exact_products
+            store = PackedLayer.empty(key_states, codecs, self.ledger, rotates, exact)
             self.backend = pick_backend(self.options.backend, store)
         if not self.ledger.seq_length and self.ledger.batch_size != key_states.shape[0]:
             self.ledger.clear([0] * key_states.shape[0])

@@ -36,8 +36,8 @@ def planned_cache(
         batch_size: sequences.
         options: what is stored; None takes what the config carries.
         dtype: of the model.
-        chunk: tokens that come at once, as with `prefill_chunk`; None: all of them. With 1 the room for growth is that of
-            decoding.
+        chunk: tokens of a forward; None: all of them, in however many pieces the model takes them. With 1 the room for growth is
+            that of decoding.
         reserve: room is made for all tokens at the start, as `max_length` and, on a GPU, `generate()` do.
 
     Raises:

@@ -32,7 +32,7 @@ from modules.store.live import fill, live_tensors
 KIND, VERSION = "kivi-cache", 1
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # those that states can be loaded in
 _STATIC = "static."  # before the names of its tensors
-_FREE = frozenset({"backend"})  # options that do not say what is stored
+_FREE = frozenset({"backend", "exact_products"})  # options that do not say what is stored
 
 Model: TypeAlias = PreTrainedModel | PreTrainedConfig
 ToDtype: TypeAlias = Callable[[torch.dtype], torch.dtype]

@@ -1,15 +1,14 @@
-"""The command line: `kivi evaluate` or `python -m modules.evaluation`, with quality, passkey, layers, ablations or report."""
+"""The command line: `kivi evaluate` or `python -m modules.evaluation`, with quality, free, tasks, passkey, layers, ablations
+or report."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modules.cli.command import argument, check_least, group, parse_one_of
@@ -25,29 +24,35 @@ from modules.evaluation.candidates import (
     short_candidates,
     written,
 )
+from modules.evaluation.flags import CacheFlags, ModelFlags
+from modules.evaluation.free_command import Free, run_free
 from modules.evaluation.int8 import measure_int8, write_int8_report
 from modules.evaluation.layers import EXTRA_BITS, TOKENS, LayerCosts, choose_bits, measure_layers
-from modules.evaluation.loading import DTYPES, MODEL_HELP, load_model
+from modules.evaluation.loading import MODEL_HELP, load_model
 from modules.evaluation.passkey import depths_of, measure_passkey
 from modules.evaluation.plan import INT8_PLAN, PLAN, Int8Step, Step, existing_models, int8_steps, steps
 from modules.evaluation.processes import Processes
 from modules.evaluation.quality import SKIP, keep_peers, measure_quality
+from modules.evaluation.references import packages, references
 from modules.evaluation.report import write_report
-from modules.evaluation.results import PasskeyResult, QualityResult, load_result, save_result
+from modules.evaluation.results import (
+    FreeResult,
+    PasskeyResult,
+    QualityResult,
+    TasksResult,
+    load_result,
+    save_result,
+)
+from modules.evaluation.showing import progress_bar, show
 from modules.evaluation.streaming import CHUNK
-from modules.evaluation.tables import ablation_table, layer_table, passkey_table, print_table, quality_table
+from modules.evaluation.tables import ablation_table, layer_table, print_table
+from modules.evaluation.tasks_command import Tasks, run_tasks
 from modules.evaluation.texts import TEXT_HELP, encode, load_text
 from modules.options import KIVIOptions
 
 ALONE = Processes()
 RESULTS = "benchmarks/results"
 REPORT = "docs/quality.md"
-
-
-def _progress(console: Console, processes: Processes) -> Progress:
-    """A bar, of the first process, whose share is the largest."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    return Progress(*columns, console=console, disable=not processes.leads)
 
 
 def run_quality(
@@ -61,12 +66,13 @@ def run_quality(
     tokens: int,
     chunk: int = CHUNK,
     skip: int = SKIP,
+    reference: Candidate | None = None,
     processes: Processes = ALONE,
 ) -> QualityResult:
     """Measure with a progress bar."""
     ids = encode(tokenizer, load_text(text), tokens, text)
     total = -(-tokens // chunk) * (len(processes.share(candidates)) + 1)
-    with _progress(console, processes) as bar:
+    with progress_bar(console, processes.leads) as bar:
         task = bar.add_task("", total=total)
         return measure_quality(
             model,
@@ -78,6 +84,7 @@ def run_quality(
             model_name=model_name,
             text_name=text,
             progress=lambda name: bar.update(task, advance=1, description=name),
+            reference=reference,
         )
 
 
@@ -96,7 +103,7 @@ def run_passkey(
 ) -> PasskeyResult:
     """Measure with a progress bar."""
     asked = [length for length in lengths for _ in depths_of(depths)]
-    with _progress(console, processes) as bar:
+    with progress_bar(console, processes.leads) as bar:
         task = bar.add_task("", total=sum(processes.share(asked)) * (len(candidates) + 1))
         return measure_passkey(
             model,
@@ -125,7 +132,7 @@ def run_layers(
     """Measure every layer alone, with a progress bar."""
     ids = encode(tokenizer, load_text(text), tokens, text)
     total = -(-tokens // CHUNK) * (2 * model.config.num_hidden_layers + 1)
-    with _progress(console, ALONE) as bar:
+    with progress_bar(console) as bar:
         task = bar.add_task("", total=total)
         return measure_layers(
             model, ids, options=options, progress=lambda name: bar.update(task, advance=1, description=name)
@@ -141,22 +148,9 @@ def _run_int8(
     page: Path,
 ) -> dict[str, Any]:
     """Calibrate and measure with a progress bar."""
-    with _progress(console, ALONE) as bar:
+    with progress_bar(console) as bar:
         task = bar.add_task("", total=None)
         return measure_int8(model, tokenizer, step, page, lambda name: bar.update(task, advance=1, description=name))
-
-
-def _show(result: QualityResult | PasskeyResult, output: str | None) -> None:
-    console = Console()
-    if isinstance(result, QualityResult):
-        print_table(quality_table(result), f"{result.model}, {result.text}, {result.tokens} tokens", console)
-    else:
-        print_table(passkey_table([result]), f"{result.model}: keys found", console)
-        for name, note in result.notes.items():
-            console.print(f"{name}: {note}")
-    if output:
-        save_result(result, output)
-        console.print(f"written: {output}")
 
 
 def measure_steps(wanted: list[Step], models: Path, flags: Report, console: Console) -> None:
@@ -167,25 +161,53 @@ def measure_steps(wanted: list[Step], models: Path, flags: Report, console: Cons
         if step.model not in loaded:
             loaded = {step.model: load_model(str(models / step.model), flags.dtype, flags.device)}  # one at a time
         path = Path(flags.results) / step.file
-        if step.lengths:
-            model, tokenizer = loaded[step.model]
-            result: Any = run_passkey(
-                model,
-                tokenizer,
-                short_candidates()[:1],
-                console=console,
-                model_name=step.model,
-                filler=step.text,
-                lengths=list(step.lengths),
-            )
+        if step.kind != "quality":
+            result: Any = _MEASURES[step.kind](step, *loaded[step.model], console)
         else:
-            result = _measure_step(step, loaded[step.model], load_result(path) if path.exists() else None, console)
-        _show(result, str(path))
+            earlier = load_result(path) if path.exists() else None
+            result = _measure_step(step, loaded[step.model], earlier, flags.missing, console)
+        show(result, str(path))
 
 
-def _measure_step(step: Step, loaded: Any, earlier: Any, console: Console) -> QualityResult:
-    own = CANDIDATE_SETS[step.candidates]()
-    if step.calibration:
+def _measure_passkey(
+    step: Step, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, console: Console
+) -> PasskeyResult:
+    defaults, lengths = short_candidates()[:1], list(step.lengths)
+    return run_passkey(
+        model, tokenizer, defaults, console=console, model_name=step.model, filler=step.text, lengths=lengths
+    )
+
+
+def _measure_free(
+    step: Step, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, console: Console
+) -> FreeResult:
+    return run_free(
+        model,
+        tokenizer,
+        [*short_candidates(), *(references() if step.peers else [])],
+        console=console,
+        model_name=step.model,
+        text=step.text,
+        prompt_tokens=step.tokens,
+        new_tokens=step.new_tokens,
+    )
+
+
+def _measure_tasks(
+    step: Step, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, console: Console
+) -> TasksResult:
+    candidates = [*short_candidates(), *(references() if step.peers else [])]
+    return run_tasks(
+        model, tokenizer, candidates, console=console, model_name=step.model, filler=step.text, lengths=step.lengths
+    )
+
+
+_MEASURES = {"passkey": _measure_passkey, "free": _measure_free, "tasks": _measure_tasks}
+
+
+def _measure_step(step: Step, loaded: Any, earlier: Any, missing_only: bool, console: Console) -> QualityResult:
+    own = [] if missing_only else CANDIDATE_SETS[step.candidates]()
+    if step.calibration and not missing_only:
         costs = run_layers(*loaded, console=console, text=step.calibration)
         own.append(kivi(f"4 bits in some layers, by {step.calibration}", choose_bits(costs)))
 
@@ -195,39 +217,10 @@ def _measure_step(step: Step, loaded: Any, earlier: Any, console: Console) -> Qu
             model, tokenizer, candidates, console=console, model_name=step.model, text=step.text, tokens=step.tokens
         )
 
-    result = keep_peers(measure(own), earlier)
-    missing = [peer for peer in peers() if step.peers and all(row.name != peer.name for row in result.rows)]
+    result = earlier if missing_only and earlier else keep_peers(measure(own), earlier)
+    others = [*peers(), *references(), *packages()] if step.peers else []
+    missing = [peer for peer in others if all(row.name != peer.name for row in result.rows)]
     return keep_peers(result, measure(missing)) if missing else result
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelFlags:
-    """The flags of whatever runs a model."""
-
-    dtype: str = argument("float32", "of the weights", DTYPES)
-    device: str | None = argument(None, "as torch names it; None: a GPU where there is one")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CacheFlags(ModelFlags):
-    """The flags of whatever compares caches."""
-
-    model: str = argument(help=MODEL_HELP)
-    cache: KIVIOptions = group(KIVIOptions)
-    options: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = argument(
-        (), "another KIVI cache, as NAME=VALUE,…; may be repeated, 'name: …' names it"
-    )
-    chunk: int = argument(CHUNK, "tokens that go through the cache at once")
-    output: str | None = argument(None, "write the result as JSON here")
-
-    def __post_init__(self) -> None:
-        check_least(self.chunk, 1, "--chunk")
-
-    def own_candidates(self) -> list[Candidate]:
-        """The caches asked for by flags: the one of the options that are not at their defaults, and `--options`."""
-        given = changes(self.cache)
-        asked = [kivi(written(given), given)] if given else []
-        return asked + [parse_options(text) for text in self.options]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -238,7 +231,10 @@ class Quality(CacheFlags):
     tokens: int = argument(3072, "of the text")
     skip: int = argument(SKIP, "tokens before the first measured prediction")
     set: str = argument("main", "caches, where no options are given", tuple(sorted(CANDIDATE_SETS)))
-    peers: bool = argument(True, "transformers' own quantized caches too")
+    peers: bool = argument(True, "other methods too: transformers' own quantized caches, KVarN, TurboQuant")
+    reference: str | None = argument(
+        None, "the KIVI cache that the others are compared with, as NAME=VALUE,…; None: full precision"
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -247,7 +243,9 @@ class Quality(CacheFlags):
 
     def run(self, console: Console) -> None:
         """Measure, show and save."""
-        candidates = (self.own_candidates() or CANDIDATE_SETS[self.set]()) + (peers() if self.peers else [])
+        candidates = self.own_candidates() or CANDIDATE_SETS[self.set]()
+        candidates += [*peers(), *references(), *packages()] if self.peers else []
+        reference = None if self.reference is None else parse_options(self.reference)
         load_text(self.text)  # a mistake here should not wait for the model
         processes = Processes.join(self.device)
         model, tokenizer = load_model(self.model, self.dtype, self.device)
@@ -261,10 +259,11 @@ class Quality(CacheFlags):
             tokens=self.tokens,
             chunk=self.chunk,
             skip=self.skip,
+            reference=reference,
             processes=processes,
         )
         if processes.leads:
-            _show(result, self.output)
+            show(result, self.output)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -303,7 +302,7 @@ class Passkey(CacheFlags):
             processes=processes,
         )
         if processes.leads:
-            _show(result, self.output)
+            show(result, self.output)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -348,7 +347,7 @@ class Ablations:
 
     def run(self, console: Console) -> None:
         """Measure, show and save."""
-        with _progress(console, ALONE) as bar:
+        with progress_bar(console) as bar:
             task = bar.add_task("", total=None)
             result = ablations(
                 self.model,
@@ -368,6 +367,7 @@ class Report(ModelFlags):
     """docs/quality.md and its plot from the results."""
 
     measure: tuple[str, ...] = argument((), f"measure first: all, or some of {', '.join(step.name for step in PLAN)}")
+    missing: bool = argument(False, "of what is measured, only the rows of other methods that a result does not have")
     models: str | None = argument(None, "folder of the models of the page; None: $KIVI_MODELS or ~/.cache/kivi-models")
     results: str = argument(RESULTS, "folder of quality*.json")
     output: str = argument(REPORT, "the page")
@@ -408,7 +408,7 @@ class Int8(ModelFlags):
             measured = _run_int8(model, tokenizer, step, console=console, page=Path(self.output))
             for file, result in measured.items():
                 if isinstance(result, QualityResult):
-                    _show(result, None)
+                    show(result, None)
                 save_result(result, Path(self.results) / file)
 
 
@@ -417,12 +417,16 @@ DESCRIPTION = """What a quantized cache costs, measured on a model of yours.
 Examples:
   kivi evaluate quality --model path/to/model --text prose
   kivi evaluate quality --model path/to/model --options k_bits=4,v_bits=4 --options 'paper: k_range=minmax,sink_length=0'
+  kivi evaluate free --model path/to/model --new-tokens 500
+  kivi evaluate tasks --model path/to/model --lengths 4000 8000
   kivi evaluate passkey --model path/to/model --lengths 2000 4000
   kivi evaluate layers --model path/to/model
   accelerate launch --num_processes 2 -m modules.evaluation quality --model path/to/model    # shared by two GPUs
 """
 COMMANDS = {
     "quality": Quality,
+    "free": Free,
+    "tasks": Tasks,
     "passkey": Passkey,
     "layers": Layers,
     "ablations": Ablations,

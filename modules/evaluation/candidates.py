@@ -34,9 +34,10 @@ class Candidate:
     Attributes:
         name: in tables.
         make: an empty cache for a model's config.
-        kind: "full", "kivi", "paper", "static" or "transformers".
+        kind: "full", "kivi", "paper", "static", "transformers", "reference" or "package".
         options: for the record.
         stored_bits: bits a quantized element takes with its metadata in a 16-bit model; None: counted.
+        count: how they are counted from a filled cache that is not KIVI's.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Candidate:
     kind: str = "kivi"
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     stored_bits: float | None = None
+    count: Callable[[Cache], float] | None = None
 
     def try_make(self, config: PreTrainedConfig) -> tuple[Cache | None, str]:
         """An empty cache, or None and a note that says which package is missing."""
@@ -242,6 +244,8 @@ def _value(text: str) -> Any:
 
 def stored_bits(cache: Cache, candidate: Candidate) -> float | None:
     """Bits a quantized element takes with its share of scale and minimum, counted from a filled KIVI cache."""
+    if candidate.count is not None:
+        return candidate.count(cache)
     if candidate.stored_bits is not None or not isinstance(cache, KIVICache):
         return candidate.stored_bits
     count = len(cache.layers)

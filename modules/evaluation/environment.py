@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("torch", "transformers", "numba", "triton", "optimum-quanto", "hqq")
+PACKAGES = ("torch", "transformers", "numba", "triton", "optimum-quanto", "hqq", "tiny-turboquant")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,16 +16,19 @@ class Step:
     Attributes:
         name: on the command line and in the file name of its result.
         model: folder of the model.
+        kind: of measurement: "quality", "free", "tasks" or "passkey".
         text: what goes through the caches, or the filler.
-        tokens: of the text; lengths: of the passkey prompts, which make it a passkey step.
+        tokens: of the text or of a prompt; new_tokens: of its continuations; lengths: of the prompts of passkeys and needles.
         candidates: name of a set of candidates; peers: transformers' own quantized caches too.
         calibration: a text by which the bits of single layers are chosen for one more candidate.
     """
 
     name: str
     model: str
+    kind: str = "quality"
     text: str = "prose"
     tokens: int = 3072
+    new_tokens: int = 0
     candidates: str = "short"
     peers: bool = True
     calibration: str = ""
@@ -42,7 +45,11 @@ PLAN = [
     Step("qwen-prose", QWEN),
     Step("qwen-code", QWEN, text="code"),
     Step("smollm2-code", SMOLLM2, text="code", calibration="prose"),
-    *(Step(f"qwen-passkey-{length}", QWEN, lengths=(length,)) for length in (2000, 4000, 8000)),
+    Step("smollm2-free", SMOLLM2, kind="free", tokens=1024, new_tokens=400),
+    Step("smollm2-tasks", SMOLLM2, kind="tasks", lengths=(4000,), peers=False),
+    Step("qwen-free", QWEN, kind="free", tokens=1024, new_tokens=400, peers=False),
+    Step("qwen-tasks", QWEN, kind="tasks", lengths=(4000, 8000), peers=False),
+    *(Step(f"qwen-passkey-{length}", QWEN, kind="passkey", lengths=(length,)) for length in (2000, 4000, 8000)),
 ]
 
 

@@ -26,6 +26,7 @@ from modules.evaluation.streaming import CHUNK, check_count, chunks, forward
 from modules.evaluation.texts import digest
 
 SKIP = 512
+OTHERS = ("transformers", "reference", "package")  # kinds of what is not ours
 PEER_PACKAGES = ("torch", "transformers", "optimum-quanto", "hqq")  # what transformers' caches depend on
 Progress = Callable[[str], None]
 
@@ -56,7 +57,7 @@ class _Run:
         return logits.log_softmax(-1) if wanted > 0 else None
 
     def add(self, log_q: torch.Tensor, log_p: torch.Tensor, p: torch.Tensor, targets: torch.Tensor) -> None:
-        """Take in the predictions of a chunk: `log_q` its own, `log_p` and `p` full precision's, `[n, V]`."""
+        """Take in the predictions of a chunk: `log_q` its own, `log_p` and `p` the reference's, `[n, V]`."""
         self.kl.append((log_q.shape[0], (p * (log_p - log_q)).sum(-1).double().mean().item()))
         self.equal += int((log_q.argmax(-1) == log_p.argmax(-1)).sum())
         chosen = log_q[: len(targets)].gather(1, targets.unsqueeze(1))
@@ -97,6 +98,7 @@ def measure_quality(
     model_name: str = "",
     text_name: str = "",
     progress: Progress | None = None,
+    reference: Candidate | None = None,
 ) -> QualityResult:
     """Stream a text through caches side by side and compare their predictions with full precision's.
 
@@ -104,13 +106,14 @@ def measure_quality(
         model: any causal LM; a stock one works too, with dequantized states.
         input_ids: int64 `[1, T]`.
         caches: what to compare, by name: KIVI options (`{"k_bits": 4}`; the others have their defaults), or a function
-            from the model's config to an empty cache. Full precision is always measured.
+            from the model's config to an empty cache. Full precision, or `reference`, is measured beside them.
         chunk: tokens that go through the caches at once.
         skip: tokens before the first measured prediction, a multiple of `chunk` or not.
         processes: that share the caches, each beside full precision of its own; each gets the rows of all. None: this one
             alone.
         model_name, text_name: for the record.
         progress: called with a candidate's name after each of its chunks.
+        reference: the cache whose predictions the others are compared with; None for full precision.
 
     Returns:
         A `QualityResult`; a candidate whose package is missing has a note instead of numbers.
@@ -127,7 +130,8 @@ def measure_quality(
             f"a text of {input_ids.shape[1]} tokens has no target after the first {skip} (skip) and one more."
         )
     team = processes or Processes()
-    candidates = [full_precision(), *team.share(as_candidates(caches))]
+    first = full_precision() if reference is None else reference
+    candidates = [first, *team.share(as_candidates(caches))]
     runs = [_Run.start(candidate, model.config) for candidate in candidates]
     for start, piece in chunks(input_ids, chunk):
         _one_chunk(model, runs, input_ids, start, piece, skip, progress)
@@ -161,7 +165,7 @@ def _one_chunk(
             continue
         log_q = run.log_probs(model, run.cache, piece, first)
         if log_q is not None:
-            if log_p is None or p is None:  # the first run is full precision
+            if log_p is None or p is None:  # the first run is the reference
                 log_p, p = log_q, log_q.exp()
             run.add(log_q, log_p, p, targets)
         if progress is not None:
@@ -169,7 +173,7 @@ def _one_chunk(
 
 
 def keep_peers(result: QualityResult, earlier: QualityResult | None) -> QualityResult:
-    """`result` with the rows of transformers' caches that an earlier run has of the same text, versions and settings.
+    """`result` with the rows of other methods that an earlier run has of the same text, versions and settings.
 
     They are slow and none of our changes moves them.
     """
@@ -179,7 +183,7 @@ def keep_peers(result: QualityResult, earlier: QualityResult | None) -> QualityR
     kept = [
         dataclasses.replace(row, date=row.date or earlier.environment.date)
         for row in earlier.rows
-        if row.kind == "transformers" and row.name not in known and row.kl is not None
+        if row.kind in OTHERS and row.name not in known and row.kl is not None
     ]
     return dataclasses.replace(result, rows=[*result.rows, *kept])
 

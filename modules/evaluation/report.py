@@ -13,20 +13,43 @@ from modules.evaluation.candidates import BEST, DEFAULTS, FOUR_BITS, FULL, PAPER
 from modules.evaluation.environment import Environment
 from modules.evaluation.pages import render
 from modules.evaluation.plots import panels, save
-from modules.evaluation.results import BenchmarkResult, PasskeyResult, QualityResult, QualityRow, load_result
-from modules.evaluation.tables import MISSING, ablation_table, compared, number, passkey_table, percent, quality_table
+from modules.evaluation.results import (
+    BenchmarkResult,
+    FreeResult,
+    PasskeyResult,
+    QualityResult,
+    QualityRow,
+    TasksResult,
+    load_result,
+)
+from modules.evaluation.tables import (
+    MISSING,
+    ablation_table,
+    compared,
+    free_table,
+    number,
+    passkey_table,
+    percent,
+    quality_table,
+    tasks_table,
+)
 
 TEMPLATE = Path(__file__).with_name("quality.md.jinja")
 SERIES = {  # kind: how it is drawn, and its name in the legend
     "kivi": ("o", "#1f6feb", "ours"),
     "paper": ("s", "#d1242f", "KIVI as in the paper"),
     "transformers": ("^", "#8250df", "transformers' QuantizedCache"),
+    "reference": ("D", "#bf8700", "KVarN and TurboQuant, our references"),
+    "package": ("v", "#1a7f37", "the package tiny-turboquant"),
 }
 WORST_SHOWN = 10.0
 
 
-def read_results(folder: str | Path) -> tuple[list[QualityResult], list[PasskeyResult]]:
-    """Every `quality*.json` of a folder, by name.
+Other = PasskeyResult | FreeResult | TasksResult
+
+
+def read_results(folder: str | Path) -> tuple[list[QualityResult], list[Other]]:
+    """Every `quality*.json` of a folder, by name: those of one text, and the others.
 
     Raises:
         ValueError: where there is no measurement of quality, or a file holds something else.
@@ -37,7 +60,7 @@ def read_results(folder: str | Path) -> tuple[list[QualityResult], list[PasskeyR
         raise ValueError(
             f"{folder} has no quality*.json; measure first: `python -m modules.evaluation report --measure all`."
         )
-    return quality, [result for result in results if isinstance(result, PasskeyResult)]
+    return quality, [result for result in results if isinstance(result, Other)]
 
 
 def write_report(folder: str | Path, output: str | Path) -> list[Path]:
@@ -46,13 +69,13 @@ def write_report(folder: str | Path, output: str | Path) -> list[Path]:
     Returns:
         The paths written.
     """
-    quality, passkeys = read_results(folder)
+    quality, others = read_results(folder)
     quality.sort(key=lambda result: (-len(result.rows), result.model, result.text != "prose"))
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     plot = output.with_suffix(".svg")
     draw(quality, plot)
-    output.write_text(page(quality, passkeys, plot.name, read_ablations(folder)))
+    output.write_text(page(quality, others, plot.name, read_ablations(folder)))
     return [output, plot]
 
 
@@ -68,13 +91,13 @@ def read_ablations(folder: str | Path) -> list[BenchmarkResult]:
 
 def page(
     quality: Sequence[QualityResult],
-    passkeys: Sequence[PasskeyResult],
+    others: Sequence[Other],
     plot: str,
     ablations: Sequence[BenchmarkResult] = (),
 ) -> str:
     """The report as Markdown."""
+    passkeys = [result for result in others if isinstance(result, PasskeyResult)]
     models = dict.fromkeys(result.model for result in passkeys)
-    measured: list[QualityResult | PasskeyResult] = [*quality, *passkeys]
     return render(
         TEMPLATE,
         summary=_summary(quality),
@@ -82,11 +105,15 @@ def page(
         plot=plot,
         quality=quality,
         passkeys={model: [result for result in passkeys if result.model == model] for model in models},
-        environment=measured_on([result.environment for result in measured]),
+        free=[result for result in others if isinstance(result, FreeResult)],
+        tasks=[result for result in others if isinstance(result, TasksResult)],
+        environment=measured_on([result.environment for result in [*quality, *others]]),
         defaults=DEFAULTS,
         days_of=_days_of,
         quality_table=quality_table,
         passkey_table=passkey_table,
+        free_table=free_table,
+        tasks_table=tasks_table,
         ablations=ablations,
         ablation_table=ablation_table,
     )
@@ -227,6 +254,11 @@ def _label(row: QualityRow) -> str:
     options = row.options
     if row.name.startswith(("paper +", "defaults,")) or isinstance(options.get("k_bits"), list):
         return ""
+    if row.kind == "reference":
+        bits = options.get("bits") or f"{options['k_bits']}/{options['v_bits']}"
+        return f"{options['method']} {bits}{' signs' if options.get('signs') else ''}"
+    if row.kind == "package":
+        return str(options["compression"])
     if row.kind == "transformers":
         return f"{options['backend']} {options.get('nbits', '')}".strip() if "backend" in options else row.name
     label = f"{options.get('k_bits', 2)}/{options.get('v_bits', 2)}"

@@ -19,7 +19,7 @@ class QualityRow:
 
     Attributes:
         name: of the candidate.
-        kind: "full", "kivi", "paper", "static" or "transformers".
+        kind: "full", "kivi", "paper", "static", "transformers", "reference" or "package".
         options: of the candidate, for the record.
         stored_bits: bits a quantized element takes with its share of scale and minimum; None where not known.
         perplexity: of the text's tokens after the skipped ones.
@@ -134,6 +134,114 @@ class PasskeyResult:
 
 
 @dataclasses.dataclass(frozen=True)
+class FreeRow:
+    """What a model writes through one cache, see `modules.evaluation.free` for what each number is.
+
+    Attributes:
+        name, kind, options, stored_bits, note: as in `QualityRow`.
+        kl_own: KL on its own text, in nats a token, mean of all texts; kl_own_error: half its 95 % interval.
+        kl_quarters: of the first to the last quarter of the texts.
+        kl_forced: KL on full precision's text.
+        sequence_kl: KL(q || p) a token on sampled text.
+        log_p: of sampled text under full precision, a token; log_p_error: half its 95 % interval over samples.
+        log_p_change: from full precision's samples; log_p_change_error: half its 95 % interval.
+        diverged_greedy, diverged_sampled: equal tokens before the first that differs, of each text.
+    """
+
+    name: str
+    kind: str
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    stored_bits: float | None = None
+    kl_own: float | None = None
+    kl_own_error: float | None = None
+    kl_quarters: list[float] = dataclasses.field(default_factory=list)
+    kl_forced: float | None = None
+    sequence_kl: float | None = None
+    log_p: float | None = None
+    log_p_error: float | None = None
+    log_p_change: float | None = None
+    log_p_change_error: float | None = None
+    diverged_greedy: list[int] = dataclasses.field(default_factory=list)
+    diverged_sampled: list[int] = dataclasses.field(default_factory=list)
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class FreeResult:
+    """Caches side by side on texts that the model wrote through them.
+
+    Attributes:
+        model, text: their names; digest: of the prompts' token ids.
+        prompts: how many, of prompt_tokens each; new_tokens: of each continuation; seeds: samples of each prompt.
+        chunk: tokens of the prompts that go through the cache at once.
+        rows: full precision first, then full precision with other seeds.
+    """
+
+    model: str
+    text: str
+    digest: str
+    prompts: int
+    prompt_tokens: int
+    new_tokens: int
+    seeds: int
+    chunk: int
+    rows: list[FreeRow]
+    environment: Environment
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskRow:
+    """One question of a task, answered through one cache.
+
+    Attributes:
+        name: of the candidate; kind: as in `QualityRow`.
+        task: its name; length: tokens of the context; question: its number within the task and length.
+        expected: a right answer, in words; answer: generated; correct: whether it was judged right.
+    """
+
+    name: str
+    kind: str
+    task: str
+    length: int
+    question: int
+    expected: str
+    answer: str
+    correct: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class TasksResult:
+    """Tasks with an answer, caches side by side on the same questions.
+
+    Attributes:
+        model: its name; chunk: tokens of the context that go through the cache at once; seed: of the questions.
+        rows: one a candidate and question; notes: candidates that were skipped, and why.
+    """
+
+    model: str
+    chunk: int
+    seed: int
+    rows: list[TaskRow]
+    notes: dict[str, str]
+    environment: Environment
+
+    @property
+    def names(self) -> list[str]:
+        """The candidates, in order."""
+        return list(dict.fromkeys(row.name for row in self.rows))
+
+    @property
+    def tasks(self) -> list[tuple[str, int]]:
+        """Tasks and lengths of their contexts, in order."""
+        return list(dict.fromkeys((row.task, row.length) for row in self.rows))
+
+    def correct(self, name: str, task: str, length: int) -> list[bool]:
+        """Of each question whether a candidate's answer was right."""
+        own = [row for row in self.rows if (row.name, row.task, row.length) == (name, task, length)]
+        return [row.correct for row in sorted(own, key=lambda row: row.question)]
+
+
+@dataclasses.dataclass(frozen=True)
 class BenchmarkResult:
     """What a benchmark measured.
 
@@ -149,9 +257,21 @@ class BenchmarkResult:
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-Result = QualityResult | PasskeyResult | BenchmarkResult
-_KINDS: dict[str, type[Result]] = {"quality": QualityResult, "passkey": PasskeyResult, "benchmark": BenchmarkResult}
-_ROWS: dict[str, Any] = {"quality": QualityRow, "passkey": PasskeyRow, "benchmark": dict}
+Result = QualityResult | PasskeyResult | FreeResult | TasksResult | BenchmarkResult
+_KINDS: dict[str, type[Result]] = {
+    "quality": QualityResult,
+    "passkey": PasskeyResult,
+    "free": FreeResult,
+    "tasks": TasksResult,
+    "benchmark": BenchmarkResult,
+}
+_ROWS: dict[str, Any] = {
+    "quality": QualityRow,
+    "passkey": PasskeyRow,
+    "free": FreeRow,
+    "tasks": TaskRow,
+    "benchmark": dict,
+}
 
 
 def _finite(value: Any) -> Any:

@@ -10,6 +10,7 @@ from transformers.cache_utils import Cache
 
 CHUNK = 128
 Tick = Callable[[int], None]
+Stop = Callable[[list[int]], bool]
 
 
 def check_count(name: str, value: int, minimum: int, unit: str = "tokens") -> None:
@@ -49,11 +50,15 @@ def greedy(
     new_tokens: int,
     chunk: int = CHUNK,
     tick: Tick | None = None,
+    stop: Stop | None = None,
 ) -> list[int]:
-    """The greedy continuation of a prompt `[1, T]`, `new_tokens` token ids, the prompt in chunks through the cache."""
+    """The greedy continuation of a prompt `[1, T]`, `new_tokens` token ids, the prompt in chunks through the cache.
+
+    `stop` is asked with the tokens so far and ends it early.
+    """
     logits = prefill(model, ids, cache, chunk, tick)
     answer = [int(logits.argmax())]
-    while len(answer) < new_tokens:
+    while len(answer) < new_tokens and not (stop is not None and stop(answer)):
         logits = forward(model, torch.tensor([answer[-1:]]), cache, keep=1)[-1]
         answer.append(int(logits.argmax()))
     return answer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -11,7 +12,16 @@ from rich.table import Table
 
 from modules.evaluation.candidates import FULL
 from modules.evaluation.layers import LayerCosts
-from modules.evaluation.results import BenchmarkResult, PasskeyResult, QualityResult, QualityRow
+from modules.evaluation.results import (
+    BenchmarkResult,
+    FreeResult,
+    FreeRow,
+    PasskeyResult,
+    QualityResult,
+    QualityRow,
+    TasksResult,
+)
+from modules.evaluation.statistics import mcnemar, wilson
 
 MISSING = "–"
 
@@ -65,6 +75,53 @@ def passkey_table(results: Sequence[PasskeyResult]) -> pandas.DataFrame:
         counts = [_sum(result.found(name, length) for result in results) for length in lengths]
         rows.append([name, *(f"{found} of {asked}" if asked else MISSING for found, asked in counts)])
     return pandas.DataFrame(rows, columns=["cache", *(f"{length:,} tokens" for length in lengths)])
+
+
+def free_table(result: FreeResult) -> pandas.DataFrame:
+    """Cache, stored bits and what `modules.evaluation.free` measures, ± half a 95 % interval."""
+    header = ["cache", "stored bits", "KL, own text", "±", "first to last quarter", "KL, full precision's text"]
+    header += ["sequence KL", "log p", "change", "±", "equal tokens, greedy", "equal tokens, same seed"]
+    return pandas.DataFrame([_free_cells(row) for row in result.rows], columns=header)
+
+
+def _free_cells(row: FreeRow) -> list[str]:
+    if row.note:
+        return [row.name, number(row.stored_bits, 2), row.note, *[MISSING] * 9]
+    full = row.kind == "full"
+    quarters = MISSING if full else f"{number(row.kl_quarters[0], 4)} to {number(row.kl_quarters[-1], 4)}"
+    equal = [
+        str(int(statistics.median(each))) if each else MISSING for each in (row.diverged_greedy, row.diverged_sampled)
+    ]
+    return [
+        row.name,
+        number(row.stored_bits, 2),
+        *([MISSING] * 2 if full else [number(row.kl_own, 4), number(row.kl_own_error, 4)]),
+        quarters,
+        number(row.kl_forced, 4),
+        MISSING if full else number(row.sequence_kl, 4),
+        number(row.log_p, 3),
+        MISSING if row.log_p_change is None else f"{row.log_p_change:+.3f}",
+        number(row.log_p_change_error, 3),
+        *equal,
+    ]
+
+
+def tasks_table(result: TasksResult) -> pandas.DataFrame:
+    """Task, tokens of its context, cache, right answers with their 95 % interval, and the comparison with full precision
+    question by question: where one alone was right, and McNemar's p."""
+    header = ["task", "tokens", "cache", "right", "share", "95 %", "only full precision", "only this", "p"]
+    rows = []
+    for task, length in result.tasks:
+        full = result.correct(FULL, task, length)
+        for name in result.names:
+            own = result.correct(name, task, length)
+            low, high = wilson(sum(own), len(own))
+            lost = sum(theirs and not ours for theirs, ours in zip(full, own))
+            won = sum(ours and not theirs for theirs, ours in zip(full, own))
+            paired = [MISSING] * 3 if name == FULL else [str(lost), str(won), number(mcnemar(lost, won), 2)]
+            share = [f"{sum(own)} of {len(own)}", number(sum(own) / len(own), 2), f"{low:.2f} to {high:.2f}"]
+            rows.append([task, f"{length:,}", name, *share, *paired])
+    return pandas.DataFrame(rows, columns=header)
 
 
 def layer_table(costs: LayerCosts, chosen: Mapping[str, Sequence[int]]) -> pandas.DataFrame:

@@ -14,8 +14,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from modules.cache.cache import KIVICache
 from modules.models.config import over_codes
-from modules.models.pieces import TokenInputs
+from modules.models.pieces import TokenInputs, longest_piece
+from modules.options import AUTO
 from modules.store.step import Step
+
+_WHOLE_ONLY = ("output_attentions", "output_router_logits")  # asked for, that a forward in pieces does not give
 
 
 class StepMixin:
@@ -42,10 +45,12 @@ class StepMixin:
         use_cache: bool | None = None,
         kivi_step: Step | None = None,
         kivi_drafts: int = 0,
+        kivi_kept: int = 0,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """As the stock model's. `kivi_step` says which new tokens are real where the caller has found out already, and
-        `kivi_drafts` how many of them, at the end, may be taken back."""
+        """As the stock model's. `kivi_step` says which new tokens are real where the caller has found out already,
+        `kivi_drafts` how many of them, at the end, may be taken back, and `kivi_kept` how many of the last states are all that
+        is asked for; 0 stands for all of them."""
         cache = past_key_values
         given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "position_ids": position_ids}
         inputs = {name: value for name, value in given.items() if value is not None}
@@ -66,16 +71,33 @@ class StepMixin:
             position_ids = cache.next_positions(step, batch, tokens.device)
         if position_ids is not None:
             inputs["position_ids"] = position_ids.expand(batch, -1) if position_ids.dim() == 2 else position_ids
-        pieces = cache.ledger.pieces(length, self.config.prefill_chunk, kivi_drafts)
+        pieces = cache.ledger.pieces(length, self._longest_piece(length, kwargs), kivi_drafts)
         if len(pieces) > 1:
-            with cache.undone_on_failure(step):
+            with cache.undone_on_failure(step), cache.ledger.in_pieces(step):
                 return self._forward_in_pieces(
-                    inputs, attention_mask, cache, step, pieces, use_cache=use_cache, **kwargs
+                    inputs, attention_mask, cache, step, pieces, kivi_kept, use_cache=use_cache, **kwargs
                 )
         with over_codes(self.config) as routed, cache.step(step, over_codes=routed):
             return super().forward(
                 **inputs, attention_mask=attention_mask, past_key_values=cache, use_cache=use_cache, **kwargs
             )
+
+    def _longest_piece(self, length: int, kwargs: dict[str, Any]) -> int | None:
+        """Tokens that go through the cache at once, of `length`; None for all of them.
+
+        A forward that only runs whole, as it is to give gradients or what pieces do not give, is cut where the user says so and not
+        by itself.
+        """
+        piece = longest_piece(self.config, length)
+        if piece is None or self.config.prefill_chunk != AUTO:
+            return piece
+        learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters())
+        return None if learns or self._asked_beyond_pieces(kwargs) else piece
+
+    def _asked_beyond_pieces(self, kwargs: dict[str, Any]) -> str | None:
+        """What is asked for that a forward in pieces does not give."""
+        asked = (name for name in _WHOLE_ONLY if kwargs.get(name, getattr(self.config, name, False)))
+        return next(asked, None)
 
     def _forward_in_pieces(
         self,
@@ -84,6 +106,7 @@ class StepMixin:
         cache: KIVICache,
         step: Step,
         pieces: list[int],
+        kept: int,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """A long forward in pieces of so many tokens, so that later tokens see a packed past.
@@ -91,12 +114,11 @@ class StepMixin:
         They are of real tokens: each sequence of a padded batch is cut where it would be cut alone.
         """
         return_dict = kwargs.pop("return_dict", None)
-        for asked in ("output_attentions", "output_router_logits"):
-            if kwargs.get(asked, getattr(self.config, asked, False)):
-                raise ValueError(
-                    f"a forward in pieces of {pieces[0]} tokens gives neither attention weights nor router logits; got "
-                    f"{asked}=True. Set prefill_chunk=None for it."
-                )
+        if asked := self._asked_beyond_pieces(kwargs):
+            raise ValueError(
+                f"a forward in pieces of {pieces[0]} tokens gives neither attention weights nor router logits; got "
+                f"{asked}=True. Set prefill_chunk=None for it."
+            )
         aligned = self._all_full
         stored = cache.get_seq_length()
         real = step.real
@@ -105,7 +127,8 @@ class StepMixin:
         parts = TokenInputs.of(inputs | kwargs, step.length)
         if aligned and real is not None:
             parts, real = parts.real_first(step), step.real_first(real, dim=1)
-        outputs = []
+        outputs: list[BaseModelOutputWithPast] = []
+        in_order = step.order is None or not aligned
         for stop, size in zip(itertools.accumulate(pieces), pieces):
             mask = None
             if real is not None:
@@ -113,6 +136,8 @@ class StepMixin:
                 mask = torch.cat([past.to(real.device), real[:, :stop]], dim=1)
             part = parts.piece(slice(stop - size, stop))
             outputs.append(self.forward(**part, attention_mask=mask, past_key_values=cache, return_dict=True))
+            if kept and in_order:
+                outputs = _without_early_states(outputs, kept)
         if aligned and step.order is not None:
             cache.ledger.set_columns(stored, step)
         joined = _join_outputs(outputs, step if aligned else None)
@@ -136,6 +161,16 @@ class KIVIModelMixin(StepMixin):
             layer.__class__ = classes.decoder_layer
             if hasattr(layer, "self_attn"):  # else it is a linear-attention layer
                 layer.self_attn.__class__ = classes.flash_attention if flash else classes.sdpa_attention
+
+
+def _without_early_states(outputs: list[BaseModelOutputWithPast], kept: int) -> list[BaseModelOutputWithPast]:
+    """The outputs of the pieces so far with their `kept` newest states, or somewhat more, and no others."""
+    newest = outputs[-1].last_hidden_state
+    if newest.shape[1] < kept:
+        return outputs
+    states = newest[:, -kept:].clone()  # a view would keep them all
+    nothing = [dataclasses.replace(out, last_hidden_state=states[:, :0]) for out in outputs[:-1]]
+    return [*nothing, dataclasses.replace(outputs[-1], last_hidden_state=states)]
 
 
 def _join_outputs(outputs: list[BaseModelOutputWithPast], step: Step | None) -> BaseModelOutputWithPast:

@@ -15,6 +15,7 @@ from modules.cache.cache import KIVICache
 from modules.codecs.static import StaticParameters
 from modules.models.config import FIELD_DEFAULTS, as_kivi_config, check_config, check_fields
 from modules.models.graphs import DecodeGraphs
+from modules.models.pieces import longest_piece
 from modules.models.program import DecodeProgram
 from modules.options import reject_unknown
 
@@ -24,7 +25,8 @@ class CachingMixin:
 
     Attributes:
         use_kivi_cache: True lets `generate()` and `forward()` create a KIVI cache by themselves.
-        prefill_chunk: longest piece (tokens) that goes through a KIVI cache at once; None for no limit.
+        prefill_chunk: longest piece (tokens) that goes through a KIVI cache at once; "auto" leaves prompts whole up to 8,192
+            tokens and cuts longer ones by the sizes of the model, None sets no limit.
         compile_decode: True compiles steps of one token on a CPU, once for each batch size.
         static: file of calibrated INT8 parameters that caches store by; None for the options of KIVI. `save_pretrained`
             keeps the path, as it was given.
@@ -47,11 +49,11 @@ class CachingMixin:
         self._set_checked("use_kivi_cache", value)
 
     @property
-    def prefill_chunk(self) -> int | None:
+    def prefill_chunk(self) -> int | str | None:
         return self._kivi_config.prefill_chunk
 
     @prefill_chunk.setter
-    def prefill_chunk(self, value: int | None) -> None:
+    def prefill_chunk(self, value: int | str | None) -> None:
         self._set_checked("prefill_chunk", value)
 
     @property
@@ -129,10 +131,14 @@ class CachingMixin:
             logits = self._decoded(past_key_values, input_ids, attention_mask, position_ids, wants_cache, kwargs)
             if logits is not None:
                 return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
-        if isinstance(past_key_values, KIVICache) and past_key_values.ledger.geometry.draft_room:
+        if isinstance(past_key_values, KIVICache):
             kept = kwargs.get("logits_to_keep", 0)
-            # assisted decoding wants the logits of the drafts and of one token before
-            kwargs["kivi_drafts"] = max(0, kept - 1) if isinstance(kept, int) else 0
+            kept = kept if isinstance(kept, int) else 0
+            if past_key_values.ledger.geometry.draft_room:
+                # assisted decoding wants the logits of the drafts and of one token before
+                kwargs["kivi_drafts"] = max(0, kept - 1)
+            if kept and self._may_be_cut(input_ids if input_ids is not None else kwargs.get("inputs_embeds")):
+                kwargs["kivi_kept"] = kept
         given = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -141,6 +147,13 @@ class CachingMixin:
             "use_cache": use_cache,
         }
         return super().forward(**{name: value for name, value in given.items() if value is not None}, **kwargs)
+
+    def _may_be_cut(self, tokens: torch.Tensor | None) -> bool:
+        """Whether a forward of `tokens` `[B, T, …]` is so long that it may go through in pieces."""
+        if tokens is None:
+            return False
+        piece = longest_piece(self._kivi_config, tokens.shape[1])
+        return piece is not None and piece < tokens.shape[1]
 
     def _decoded(
         self,

@@ -32,6 +32,7 @@ class PackedLayer:
         query_energy: float32 `[B, H, D]`, Σ q² of the queries until the wide key channels are chosen by it; None where
             there are none to choose. Never written to in place.
         rotates: values are stored times a Hadamard matrix.
+        exact_products: kernels multiply codes with queries and weights as they are, never rounded to bytes.
         newest_energy: q² of the newest queries that `query_energy` counts, float32 `[B, H, D]` each with the number of its
             token; kept while the window has room for drafts, which may be taken back.
     """
@@ -41,16 +42,24 @@ class PackedLayer:
     ledger: Ledger
     query_energy: torch.Tensor | None = None
     rotates: bool = False
+    exact_products: bool = False
     newest_energy: list[tuple[int, torch.Tensor]] = dataclasses.field(default_factory=list)
 
     @classmethod
-    def empty(cls, key: torch.Tensor, codecs: tuple[Codec, Codec], ledger: Ledger, rotates: bool) -> PackedLayer:
+    def empty(
+        cls,
+        key: torch.Tensor,
+        codecs: tuple[Codec, Codec],
+        ledger: Ledger,
+        rotates: bool,
+        exact_products: bool = False,
+    ) -> PackedLayer:
         """No tokens yet, for states shaped `[B, H, *, D]` as `key`; room for those that the ledger expects."""
         batch, heads, _, head_dim = key.shape
         keys, values = (
             PackedSide.empty(what, codec, key, ledger.geometry) for what, codec in zip(("keys", "values"), codecs)
         )
-        layer = cls(keys, values, ledger, rotates=rotates)
+        layer = cls(keys, values, ledger, rotates=rotates, exact_products=exact_products)
         if layer.key.wide:
             layer.query_energy = key.new_zeros(batch, heads, head_dim, dtype=torch.float32)
         expected = ledger.geometry.packed_after(ledger.expected, 0)

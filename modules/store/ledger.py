@@ -104,12 +104,14 @@ class Ledger:
         max_length: tokens a sequence may reach, None without a limit.
         expected: tokens the longest sequence is expected to reach; there is room for them from the start.
         open: the step that layers are writing, None between steps.
+        coming: packed tokens after the forward that is under way in several steps, 0 while none is.
     """
 
     def __init__(self, geometry: Geometry, max_length: int | None = None) -> None:
         self.geometry, self.max_length = geometry, max_length
         self.moves, self.expected = 0, max_length or 0
         self.open: OpenStep | None = None
+        self.coming = 0
         self._recording = False
         self._watched: torch.Tensor | None = None  # marks of a GPU as they were some steps ago
         self._counts: dict[torch.device, torch.Tensor] = {}
@@ -198,11 +200,21 @@ class Ledger:
         return self.geometry.packed_after(self.lengths[row] + new, self.packed[row]) > self.packed[row]
 
     def capacity_for(self, step: Step) -> int:
-        """Packed tokens there must be room for once a step is stored."""
+        """Packed tokens there must be room for once a step is stored, and the forward that it is a piece of."""
         if self._lengths is None or step.counted is None:
-            return self.geometry.packed_after(self.most + step.length, 0)
-        states = zip(self._lengths, self.packed, step.counted)
-        return max((self.geometry.packed_after(old + new, packed) for old, packed, new in states), default=0)
+            return max(self.coming, self.geometry.packed_after(self.most + step.length, 0))
+        none = [0] * len(step.counted)  # of sequences that are yet to come
+        states = zip(self._lengths or none, self.packed or none, step.counted)
+        return max([self.coming, *(self.geometry.packed_after(old + new, packed) for old, packed, new in states)])
+
+    @contextlib.contextmanager
+    def in_pieces(self, step: Step) -> Iterator[None]:
+        """Within it `step` comes in several: the first makes room for all, so that nothing is moved between them."""
+        self.coming = self.capacity_for(step)
+        try:
+            yield
+        finally:
+            self.coming = 0
 
     def columns_of(self, layer_idx: int) -> int:
         """Columns that a layer has seen, with those of the open step where it has written them."""

@@ -58,7 +58,10 @@ class Generate(RunFlags):
     top_p: float = argument(1.0, "draw from the likeliest tokens that have this probability together")
     seed: int | None = argument(None, "of the draws")
     gguf_file: str | None = argument(None, "a GGUF file in the folder MODEL")
-    prefill_chunk: int | None = argument(None, "longest piece of a prompt that goes through the model at once (tokens)")
+    prefill_chunk: int | None = argument(
+        None,
+        "longest piece of a prompt that goes through the model at once (tokens); None: by the model, for long prompts",
+    )
     load_cache: str | None = argument(None, "go on from a conversation that --save-cache wrote, with the same model")
     save_cache: str | None = argument(None, "write the conversation's cache here at the end")
     stats: bool = argument(True, "print what it took, on stderr")

@@ -152,7 +152,8 @@ def prompts(command: Generate) -> list[str]:
 def start(command: Generate) -> Conversation:
     """The model and an empty conversation, or the one that was saved."""
     model, tokenizer = load_for(command, command.model, gguf_file=command.gguf_file)
-    model.prefill_chunk = command.prefill_chunk
+    if command.prefill_chunk is not None:
+        model.prefill_chunk = command.prefill_chunk
     warm_up(model, model.create_kivi_cache())
     if command.load_cache is None:
         return Conversation(model, tokenizer, model.create_kivi_cache(), system=command.system, raw=command.raw)

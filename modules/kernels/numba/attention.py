@@ -25,11 +25,12 @@ from modules.kernels.numba.host import FLOAT_NAMES, host_is_supported
 from modules.kernels.numba.plan import MAX_ROWS, Plan, plan_of
 from modules.kernels.numba.threads import allowed_threads, buffer, check_pool, run
 from modules.kernels.reference.attention import attend as attend_in_torch
+from modules.kernels.reference.rebuilt import attend as attend_rebuilt
 from modules.store.layer import PackedLayer
 from modules.store.side import PackedSide
 from modules.store.step import Step
 
-_MANY_ROWS = 1 << 12  # query rows a KV head above which torch attends: the shares would take too much memory
+_MANY_TOKENS = 1 << 10  # new ones from which on it is faster to rebuild keys and values
 _LOG2_E = math.log2(math.e)
 _SERIAL_WORK = 1 << 21  # multiply-adds below which starting threads costs more than it saves
 
@@ -66,8 +67,10 @@ def attend(
     """
     check_new_states(query, key, value, layer, step)
     check_layer(layer)
+    if query.shape[2] >= _MANY_TOKENS:
+        return attend_rebuilt(query, key, value, layer, scaling, step)
     plan = _plan(layer, _rows(query, key))
-    if plan is None or query.shape[1] // key.shape[1] * query.shape[2] > _MANY_ROWS:
+    if plan is None:
         return attend_in_torch(query, key, value, layer, scaling, step)
     query = query if query.stride(3) == 1 else query.contiguous()
     key, value = (t if _tokens_lie_side_by_side(t) else t.contiguous() for t in (key, value))
@@ -278,7 +281,8 @@ def _plan(layer: PackedLayer, rows: int) -> Plan | None:
     window, groups = layer.key.window, (layer.group_size, layer.value.group_size)
     formats = _format(layer.key), _format(layer.value)
     small = tuple(side.codec.layout == EIGHT_BIT_METADATA for side in layer.sides)
-    return plan_of(formats, window.dtype, rows, window.shape[3], groups, layer.key.wide, small)
+    sizes = rows, window.shape[3], groups, layer.key.wide
+    return plan_of(formats, window.dtype, *sizes, small, not layer.exact_products)
 
 
 def _format(side: PackedSide) -> int | str:

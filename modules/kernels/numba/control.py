@@ -11,6 +11,8 @@ import numpy as np
 from numba import carray, njit
 
 from modules.kernels.numba.compiling import COMBINE, TAKE_IN, UNITS, as_pointer
+from modules.kernels.numba.emit_byte_scores import fold_in_bytes, score_bytes
+from modules.kernels.numba.emit_byte_values import accumulate_bytes, spread_in_bytes
 from modules.kernels.numba.emit_metadata import unpack_scales, unpack_values
 from modules.kernels.numba.emit_rows import (
     copy_row,
@@ -94,11 +96,16 @@ def _score_groups(plan, call, head, first, count, base):
             if plan.k_small_metadata:
                 scale = base + plan.at_scales * 4
                 unpack_scales(plan, call.k_scale + meta, scale)
-            fold_keys(plan, query, scale, minimum, folded)
             target = scores + done * plan.padded_rows * 4
             codes = call.k_codes + (token + done) * plan.k_bytes
             extra = call.k_extra + (token + done) * plan.extra_bytes
-            score_packed(plan, codes, extra, plan.group_size, folded, target)
+            if plan.k_in_bytes:
+                small, units = base + plan.at_bytes * 4, base + plan.at_units * 4
+                fold_in_bytes(plan, query, scale, minimum, small, units)
+                score_bytes(plan, codes, extra, small, units, target)
+            else:
+                fold_keys(plan, query, call.k_scale + meta, call.k_minimum + meta, folded)
+                score_packed(plan, codes, extra, plan.group_size, folded, target)
 
 
 @njit(inline="always")
@@ -108,16 +115,20 @@ def _attend_packed_tile(plan, call, head, first, count, sums, base):
     _score_groups(plan, call, head, first, count, base)
     softmax(plan, scores, count, base + plan.at_maximum * 4, base + plan.at_total * 4, decay)
     token = head * call.capacity + first
-    weights = scores
-    if plan.v_quantized:
-        meta = token * plan.groups
-        scale, minimum = call.v_scale + meta * 2, call.v_minimum + meta * 2
-        if plan.v_small_metadata:
-            scale, minimum = base + plan.at_scales * 4, base + plan.at_minima * 4
-            unpack_values(plan, call.v_scale + meta, call.v_minimum + meta, count, scale, minimum)
+    values, meta = call.v_codes + token * plan.v_bytes, token * plan.groups
+    scale, minimum = call.v_scale + meta * 2, call.v_minimum + meta * 2
+    if plan.v_small_metadata:
+        scale, minimum = base + plan.at_scales * 4, base + plan.at_minima * 4
+        unpack_values(plan, call.v_scale + meta, call.v_minimum + meta, count, scale, minimum)
+    if plan.v_in_bytes:
+        small, units = base + plan.at_weights * 4, base + plan.at_weight_units * 4
+        spread_in_bytes(plan, scores, count, scale, minimum, scaled, small, units, offsets)
+        accumulate_bytes(plan, values, count, small, units, offsets, decay, sums)
+    elif plan.v_quantized:
         spread(plan, scores, count, scale, minimum, scaled, offsets)
-        weights = scaled
-    accumulate_packed(plan, call.v_codes + token * plan.v_bytes, count, weights, offsets, decay, sums)
+        accumulate_packed(plan, values, count, scaled, offsets, decay, sums)
+    else:
+        accumulate_packed(plan, values, count, scores, offsets, decay, sums)
 
 
 @njit(inline="always")

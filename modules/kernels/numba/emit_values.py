@@ -41,8 +41,8 @@ def _emit_accumulate(e: Emitter[Plan], form: int | str, values, count, weights, 
     blocks = e.b.udiv(e.b.add(count, I64(plan.tokens - 1)), I64(plan.tokens))
     last = e.b.sub(count, I64(1))
     columns = plan.columns(form)
-    for first in range(0, len(columns), _columns_together(plan, form)):
-        batch = columns[first : first + _columns_together(plan, form)]
+    for first in range(0, len(columns), columns_together(plan, form)):
+        batch = columns[first : first + columns_together(plan, form)]
         slots = [[e.variable(e.float_splat(0.0)) for _ in range(plan.rows)] for _ in batch]
         with cgutils.for_range(e.b, blocks) as loop:
             parts = [[e.b.load(slot) for slot in column] for column in slots]
@@ -66,7 +66,7 @@ def _emit_accumulate(e: Emitter[Plan], form: int | str, values, count, weights, 
                 e.store(e.multiply_add(e.load(place), factor, part), place)
 
 
-def _columns_together(plan: Plan, form: int | str) -> int:
+def columns_together(plan: Plan, form: int | str) -> int:
     """Columns whose accumulators fit the registers together, whole planes where they do."""
     most = max(1, host()[1] // plan.rows)
     planes = 8 // form if isinstance(form, int) else 1

@@ -8,9 +8,10 @@ import math
 
 import torch
 
-from modules.kernels.numba.host import FLOAT_NAMES, host, host_is_supported, row_bytes
+from modules.kernels.numba.host import FLOAT_NAMES, byte_products, host, host_is_supported, row_bytes
 
 MAX_ROWS = 8  # query rows that share each load
+_MOST_IN_BYTES = 1 << 15
 _MIN_TILE = 128  # tokens of a tile: its scores and weights stay in the first-level cache
 
 
@@ -29,6 +30,7 @@ class Plan:
         lanes: float32 lanes of a vector.
         block: scores of one register block, `padded_rows * tokens`.
         k_small_metadata, v_small_metadata: scales and minima are those of 8 bits.
+        in_bytes: queries and weights meet codes as bytes, where the layout allows it.
     """
 
     k_format: int | str
@@ -43,6 +45,7 @@ class Plan:
     block: int
     k_small_metadata: bool
     v_small_metadata: bool
+    in_bytes: bool
 
     @property
     def summary(self) -> str:
@@ -77,6 +80,46 @@ class Plan:
     @property
     def v_quantized(self) -> bool:
         return isinstance(self.v_format, int)
+
+    @property
+    def k_in_bytes(self) -> bool:
+        """Whether queries meet packed keys as bytes: a lane has four channels of one token."""
+        return self.in_bytes and isinstance(self.k_format, int) and self._fits_bytes(self.k_format, self.k_bytes)
+
+    @property
+    def v_in_bytes(self) -> bool:
+        """Whether weights meet packed values as bytes: a lane has four tokens of one channel."""
+        return self.in_bytes and isinstance(self.v_format, int) and self._fits_bytes(self.v_format, 4)
+
+    def _fits_bytes(self, form: int, row: int) -> bool:
+        whole = self.group_size % self.block == 0 and self.block == host()[0]
+        few = self.tile_tokens <= _MOST_IN_BYTES  # their products add up to less than 2**31
+        coarse = form < 8  # rounding costs more than codes of 8 bits do
+        return byte_products() != "" and whole and few and coarse and row % 4 == 0
+
+    @property
+    def k_bits(self) -> int:
+        """Bits of a key's code; 16 where keys are rows of numbers."""
+        return self.k_format if isinstance(self.k_format, int) else 16
+
+    @property
+    def v_bits(self) -> int:
+        return self.v_format if isinstance(self.v_format, int) else 16
+
+    @property
+    def k_planes(self) -> int:
+        """Codes of a byte of packed keys."""
+        return max(1, 8 // self.k_bits)
+
+    @property
+    def merged_steps(self) -> int:
+        """Lanes of the vectors that hold a number for each row and plane of keys."""
+        return max(self.lanes, self.padded_rows * self.k_planes)
+
+    @property
+    def step(self) -> int:
+        """Tokens whose weights lie together as bytes, `[padded_rows, step]`."""
+        return max(4, self.tokens)
 
     @property
     def k_bytes(self) -> int:
@@ -123,6 +166,10 @@ class Plan:
             "scores": scores,
             "spread": scores * self.groups,
             "offsets": self.groups * self.block,
+            "bytes": -(-head // 4) if self.k_in_bytes else 0,
+            "units": 2 * self.merged_steps + max(self.lanes, self.padded_rows) if self.k_in_bytes else 0,
+            "weights": scores * self.groups // 4 if self.v_in_bytes else 0,
+            "weight_units": self.groups * self.block,
             "scales": self._metadata_floats,
             "minima": self._metadata_floats,
             "maximum": self.block,
@@ -169,10 +216,11 @@ def plan_of(
     groups: tuple[int, int],
     wide: int,
     small_metadata: tuple[bool, bool],
+    in_bytes: bool,
 ) -> Plan | None:
     """The plan for a layer, or None where the layout fits no vector or the dtype is not one of the three.
 
-    `formats` are those of `Plan`, `groups` tokens (keys) and channels (values); rows of numbers have none.
+    `formats` and `in_bytes` are those of `Plan`, `groups` tokens (keys) and channels (values); rows of numbers have none.
     `small_metadata` says of either side whether its metadata has 8 bits.
     """
     if dtype not in FLOAT_NAMES or not host_is_supported():
@@ -184,5 +232,5 @@ def plan_of(
     lanes = math.gcd(most, head_dim, v_group, *(head_dim // p for p in planes))
     dense = FLOAT_NAMES[dtype]
     sizes = head_dim, group_size, v_group, wide, lanes, max(block, lanes)
-    plan = Plan(*formats, dense, rows, *sizes, *small_metadata)
+    plan = Plan(*formats, dense, rows, *sizes, *small_metadata, in_bytes)
     return plan if lanes >= 4 and group_size % plan.tokens == 0 else None

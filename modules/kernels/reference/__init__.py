@@ -6,9 +6,11 @@ import torch
 
 from modules.codecs.kivi import EIGHT_BIT_METADATA
 from modules.kernels.backend import Backend
-from modules.kernels.reference.attention import attend
+from modules.kernels.reference import attention, rebuilt
 from modules.store.layer import PackedLayer
 from modules.store.step import Step
+
+MANY_TOKENS = 32  # new ones that are worth rebuilding the past for, on a CPU
 
 
 class TorchBackend(Backend):
@@ -31,7 +33,8 @@ class TorchBackend(Backend):
         step: Step,
     ) -> torch.Tensor:
         """See `Backend.attend`."""
-        return attend(query, key, value, layer, scaling, step)
+        way = rebuilt if query.device.type == "cpu" and query.shape[2] >= MANY_TOKENS else attention
+        return way.attend(query, key, value, layer, scaling, step)
 
 
 BACKEND = TorchBackend()

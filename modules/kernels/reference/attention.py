@@ -18,6 +18,7 @@ from modules.store.step import Step
 
 _PLANE_ELEMENTS = 1 << 19  # floats of one plane of codes at a time: 2 MiB stay in a core's cache
 _SCORE_ELEMENTS = 1 << 20  # floats of scores held at a time
+_NEW_SCORES = 1 << 24  # floats of scores of new tokens on each other held at a time
 _SHARE_OF_CACHE = 8  # a plane takes at most this share of the bytes the layer would take unpacked
 _FLOAT_BYTES = 4
 _SMALL_BLOCK = 64  # tokens times planes that are never worth cutting
@@ -39,22 +40,25 @@ def attend(
     for sequences, count in layer.ledger.equally_long(step.lengths):
         if not count:
             continue
-        attended = _attend_rows(
-            grouped[sequences, ..., :count, :],
-            key[sequences, :, :count],
-            value[sequences, :, :count],
-            layer,
-            sequences,
-            scaling,
-        )
-        out[sequences, :count] = attended.flatten(1, 2).transpose(1, 2).to(query.dtype)
+        queries, keys, values = (t[sequences, ..., :count, :] for t in (grouped, key, value))
+        for first in range(0, count, size := _queries_at_once(queries)):
+            stop = min(first + size, count)
+            attended = _attend_rows(
+                queries[..., first:stop, :], keys[:, :, :stop], values[:, :, :stop], layer, sequences, scaling
+            )
+            out[sequences, first:stop] = attended.flatten(1, 2).transpose(1, 2).to(query.dtype)
     return out
+
+
+def _queries_at_once(queries: torch.Tensor) -> int:
+    """New tokens of `[b, Hkv, g, q, D]` whose scores on all new ones stay within bounds."""
+    return max(1, _NEW_SCORES // queries.shape[:4].numel())
 
 
 def _attend_rows(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: PackedLayer, sequences: slice, scaling: float
 ) -> torch.Tensor:
-    """Equally long sequences: query `[b, Hkv, g, q, D]` to `[b, Hkv, g, q, D]`, float32."""
+    """Equally long sequences: query `[b, Hkv, g, q, D]`, the last of the new tokens, to `[b, Hkv, g, q, D]`, float32."""
     batch, kv_heads, group, length, head_dim = query.shape
     folded = (query.float() * scaling).flatten(2, 3)  # the queries of one KV head share each load
     softmax = _OnlineSoftmax()
