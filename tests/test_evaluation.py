@@ -484,3 +484,15 @@ def test_stock_checkpoint_of_another_class_is_measured_too():
         for model in (stock, kivi.eval())
     ]  # a stock model shows the cache no queries to choose wide channels by
     assert rows[0].kl == pytest.approx(rows[1].kl, rel=0.02)
+
+
+def test_ablations_command(model_folder, tmp_path, capsys):
+    """From start to end: states are recorded, a table is shown, and the file is read again for the report."""
+    output = tmp_path / "ablations-small.json"
+    assert run("ablations", "--model", model_folder, "--tokens", 640, "--layers", 1, "--output", output) == 0
+    (result,) = report.read_ablations(tmp_path)
+    assert len(result.settings["layers"]) == 1 and {row["side"] for row in result.rows} == {"keys", "values"}
+    assert all(row["error"] > 0 for row in result.rows)
+    assert result.rows[0]["variant"] in tables.ablation_table(result).to_string()
+    assert run("ablations", "--model", model_folder, "--tokens", 500) != 0
+    assert "tokens must be at least" in "".join(capsys.readouterr())

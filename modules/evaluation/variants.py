@@ -295,8 +295,6 @@ def _trellis_table() -> torch.Tensor:
 
 # The lists
 
-BASE = {"keys": "by channel, a quarter wide", "values": "rotated, groups of 64"}
-
 
 def _keys(name: str, mean_bits: float, fake: Fake, numbers: float = 32 / 32, correction: float = 0.0) -> Variant:
     """Keys with codes of `mean_bits` and `numbers` bits an element for the rest."""
@@ -307,7 +305,7 @@ def key_variants(head_dim: int) -> list[Variant]:
     """What was tried for keys; the first is what the others are compared with."""
     small, alone, pairs, half = EIGHT_BIT_KEYS, wide(0.25, False), wide(0.25, True), wide(0.5, True)
     return [
-        _keys(BASE["keys"], 2.5, keys(alone)),
+        _keys("by channel, a quarter wide", 2.5, keys(alone)),
         _keys("by range and query, no wide ones", 2, keys(wide(0.0, False))),
         _keys("wide ones in rotary pairs (the default)", 2.5, keys(pairs)),
         _keys("pairs, scales of 8 bits", 2.5, keys(pairs, metadata=small), 24 / 32),
@@ -329,16 +327,16 @@ def key_variants(head_dim: int) -> list[Variant]:
 
 def value_variants(head_dim: int) -> list[Variant]:
     """What was tried for values; the first is what the others are compared with."""
-    small = EIGHT_BIT_VALUES
+    small, group = EIGHT_BIT_VALUES, min(64, head_dim)
     return [
-        Variant(BASE["values"], "values", 2 + 32 / 64, values()),
-        Variant("metadata of 8 bits", "values", 2 + 16 / 64, values(metadata=small)),
+        Variant(f"rotated, groups of {group}", "values", 2 + 32 / group, values(group)),
+        Variant("metadata of 8 bits", "values", 2 + 16 / group, values(group, metadata=small)),
         Variant("metadata of 8 bits, groups of 32", "values", 2 + 16 / 32, values(32, metadata=small)),
-        Variant("metadata of 8 bits, range cut by 20 %", "values", 2 + 16 / 64, values(clip=0.8, metadata=small)),
-        Variant("a scale of 8 bits and no minimum", "values", 2 + 8 / 64, values(clip=0.8, how="symmetric")),
-        Variant("centred by the mean of the first tokens", "values", 2 + 32 / 64, values(how="centred")),
-        Variant("errors fed back by the output projection", "values", 2 + 32 / 64, values(how="weighted")),
-        Variant("a third of the error to the next token", "values", 2 + 32 / 64, values(how="shaped")),
+        Variant("metadata of 8 bits, range cut by 20 %", "values", 2 + 16 / group, values(group, 0.8, small)),
+        Variant("a scale of 8 bits and no minimum", "values", 2 + 8 / group, values(group, 0.8, how="symmetric")),
+        Variant("centred by the mean of the first tokens", "values", 2 + 32 / group, values(group, how="centred")),
+        Variant("errors fed back by the output projection", "values", 2 + 32 / group, values(group, how="weighted")),
+        Variant("a third of the error to the next token", "values", 2 + 32 / group, values(group, how="shaped")),
         Variant("levels of Lloyd and Max", "values", 2 + 8 / head_dim, normalized_values(lloyd_max)),
         Variant("trellis-coded levels", "values", 2 + 8 / head_dim, normalized_values(trellis)),
     ]
