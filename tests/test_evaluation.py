@@ -73,6 +73,16 @@ def test_a_single_forward_measures_nothing_and_chunks_do(kivi_model):
     assert measure(kivi_model, chunk=16, two=TWO).row("two").kl > 1e-4
 
 
+def test_another_reference_takes_the_place_of_full_precision(kivi_model):
+    four = named.kivi("four", {**TWO, "k_bits": 4, "v_bits": 4})
+    ids, caches = tokens(1, 150), {"two": TWO, "four again": four.options}
+    result = evaluation.measure_quality(kivi_model, ids, caches, chunk=16, skip=40, reference=four)
+    assert [row.name for row in result.rows] == ["four", "two", "four again"]
+    assert result.rows[0].kl == result.rows[2].kl == 0 < 1e-4 < result.rows[1].kl
+    table = tables.quality_table(result)
+    assert table["KL (nats)"][0] == table["change"][0] and float(table["KL (nats)"][2]) == 0
+
+
 def test_more_bits_are_better(kivi_model):
     result = measure(kivi_model, **{str(bits): {**TWO, "k_bits": bits, "v_bits": bits} for bits in (2, 4, 8)})
     two, four, eight = (result.row(str(bits)) for bits in (2, 4, 8))

@@ -49,16 +49,19 @@ def plain(value: object) -> str:
 
 
 def quality_table(result: QualityResult) -> pandas.DataFrame:
-    """Cache, stored bits, perplexity and its change, KL with its standard error, top-1."""
-    full = result.row(FULL).perplexity
+    """Cache, stored bits, perplexity and its change, KL with its standard error, top-1. Where full precision is not among the
+    caches, the first one is what they are compared with, and finer figures are told apart."""
+    full_is_there = any(row.name == FULL for row in result.rows)
+    reference = result.row(FULL) if full_is_there else result.rows[0]
+    digits = 4 if full_is_there else 7
     rows = [
         [
             row.name + (" *" if result.day_of(row) else ""),
             number(row.stored_bits, 2),
             row.note or number(row.perplexity, 3),
-            MISSING if row.name == FULL else percent(row.perplexity, full),
-            MISSING if row.name == FULL else number(row.kl, 4),
-            MISSING if row.name == FULL else number(row.kl_error, 4),
+            MISSING if row is reference else percent(row.perplexity, reference.perplexity),
+            MISSING if row is reference else number(row.kl, digits),
+            MISSING if row is reference else number(row.kl_error, digits),
             number(row.top1, 3),
         ]
         for row in result.rows
