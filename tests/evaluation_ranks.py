@@ -1,4 +1,4 @@
-"""What every rank of a shared evaluation does: `accelerate launch --cpu tests/evaluation_ranks.py COMMANDS`.
+"""What every rank of a shared evaluation does: `torchrun --nproc_per_node 2 tests/evaluation_ranks.py COMMANDS`.
 
 COMMANDS is a JSON list of command lines of `python -m modules.evaluation`, which are run one after the other.
 """

@@ -58,7 +58,8 @@ LAYERS = (  # from the ground up; what stands in one line may import its like
 RANKS = {package: rank for rank, packages in enumerate(LAYERS) for package in packages}
 RANKS[""] = len(LAYERS)  # `modules` itself, which names what most people need and imports it when it is asked for
 BELOW_TRANSFORMERS = RANKS["kernels"]  # this rank and those below import no transformers
-OPTIONAL = ("datasets", "matplotlib", "tyro")  # of the evaluation, the plots and the command lines
+# of the evaluation, the benchmark, the plots and the command lines; another method's package; what Windows does not have
+OPTIONAL = ("datasets", "matplotlib", "torchao", "tyro", "tiny_turboquant", "resource")
 HOMES = {"triton": "modules.kernels.triton", "numba": "modules.kernels.numba"}
 
 

@@ -85,7 +85,7 @@ def test_cases_are_shared_out_and_come_back_in_order(monkeypatch):
 
 
 def test_two_ranks_measure_what_one_process_does(tokenizer, tmp_path):
-    """Caches of `quality` and questions of `passkey` shared by accelerate's two processes: an odd number of both."""
+    """Caches of `quality` and questions of `passkey` shared by two processes: an odd number of both."""
     model = tmp_path / "model"
     make_pair("llama")[0].save_pretrained(model)
     tokenizer.save_pretrained(model)
@@ -99,7 +99,7 @@ def test_two_ranks_measure_what_one_process_does(tokenizer, tmp_path):
     for name, arguments in measures.items():
         assert evaluate([*arguments, str(tmp_path / f"{name}-one.json")]) == 0
     shared = json.dumps([[*arguments, str(tmp_path / f"{name}-two.json")] for name, arguments in measures.items()])
-    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2, "--main_process_port", free_port()]
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port()]
     run(*launcher, ROOT / "tests" / "evaluation_ranks.py", shared)
 
     one, two = (load_result(tmp_path / f"passkey-{count}.json").rows for count in ("one", "two"))
@@ -110,4 +110,4 @@ def test_two_ranks_measure_what_one_process_does(tokenizer, tmp_path):
         for figure in ("perplexity", "kl", "kl_error", "top1", "stored_bits"):
             expected = getattr(alone, figure)
             assert getattr(shared_out, figure) == pytest.approx(expected, rel=1e-6, abs=1e-9), (alone.name, figure)
-    assert two[1].kl > 1e-4
+    assert two[1].kl > 1e-6  # it did quantize

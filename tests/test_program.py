@@ -213,7 +213,7 @@ def test_int8_weights_are_read_as_they_are(traced):
                 model(ids[:, :40], past_key_values=cache)
                 steps = [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(40, 50)]
                 logits.append(torch.cat(steps))
-        assert 0 < relative_error(logits[1], logits[0]) < 1e-5
+        assert relative_error(logits[1], logits[0]) < 1e-5
     assert model._decode_program.refused is None and len(model._decode_program._programs) == 3
 
 

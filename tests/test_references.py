@@ -20,7 +20,7 @@ def states(*shape, seed=0):
 @pytest.fixture
 def uneven():
     """Keys with wide channels and loud tokens, as attention has them; `[1, 2, TILE, 64]`."""
-    wide = torch.linspace(0.5, 3, 64).exp() * torch.linspace(1, 3, kvarn.TILE)[:, None]
+    wide = torch.linspace(0.5, 3, 64).exp() * torch.linspace(1, 1.5, kvarn.TILE)[:, None]
     return states(1, 2, kvarn.TILE, 64) * wide
 
 

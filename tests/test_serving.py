@@ -197,7 +197,7 @@ def test_static_int8_is_served_together_and_from_kept_caches(chat_tokenizer, tmp
     with serving(model, chat_tokenizer) as (address, engine):
         running: list[int] = []
         answers = ask_together(address, prompts, [30] * 6, watch=lambda: running.append(engine.running))
-        assert max(running) > 2 and len(engine.prefixes) == 6
+        assert max(running) > 2 and until(lambda: len(engine.prefixes) == 6)
         assert answers == [answer_of(model, chat_tokenizer, prompt, 30) for prompt in prompts]
         longer = [*(f"{prompt}{said} and?" for prompt, said in zip(prompts, answers)), prompts[5][:100] + "or?"]
         assert ask_together(address, longer, [20] * 7) == [
@@ -766,7 +766,7 @@ def process(folder, tokenizer, *flags):
 
 def test_the_command_listens_logs_and_ends(tmp_path, chat_tokenizer):
     """On Ctrl-C the answer that is being made is sent to its end; a line of the log has no word of a prompt."""
-    with process(tmp_path, chat_tokenizer) as (running, address):
+    with process(tmp_path, chat_tokenizer, "--grace-seconds", "60") as (running, address):
         with client_of(address) as client:
             stream = iter(
                 client.completions.create(model=tmp_path.name, prompt="wordofaprompt", max_tokens=300, stream=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +203,7 @@ def _measure_tasks(
     )
 
 
-_MEASURES = {"passkey": _measure_passkey, "free": _measure_free, "tasks": _measure_tasks}
+_MEASURES: dict[str, Callable[..., Any]] = {"passkey": _measure_passkey, "free": _measure_free, "tasks": _measure_tasks}
 
 
 def _measure_step(step: Step, loaded: Any, earlier: Any, missing_only: bool, console: Console) -> QualityResult:

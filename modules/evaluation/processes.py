@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
@@ -31,7 +32,7 @@ class Processes(NamedTuple):
         """
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             return cls()
-        state = PartialState(cpu=device == "cpu")
+        state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
         return cls(state.process_index, state.num_processes)
 
     @property
