@@ -6,9 +6,10 @@ process alone would have had them.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 from accelerate import PartialState
@@ -17,7 +18,8 @@ from accelerate.utils import gather_object
 T = TypeVar("T")
 
 
-class Processes(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Processes:
     """The processes of a measurement: which one this is, and how many there are."""
 
     rank: int = 0

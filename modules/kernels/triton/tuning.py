@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from modules.kernels.triton import launch
 
-FORMAT = 1
+FORMAT: Literal[1] = 1
 VARIABLE = "KIVI_TUNING"
 DEFAULT = "~/.cache/kivi-tuning"
 OF_THE_PACKAGE = Path(__file__).with_name("tuned")
