@@ -43,6 +43,7 @@ GIVEN = {
     "wide_channels": 0.5,
     "v_rotation": True,
     "v_group_size": 64,
+    "metadata_bits": 8,
     "backend": "torch",
     "exact_products": True,
 }

@@ -104,7 +104,7 @@ def _score_groups(plan, call, head, first, count, base):
                 fold_in_bytes(plan, query, scale, minimum, small, units)
                 score_bytes(plan, codes, extra, small, units, target)
             else:
-                fold_keys(plan, query, call.k_scale + meta, call.k_minimum + meta, folded)
+                fold_keys(plan, query, scale, minimum, folded)
                 score_packed(plan, codes, extra, plan.group_size, folded, target)
 
 
