@@ -218,8 +218,7 @@ def test_int8_weights_are_read_as_they_are(traced):
 
 
 @pytest.mark.real_model
-def test_a_real_model_writes_the_same_text():
-    torch._dynamo.reset()
+def test_a_real_model_writes_the_same_text(traced):
     model = LlamaForCausalLM_KIVI.from_pretrained(real_model_path("llama"), dtype=torch.float32, use_kivi_cache=True)
     ids = torch.randint(5, 40_000, (1, 300), generator=torch.Generator().manual_seed(0))
     texts = []
