@@ -11,6 +11,7 @@ from modules.evaluation import candidates as named
 from modules.evaluation import needles, problems, report, tables, tasks
 from modules.evaluation.results import FreeResult, FreeRow, TaskRow, TasksResult
 
+HARD = {"keys": 3, "values": 2, "hops": 1, "largest": 9}
 FILLER = "the hay is dry and long. " * 300
 
 
@@ -160,10 +161,11 @@ def test_page_has_both(tmp_path):
         FreeResult("m", "prose", "abc", 4, 1024, 400, 3, 128, rows, HERE), tmp_path / "quality-f.json"
     )
     rows = [TaskRow(name, "kivi", "code", 1500, 0, "x", "y", True) for name in (named.FULL, named.DEFAULTS)]
-    evaluation.save_result(TasksResult("m", 128, 0, rows, {}, HERE), tmp_path / "quality-t.json")
+    evaluation.save_result(TasksResult("m", 128, 0, rows, {}, HERE, HARD), tmp_path / "quality-t.json")
     text = " ".join(report.write_report(tmp_path, page)[0].read_text().replace("**", "").split())
     assert "m: 4 prompts of 1,024 tokens, 400 new tokens, 3 samples each" in text
     assert "| defaults | 3.00 | 0.5000 | 0.1000 | 0.4000 to 0.6000 |" in text
+    assert "3 keys of one value, keys of 2 values, chains of 2 variables; arithmetic of numbers up to 9" in text
     assert "| code | 1,500 | defaults | 1 of 1 | 1.00 | 0.21 to 1.00 | 0 | 0 | 1.00 |" in text
     assert "Not measured yet: `python -m modules.evaluation free" not in text
 
@@ -173,7 +175,8 @@ def test_commands(model_folder, tmp_path, capsys, without_numba):  # noqa: F811
     common = ["--model", model_folder, "--options", "k_bits=2", "--device", "cpu", "--output", tmp_path / "r.json"]
     few = ["--questions", 1, "--haystacks", 1, "--shot-tokens", 600, "--tasks", "arithmetic"]
     assert run("tasks", *common, *few, "--filler", tmp_path / "hay.txt") == 0
-    assert json.loads((tmp_path / "r.json").read_text())["kind"] == "tasks"
+    saved = json.loads((tmp_path / "r.json").read_text())
+    assert saved["kind"] == "tasks" and saved["settings"] == {"keys": 8, "values": 2, "hops": 1, "largest": 50}
     few = ["--prompts", 2, "--prompt-tokens", 200, "--new-tokens", 4, "--seeds", 2]
     assert run("free", *common, *few) == 0
     assert [row.name for row in evaluation.load_result(tmp_path / "r.json").rows][2:] == ["k_bits=2"]

@@ -216,6 +216,7 @@ class TasksResult:
     Attributes:
         model: its name; chunk: tokens of the context that go through the cache at once; seed: of the questions.
         rows: one a candidate and question; notes: candidates that were skipped, and why.
+        settings: what makes the questions as hard as they are, by name.
     """
 
     model: str
@@ -224,6 +225,7 @@ class TasksResult:
     rows: list[TaskRow]
     notes: dict[str, str]
     environment: Environment
+    settings: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def names(self) -> list[str]:

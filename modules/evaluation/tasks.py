@@ -89,6 +89,7 @@ def measure_tasks(
     *,
     chunk: int = CHUNK,
     seed: int = 0,
+    settings: Mapping[str, int] | None = None,
     model_name: str = "",
     progress: Progress | None = None,
 ) -> TasksResult:
@@ -99,7 +100,7 @@ def measure_tasks(
         contexts: from `make_contexts`.
         caches: as for `measure_quality`.
         chunk: tokens of a context that go through a cache at once.
-        seed: of the contexts, for the record; model_name: for the record.
+        seed, settings: of the contexts, for the record; model_name: for the record.
         progress: called with a candidate's name and the questions it has answered.
 
     Raises:
@@ -114,7 +115,7 @@ def measure_tasks(
         if candidate.name not in notes
         for row in _answers(model, tokenizer, candidate, contexts, chunk, progress)
     ]
-    return TasksResult(model_name, chunk, seed, rows, notes, Environment.here(model))
+    return TasksResult(model_name, chunk, seed, rows, notes, Environment.here(model), dict(settings or {}))
 
 
 def _answers(

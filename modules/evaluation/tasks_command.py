@@ -63,6 +63,7 @@ def run_tasks(
             candidates,
             chunk=chunk,
             seed=seed,
+            settings={**dataclasses.asdict(difficulty), "largest": largest},
             model_name=model_name,
             progress=lambda name, done: bar.update(task, advance=done, description=name),
         )
