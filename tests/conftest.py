@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import pathlib
+import signal
 
 import pytest
 import torch
@@ -27,6 +28,12 @@ from modules.kernels import registry
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--shard", metavar="I/N", help="run the I-th of N parts: side by side without pytest-xdist")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Ctrl-C works in the tests and what they start, also where a shell started them in the background, which ignores it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -32,7 +32,8 @@ class KIVICacheLayer(CacheLayerMixin):
         layer_idx: its number.
         ledger: of the cache.
         static: calibrated scales of keys and values, which are then stored by those; None for KIVI's own.
-        rotary: the share of a head's channels that positions rotate, see `modules.options.rotary_share`.
+        rotary: the share of a head's channels that positions rotate, see `modules.options.rotary_share`; all of them, as in
+            Llama and Qwen, where there is no config to say it.
     """
 
     is_sliding = False
@@ -45,7 +46,7 @@ class KIVICacheLayer(CacheLayerMixin):
         layer_idx: int,
         ledger: Ledger,
         static: tuple[ChannelScales, ChannelScales] | None = None,
-        rotary: float = 0.0,
+        rotary: float = 1.0,
     ) -> None:
         super().__init__()
         self.options, self.bits, self.layer_idx, self.ledger = options, bits, layer_idx, ledger

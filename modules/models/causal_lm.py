@@ -150,7 +150,7 @@ class CachingMixin:
 
     def _may_be_cut(self, tokens: torch.Tensor | None) -> bool:
         """Whether a forward of `tokens` `[B, T, …]` is so long that it may go through in pieces."""
-        if tokens is None:
+        if tokens is None or tokens.dim() < 2:  # the latter is refused where it is looked at
             return False
         piece = longest_piece(self._kivi_config, tokens.shape[1])
         return piece is not None and piece < tokens.shape[1]
@@ -166,7 +166,7 @@ class CachingMixin:
     ) -> torch.Tensor | None:
         """Logits `[B, 1, vocabulary]` of a step of one token, from a CUDA graph or compiled; None where the step is for the
         model."""
-        if input_ids is None or input_ids.shape[1] != 1 or not (input_ids.is_cuda or self.compile_decode):
+        if input_ids is None or input_ids.shape[1:] != (1,) or not (input_ids.is_cuda or self.compile_decode):
             return None
         asked = {name for name, value in others.items() if value is not None and value is not False}
         return_dict = others.get("return_dict")
