@@ -34,7 +34,7 @@ from modules.evaluation.passkey import depths_of, measure_passkey
 from modules.evaluation.plan import INT8_PLAN, PLAN, Int8Step, Step, existing_models, int8_steps, steps
 from modules.evaluation.processes import Processes
 from modules.evaluation.quality import SKIP, keep_peers, measure_quality
-from modules.evaluation.references import packages, references
+from modules.evaluation.references import other_methods, references
 from modules.evaluation.report import write_report
 from modules.evaluation.results import (
     FreeResult,
@@ -219,7 +219,7 @@ def _measure_step(step: Step, loaded: Any, earlier: Any, missing_only: bool, con
         )
 
     result = earlier if missing_only and earlier else keep_peers(measure(own), earlier)
-    others = [*peers(), *references(), *packages()] if step.peers else []
+    others = other_methods() if step.peers else []
     missing = [peer for peer in others if all(row.name != peer.name for row in result.rows)]
     return keep_peers(result, measure(missing)) if missing else result
 
@@ -245,7 +245,7 @@ class Quality(CacheFlags):
     def run(self, console: Console) -> None:
         """Measure, show and save."""
         candidates = self.own_candidates() or CANDIDATE_SETS[self.set]()
-        candidates += [*peers(), *references(), *packages()] if self.peers else []
+        candidates += other_methods() if self.peers else []
         reference = None if self.reference is None else parse_options(self.reference)
         load_text(self.text)  # a mistake here should not wait for the model
         processes = Processes.join(self.device)

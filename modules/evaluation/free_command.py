@@ -10,11 +10,11 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modules.cli.command import argument, check_least
-from modules.evaluation.candidates import Candidate, peers, short_candidates
+from modules.evaluation.candidates import Candidate, short_candidates
 from modules.evaluation.flags import CacheFlags
 from modules.evaluation.free import NEW_TOKENS, QUARTERS, SEEDS, measure_free
 from modules.evaluation.loading import load_model
-from modules.evaluation.references import packages, references
+from modules.evaluation.references import other_methods
 from modules.evaluation.results import FreeResult
 from modules.evaluation.showing import progress_bar, show
 from modules.evaluation.streaming import CHUNK
@@ -75,7 +75,7 @@ class Free(CacheFlags):
     def run(self, console: Console) -> None:
         """Measure, show and save."""
         candidates = self.own_candidates() or short_candidates()
-        candidates += [*peers(), *references(), *packages()] if self.peers else []
+        candidates += other_methods() if self.peers else []
         load_text(self.text)
         model, tokenizer = load_model(self.model, self.dtype, self.device)
         result = run_free(

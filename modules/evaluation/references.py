@@ -8,11 +8,16 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
-from modules.evaluation.candidates import Candidate
+from modules.evaluation.candidates import Candidate, peers
 from modules.evaluation.kvarn import kvarn_cache
 from modules.evaluation.rounded import scheme_bits
 from modules.evaluation.turboquant import turboquant_cache
 from modules.options import FULL_PRECISION_BITS
+
+
+def other_methods() -> list[Candidate]:
+    """All that are not ours: transformers' own quantized caches, references and packages."""
+    return [*peers(), *references(), *packages()]
 
 
 def references() -> list[Candidate]:

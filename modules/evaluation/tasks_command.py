@@ -9,12 +9,12 @@ from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from modules.cli.command import argument, check_least
-from modules.evaluation.candidates import Candidate, peers, short_candidates
+from modules.evaluation.candidates import Candidate, short_candidates
 from modules.evaluation.flags import CacheFlags
 from modules.evaluation.loading import load_model
 from modules.evaluation.needles import USUAL, Difficulty
 from modules.evaluation.problems import LARGEST
-from modules.evaluation.references import packages, references
+from modules.evaluation.references import other_methods
 from modules.evaluation.results import TasksResult
 from modules.evaluation.showing import progress_bar, show
 from modules.evaluation.streaming import CHUNK
@@ -101,7 +101,7 @@ class Tasks(CacheFlags):
     def run(self, console: Console) -> None:
         """Measure, show and save."""
         candidates = self.own_candidates() or short_candidates()
-        candidates += [*peers(), *references(), *packages()] if self.peers else []
+        candidates += other_methods() if self.peers else []
         load_text(self.filler)
         model, tokenizer = load_model(self.model, self.dtype, self.device)
         result = run_tasks(

@@ -108,6 +108,12 @@ class PackedLayer:
         """The slots of the window tokens of a sequence, oldest first, as one or two slices."""
         return self.ledger.geometry.window_slots(self.lengths[sequence], self.packed[sequence])
 
+    def full_precision(self, side: PackedSide, sequences: slice) -> list[torch.Tensor]:
+        """The sinks of equally long sequences and the parts of their window, oldest first, `[b, H, T, D]` each."""
+        sequence = sequences.start or 0
+        sinks = side.sinks[sequences, :, : min(self.lengths[sequence], self.sink_length)]
+        return [sinks, *(side.window[sequences, :, slots] for slots in self.window_slots(sequence))]
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every tensor of the layer, by a dotted name."""
         named = {f"key.{name}": t for name, t in self.key.tensors().items()}

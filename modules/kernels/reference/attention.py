@@ -65,12 +65,7 @@ def _attend_rows(
     sequence = sequences.start or 0
 
     keys, values = (
-        torch.cat(
-            [side.sinks[sequences, :, : min(layer.lengths[sequence], layer.sink_length)].float()]
-            + [side.window[sequences, :, slot].float() for slot in layer.window_slots(sequence)]
-            + [new.float()],
-            dim=2,
-        )
+        torch.cat([part.float() for part in (*layer.full_precision(side, sequences), new)], dim=2)
         for side, new in ((layer.key, key), (layer.value, value))
     )
     scores = folded @ keys.transpose(-1, -2)

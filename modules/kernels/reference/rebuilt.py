@@ -84,11 +84,7 @@ def _past(layer: PackedLayer, sequences: slice) -> Iterator[tuple[torch.Tensor, 
 
 def _block(layer: PackedLayer, side: PackedSide, sequences: slice, start: int, stop: int) -> torch.Tensor:
     """The packed tokens `start…stop` of a side, behind the sinks and the window where they are the first."""
-    parts = []
-    if not start:
-        sequence = sequences.start or 0
-        parts = [side.sinks[sequences, :, : min(layer.lengths[sequence], layer.sink_length)]]
-        parts += [side.window[sequences, :, slot] for slot in layer.window_slots(sequence)]
+    parts = [] if start else layer.full_precision(side, sequences)
     if stop > start:
         parts.append(side.read(sequences, start, stop, torch.float32))
     return torch.cat([part.float() for part in parts], dim=2) if len(parts) > 1 else parts[0].float()
