@@ -18,11 +18,11 @@ from report import load
 
 from modules.cli.command import argument, parse
 from modules.cli.memory.figures import Plan, model_config
-from modules.evaluation.candidates import BEST, BEST_OPTIONS, DEFAULTS, FOUR_BITS, FULL, PAPER, PAPER_OPTIONS
+from modules.evaluation.candidates import DEFAULTS, FOUR_BITS, FULL, PAPER, PAPER_OPTIONS, SMALL
 from modules.evaluation.report import read_results
 from modules.evaluation.results import BenchmarkResult, QualityResult
 from modules.evaluation.tables import MISSING, markdown, number, percent
-from modules.options import KIVIOptions
+from modules.options import PRESETS, KIVIOptions
 
 PLACE = re.compile(r"(<!-- This table: python benchmarks/headline.py -->\n).*?(<!-- until here -->)", flags=re.DOTALL)
 HQQ = "transformers hqq, 4 bits"
@@ -56,11 +56,11 @@ LINES = (
 )
 
 NEEDS: tuple[tuple[str, str, dict[str, Any]], ...] = (  # what for, the name in the results of quality, the options
-    ("memory first", DEFAULTS, {}),
-    ("a little more quality", BEST, BEST_OPTIONS),
+    ("memory first, `preset=\"small\"`", SMALL, PRESETS["small"]),
+    ("the defaults, `preset=\"balanced\"`", DEFAULTS, {}),
     ("keys matter most", "K 4 bits, V 2 bits", {"k_bits": 4, "v_bits": 2}),
     ("quality first, less metadata", "K 4 bits, V 4 bits, groups of 64", {"k_bits": 4, "v_bits": 4, "group_size": 64}),
-    ("quality first", FOUR_BITS, {"k_bits": 4, "v_bits": 4}),
+    ("quality first, `preset=\"quality\"`", FOUR_BITS, {"k_bits": 4, "v_bits": 4}),
     ("next to exact", "K 8 bits, V 8 bits", {"k_bits": 8, "v_bits": 8}),
     ("the paper's figures", PAPER, {"sink_length": 0, "k_range": "minmax"}),
 )

@@ -106,7 +106,7 @@ def measure(flags: Flags, name: str, tokens: int) -> dict[str, Any]:
     model, _ = load_any(flags.model or default_model(), dtype=getattr(torch, flags.dtype), **layers)
     model.eval()
     ids = torch.randint(10, model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
-    model.prefill_chunk = flags.chunk if name == "KIVI" and flags.chunk else contender.chunk
+    chunk = flags.chunk if name == "KIVI" and flags.chunk else contender.chunk
 
     def generate(prompt: torch.Tensor) -> Cache:
         cache = contender.make(model, prompt.shape[1])
@@ -115,7 +115,8 @@ def measure(flags: Flags, name: str, tokens: int) -> dict[str, Any]:
         model.generate(prompt, attention_mask=torch.ones_like(prompt), past_key_values=cache, **options, **stock)
         return cache
 
-    generate(ids[:, :600])  # compiles kernels and fills torch's own caches
+    for model.prefill_chunk in (256, chunk):
+        generate(ids[:, :600])  # compiles kernels, also those for pieces, and fills torch's own caches
     before = reset_peak()
     start = time.perf_counter()
     cache = generate(ids)

@@ -9,14 +9,36 @@ from typing import Any
 
 FULL_PRECISION_BITS = 16
 MINIMUM_BITS = 16  # of a group of keys, whatever its scale has
-WIDE_CHANNELS = 0.25
+WIDE_CHANNELS = 0.5
 ALLOWED_BITS = (2, 4, 8, FULL_PRECISION_BITS)
 ALLOWED_K_RANGES = ("lsq", "minmax")
 ALLOWED_V_RANGES = ("minmax", "clipped", "lsq", None)
-ALLOWED_METADATA_BITS = (8, 16)
+ALLOWED_METADATA_BITS = (8, 16, None)
 ALLOWED_BACKENDS = ("auto", "torch", "numba", "triton")
 AUTO = "auto"  # left to the code, by sizes it knows
 MOST_TOKENS = 1 << 24  # no length is larger: beyond any context, and what an allocator would refuse
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "small": {"group_size": 64, "wide_channels": 0.25},
+    "balanced": {},
+    "quality": {"k_bits": 4, "v_bits": 4},
+}
+
+
+def with_preset(options: Mapping[str, Any]) -> dict[str, Any]:
+    """`options` by name where `preset`, if it is among them, stands for those of `PRESETS`; others that are given count more.
+
+    Raises:
+        ValueError: for a preset that is not one of `PRESETS`.
+    """
+    options = dict(options)
+    name = options.pop("preset", None)
+    if name is None:
+        return options
+    if name not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, or None; got {name!r}.")
+    return {**PRESETS[name], **options}
 
 
 def reject_unknown(names: Iterable[str], allowed: Iterable[str], where: str) -> None:
@@ -119,8 +141,8 @@ class KIVIOptions:
     )
     wide_channels: float | None = _option(
         None,
-        "share of each head's key channels, those that matter most, with 4 bits in a 2-bit cache; None: a quarter "
-        "with k_range=lsq",
+        "share of each head's key channels, those that matter most, with 4 bits in a 2-bit cache; None: a half with "
+        "k_range=lsq",
     )
     v_rotation: bool | None = _option(
         None,
@@ -131,9 +153,10 @@ class KIVIOptions:
         "channels of a value group; None: twice group_size for rotated values where that divides the head, else "
         "group_size",
     )
-    metadata_bits: int = _option(
-        16,
-        "bits of the scale of 2- and 4-bit codes, and of the minimum of values; that of keys has 16",
+    metadata_bits: int | None = _option(
+        None,
+        "bits of the scale of 2- and 4-bit codes, and of the minimum of values; that of keys has 16; None: 8 for keys with "
+        "k_range=lsq and for rotated values, else 16",
         ALLOWED_METADATA_BITS,
     )
     backend: str = _option(
@@ -179,12 +202,12 @@ class KIVIOptions:
 
     @classmethod
     def from_config(cls, config: Any, overrides: Mapping[str, Any] | None = None) -> KIVIOptions:
-        """The options a model config carries (defaults where it carries none), with `overrides` on top.
+        """The options a model config carries (defaults where it carries none), with `overrides` on top: by name, or a `preset`.
 
         Raises:
             ValueError: for an unknown option name in `overrides`, or a value that is not allowed.
         """
-        overrides = dict(overrides or {})
+        overrides = with_preset(overrides or {})
         reject_unknown(overrides, cls.names(), "A KIVI cache")
         values = {field.name: getattr(config, field.name, field.default) for field in dataclasses.fields(cls)}
         return cls(**{**values, **overrides})
@@ -229,15 +252,19 @@ class KIVIOptions:
         double = 2 * self.group_size
         return double if self.rotates_values(v_bits) and head_dim % double == 0 else self.group_size
 
-    def metadata_of(self, bits: int) -> int:
-        """Bits of a scale beside codes of `bits`; those of 8 bits, which a coarse scale would cut short, keep 16."""
-        return self.metadata_bits if bits < 8 else 16
+    def metadata_of(self, k_bits: int, v_bits: int) -> tuple[int, int]:
+        """Bits of a scale of the keys and of the values in a layer. With None they are 8 where that costs next to nothing: for
+        fitted keys, and for values that are rotated, which lie about zero. Codes of 8 bits, which a coarse scale would cut
+        short, always have 16."""
+        small = self.k_range == "lsq", self.rotates_values(v_bits)
+        keys, values = (self.metadata_bits or (8 if fits else 16) for fits in small)
+        return keys if k_bits < 8 else 16, values if v_bits < 8 else 16
 
     def stored_bits(self, k_bits: int, v_bits: int, head_dim: int, element_bits: int = 16) -> tuple[float, float]:
         """Bits a packed element of the keys and of the values takes, with its share of scale and minimum."""
-        of_keys, of_values = self.metadata_of(k_bits) + MINIMUM_BITS, 2 * self.metadata_of(v_bits)
-        keys = k_bits + of_keys / self.group_size + 2 * self.wide_count(k_bits, head_dim) / head_dim
-        values = v_bits + of_values / self.value_group_size(v_bits, head_dim)
+        of_keys, of_values = self.metadata_of(k_bits, v_bits)
+        keys = k_bits + (of_keys + MINIMUM_BITS) / self.group_size + 2 * self.wide_count(k_bits, head_dim) / head_dim
+        values = v_bits + 2 * of_values / self.value_group_size(v_bits, head_dim)
         return (
             element_bits if k_bits == FULL_PRECISION_BITS else keys,
             element_bits if v_bits == FULL_PRECISION_BITS else values,

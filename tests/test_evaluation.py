@@ -284,7 +284,7 @@ def a_result(model="m", text="prose", **changes):
     rows = [
         results.QualityRow(named.FULL, "full", {}, 16.0, 10.0, 0.0, 0.0, 1.0, 1.0),
         results.QualityRow(named.DEFAULTS, "kivi", {}, 3.0, 10.1, 0.025, 0.001, 0.91, 1.0),
-        results.QualityRow(named.BEST, "kivi", named.BEST_OPTIONS, 3.1, 10.1, 0.02, 0.001, 0.92, 1.0),
+        results.QualityRow(named.SMALL, "kivi", named.PRESETS["small"], 3.1, 10.1, 0.02, 0.001, 0.92, 1.0),
         results.QualityRow(named.PAPER, "paper", named.PAPER_OPTIONS, 3.0, 13.0, 0.3, 0.01, 0.7, 1.0),
         results.QualityRow(named.FOUR_BITS, "kivi", {"k_bits": 4, "v_bits": 4}, 5.0, 10.0, 0.001, 0.0001, 0.98, 1.0),
         results.QualityRow("peer", "transformers", {"backend": "quanto"}, 2.5, 900.0, 3.0, 0.1, 0.1, 1.0),

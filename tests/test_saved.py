@@ -313,8 +313,8 @@ def test_truncated_and_foreign_files_are_refused(model, path, tmp_path):
     assert "is not a saved KIVI cache, or its header was altered: its kind is None" in refusal(path, model)
     files.write_checked(path, "something-else", {}, {})
     assert "its kind is 'something-else'" in refusal(path, model)
-    files.write_checked(path, "kivi-cache", {}, {"version": "2"})
-    assert "version 2 of the format and this code reads version 1" in refusal(path, model)
+    files.write_checked(path, "kivi-cache", {}, {"version": "3"})
+    assert "version 3 of the format and this code reads version 2" in refusal(path, model)
     assert "there is no file" in refusal(tmp_path / "nothing", model) and "no file" in refusal(tmp_path, model)
 
 

@@ -25,7 +25,7 @@ from modules.cache.saved import read, write
 from modules.cache.static import GEOMETRY, check_alone, check_packed, options_beside, parameters_of
 from modules.cache.undo import Savepoint
 from modules.codecs.static import StaticParameters
-from modules.options import KIVIOptions, check_count, check_flag, head_dims_of, rotary_share
+from modules.options import KIVIOptions, check_count, check_flag, head_dims_of, rotary_share, with_preset
 from modules.store.ledger import Geometry, Ledger, OpenStep
 from modules.store.step import Step
 
@@ -55,7 +55,7 @@ class KIVICache(Cache):
         static: calibrated INT8 parameters or their file: all tokens are then stored as int8 by their scales, from the
             first one on, in the layers they are for, and other layers in full precision. None takes the file that the config
             names, if it does; False does not.
-        overrides: single options by name; beside static parameters only `backend` has a meaning.
+        overrides: single options by name, or a `preset` of them; beside static parameters only `backend` has a meaning.
 
     Raises:
         ValueError: for an option that is unknown or not allowed, or that does not fit the model's heads, and for static
@@ -87,7 +87,7 @@ class KIVICache(Cache):
         elif options is None:
             options = KIVIOptions.from_config(config, overrides)
         else:
-            options = dataclasses.replace(options, **overrides)
+            options = dataclasses.replace(options, **with_preset(overrides))
         self.config, self.options = config, options
         geometry = Geometry(options.group_size, options.residual_length, options.sink_length)
         self.ledger = Ledger(geometry if self.static is None else GEOMETRY, max_length)

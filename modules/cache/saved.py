@@ -29,7 +29,8 @@ from modules.options import KIVIOptions, reject_unknown
 from modules.store.ledger import Ledger, Saved
 from modules.store.live import fill, live_tensors
 
-KIND, VERSION = "kivi-cache", 1
+KIND, VERSION = "kivi-cache", 2
+_FIRST_DEFAULTS = {"metadata_bits": 16, "wide_channels": 0.25}  # those of version 1 that have changed
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # those that states can be loaded in
 _STATIC = "static."  # before the names of its tensors
 _FREE = frozenset({"backend", "exact_products"})  # options that do not say what is stored
@@ -191,12 +192,21 @@ def _described(layer: CacheLayerMixin) -> tuple[dict[str, Any], dict[str, torch.
 
 def _state_of(file: CheckedFile, path: Path) -> State:
     version = file.metadata.get("version")
-    if version != str(VERSION):
+    if version not in ("1", str(VERSION)):
         raise ValueError(
             f"{path} has version {version} of the format and this code reads version {VERSION}; use the code that wrote it, or "
             "prefill again."
         )
-    return State(**json.loads(file.metadata["state"]))
+    state = State(**json.loads(file.metadata["state"]))
+    return state if version == str(VERSION) else dataclasses.replace(state, options=_as_meant(state.options))
+
+
+def _as_meant(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of version 1, in which None stood for other values, by the values that were meant."""
+    fitted = options.get("k_range") == "lsq"
+    return options | {
+        name: value if fitted else None for name, value in _FIRST_DEFAULTS.items() if options.get(name) is None
+    }
 
 
 def _static_of(state: State, file: CheckedFile) -> StaticParameters | None:

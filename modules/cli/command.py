@@ -17,6 +17,8 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
+from modules.options import with_preset
+
 T = TypeVar("T")
 _REQUIRED = object()
 
@@ -66,7 +68,7 @@ def parse(command: type[T], arguments: Sequence[str] | None = None, *, descripti
             raise
         print(plain_help(command, description))
         raise SystemExit(0) from None
-    return tyro.cli(command, prog=prog, args=arguments, description=description, **_settings())
+    return tyro.cli(command, prog=prog, args=_with_preset(arguments), description=description, **_settings())
 
 
 def parse_one_of(
@@ -75,7 +77,26 @@ def parse_one_of(
     """One of several commands, by the name that comes first; otherwise as `parse`."""
     from tyro.extras import subcommand_cli_from_dict
 
-    return subcommand_cli_from_dict(dict(commands), prog=prog, description=description, args=arguments, **_settings())
+    return subcommand_cli_from_dict(dict(commands), prog=prog, description=description, args=_with_preset(arguments), **_settings())
+
+
+def _with_preset(arguments: Sequence[str] | None) -> list[str]:
+    """Arguments in which `--preset NAME` is replaced by the flags that it stands for, but for those that are given themselves."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    flags = [argument for argument in given if argument.split("=")[0] == "--preset"]
+    if not flags:
+        return given
+    at = given.index(flags[-1])
+    name = flags[-1].split("=")[1] if "=" in flags[-1] else given[at + 1] if at + 1 < len(given) else ""
+    try:
+        chosen = with_preset({"preset": name})
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+    known = {argument.split("=")[0] for argument in given}
+    pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in chosen.items()]
+    given[at : at + (1 if "=" in flags[-1] else 2)] = [part for pair in pairs if pair[0] not in known for part in pair]
+    return given
 
 
 def plain_help(command: type, description: str) -> str:

@@ -102,8 +102,8 @@ class ValueCodec:
 def codecs_of(options: KIVIOptions, bits: tuple[int, int], head_dim: int, rotary: int = 0) -> tuple[Codec, Codec]:
     """The codecs of a layer's keys and values at `bits`; `rotary` is that of `KeyCodec`."""
     metadata = tuple(
-        small if options.metadata_of(own) == 8 else FLOAT16
-        for small, own in zip((EIGHT_BIT_KEYS, EIGHT_BIT_VALUES), bits)
+        small if count == 8 else FLOAT16
+        for small, count in zip((EIGHT_BIT_KEYS, EIGHT_BIT_VALUES), options.metadata_of(*bits))
     )
     key: Codec = FullPrecisionCodec(options.group_size)
     value: Codec = FullPrecisionCodec(options.value_group_size(bits[1], head_dim))

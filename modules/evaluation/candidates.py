@@ -14,15 +14,14 @@ from transformers.cache_utils import Cache, DynamicCache, QuantizedCache
 from modules.calibration.deployment import FakeQuantizedCache
 from modules.codecs.static import StaticParameters
 from modules.kivi_cache_general import KIVICache
-from modules.options import FULL_PRECISION_BITS, KIVIOptions
+from modules.options import FULL_PRECISION_BITS, PRESETS, KIVIOptions
 
 FULL = "full precision"
 DEFAULTS = "defaults"
 PAPER = "paper (KIVI, arXiv 2402.02750)"
 PAPER_OPTIONS = {"k_bits": 2, "v_bits": 2, "sink_length": 0, "k_range": "minmax"}
 FOUR_BITS = "K 4 bits, V 4 bits"
-BEST = "best at 3.1 bits"
-BEST_OPTIONS = {"wide_channels": 0.375}
+SMALL = "preset small"
 
 CacheFactory = Callable[[PreTrainedConfig], Cache]
 
@@ -128,10 +127,10 @@ def _pair(k_bits: int, v_bits: int) -> Candidate:
 
 
 def short_candidates() -> list[Candidate]:
-    """The least that says how good the defaults are: they, the best option, the paper's setting, more bits."""
+    """The least that says how good the defaults are: they, fewer bits, the paper's setting, more bits."""
     return [
         kivi(DEFAULTS, {}),
-        kivi(BEST, BEST_OPTIONS),
+        kivi(SMALL, PRESETS["small"]),
         kivi(PAPER, PAPER_OPTIONS, kind="paper"),
         _pair(4, 2),
         _pair(4, 4),
@@ -150,6 +149,7 @@ def main_candidates() -> list[Candidate]:
         kivi("defaults, fitted values", {"v_range": "lsq"}),
         kivi("defaults, keys by their range", {"k_range": "minmax", "wide_channels": 0.25, "v_rotation": True}),
         kivi("defaults, no wide keys", {"wide_channels": 0.0}),
+        kivi("defaults, a quarter wide, metadata of 16 bits", {"wide_channels": 0.25, "metadata_bits": 16}),
         _pair(2, 4),
         *(kivi(f"defaults, groups of {size}", {"group_size": size}) for size in (16, 64)),
     ]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas
 
-from modules.evaluation.candidates import BEST, DEFAULTS, FOUR_BITS, FULL, PAPER
+from modules.evaluation.candidates import DEFAULTS, FOUR_BITS, FULL, PAPER, SMALL
 from modules.evaluation.environment import Environment
 from modules.evaluation.pages import render
 from modules.evaluation.plots import panels, save
@@ -123,27 +123,27 @@ def _has(result: QualityResult, name: str) -> bool:
     return any(row.name == name and row.kl is not None for row in result.rows)
 
 
-_SUMMARIZED = (DEFAULTS, BEST, PAPER, FOUR_BITS)
+_SUMMARIZED = (DEFAULTS, SMALL, PAPER, FOUR_BITS)
 
 
 def _summary(quality: Sequence[QualityResult]) -> pandas.DataFrame:
-    """One line a text: the defaults, the best option, the paper's setting and 4 bits."""
-    header = ["", "defaults: KL", "perplexity", "top-1", f"{BEST}: KL", "perplexity", "paper's setting: KL"]
+    """One line a text: the defaults, fewer bits, the paper's setting and 4 bits."""
+    header = ["", "defaults: KL", "perplexity", "top-1", f"{SMALL}: KL", "perplexity", "paper's setting: KL"]
     header += ["is … times ours", "4 bits: KL", "perplexity"]
     rows = []
     for result in quality:
         if not all(_has(result, name) for name in _SUMMARIZED):
             continue
         full = result.row(FULL).perplexity
-        ours, best, paper, four = (result.row(name) for name in _SUMMARIZED)
+        ours, small, paper, four = (result.row(name) for name in _SUMMARIZED)
         rows.append(
             [
                 f"{result.model}, {result.text}",
                 number(ours.kl, 4),
                 percent(ours.perplexity, full),
                 number(ours.top1, 3),
-                number(best.kl, 4),
-                percent(best.perplexity, full),
+                number(small.kl, 4),
+                percent(small.perplexity, full),
                 number(paper.kl, 4),
                 f"{paper.kl / ours.kl:.1f}" if paper.kl and ours.kl else MISSING,
                 number(four.kl, 4),
@@ -237,7 +237,7 @@ def _panel(axis: Any, result: QualityResult) -> None:
         axis.annotate(
             _label(row),
             (bits, height),
-            xytext=(5, -8 if row.options.get("backend") == "hqq" or "wide_channels" in row.options else 3),
+            xytext=(5, -8 if row.options.get("backend") == "hqq" else 3),
             textcoords="offset points",
             fontsize=7,
             color="#57606a",
@@ -262,8 +262,8 @@ def _label(row: QualityRow) -> str:
     if row.kind == "transformers":
         return f"{options['backend']} {options.get('nbits', '')}".strip() if "backend" in options else row.name
     label = f"{options.get('k_bits', 2)}/{options.get('v_bits', 2)}"
-    if "wide_channels" in options:
-        label += " wide"
+    if row.name == SMALL:
+        return "small"
     if "group_size" in options:
         label += f" g{options['group_size']}"
     return label

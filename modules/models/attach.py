@@ -21,7 +21,7 @@ from modules.models.config import FIELD_DEFAULTS, RoutedConfigMixin, check_confi
 from modules.models.derived import derive
 from modules.models.graphs import DecodeGraphs
 from modules.models.program import DecodeProgram
-from modules.options import reject_unknown
+from modules.options import reject_unknown, with_preset
 
 Model = TypeVar("Model", bound=Any)
 
@@ -59,7 +59,7 @@ def attach_kivi(model: Model, **options: Any) -> Model:
 
     Args:
         model: a decoder of transformers that generates, also one that takes images.
-        options: those of `KIVIOptions` and of `RunOptions`, by name; `use_kivi_cache` is True unless given.
+        options: those of `KIVIOptions` and of `RunOptions`, by name, or a `preset`; `use_kivi_cache` is True unless given.
 
     Returns:
         `model`, changed in place. `detach_kivi` undoes it.
@@ -72,6 +72,7 @@ def attach_kivi(model: Model, **options: Any) -> Model:
         >>> model = attach_kivi(AutoModelForCausalLM.from_pretrained(path), k_bits=2, v_bits=2)
         >>> model.generate(**inputs, max_new_tokens=100)
     """
+    options = with_preset(options)
     reject_unknown(options, FIELD_DEFAULTS, "attach_kivi()")
     check_attachable(model)
     decoder = decoder_of(model)

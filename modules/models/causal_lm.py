@@ -17,7 +17,7 @@ from modules.models.config import FIELD_DEFAULTS, as_kivi_config, check_config, 
 from modules.models.graphs import DecodeGraphs
 from modules.models.pieces import longest_piece
 from modules.models.program import DecodeProgram
-from modules.options import reject_unknown
+from modules.options import reject_unknown, with_preset
 
 
 class CachingMixin:
@@ -98,7 +98,7 @@ class CachingMixin:
             offloading: keep layers on the CPU but for the one in use.
             static: calibrated INT8 parameters, or their file, that say what is stored; None for the file that the config
                 names, if it does; False for none.
-            overrides: options of `KIVIOptions` by name.
+            overrides: options of `KIVIOptions` by name, or a `preset` of them.
 
         Raises:
             ValueError: for an option that is unknown or not allowed, or has no meaning beside static parameters, and for
@@ -281,6 +281,7 @@ class KIVIForCausalLMMixin(CachingMixin):
     kivi_classes: Any
 
     def __init__(self, config: PreTrainedConfig, **options: Any) -> None:
+        options = with_preset(options)
         reject_unknown(options, FIELD_DEFAULTS, type(self).__name__)
         config = as_kivi_config(config, type(self).config_class)
         for name, value in options.items():

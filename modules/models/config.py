@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 
 from modules.cache.cache import OVER_CODES
 from modules.models.attention import ROUTES
-from modules.options import KIVIOptions, RunOptions, check_path, config_fields, head_dims_of
+from modules.options import KIVIOptions, RunOptions, check_path, config_fields, head_dims_of, with_preset
 
 FIELD_DEFAULTS: dict[str, Any] = {name: default for name, (_, default) in config_fields().items()}
 # Attributes of a config: whether forwards run over a KIVI cache now, and how many. Compiled code depends on the first alone.
@@ -63,6 +63,7 @@ class KIVIConfigMixin(RoutedConfigMixin):
     locals().update(FIELD_DEFAULTS)
 
     def __post_init__(self, **kwargs: Any) -> None:
+        _refuse_preset(kwargs)
         super().__post_init__(**kwargs)
         check_fields(self)
 
@@ -78,6 +79,7 @@ class CompositeKIVIConfigMixin(PreTrainedConfig):
     """
 
     def __post_init__(self, **kwargs: Any) -> None:
+        _refuse_preset(kwargs)
         given = {name: kwargs.pop(name) for name in FIELD_DEFAULTS if name in kwargs}
         super().__post_init__(**kwargs)
         _convert_sub_configs(self)
@@ -88,6 +90,15 @@ class CompositeKIVIConfigMixin(PreTrainedConfig):
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         return _of_model_type(cls, super().from_pretrained, *args, **kwargs)
+
+
+def _refuse_preset(fields: dict[str, Any]) -> None:
+    """A config made field by field cannot tell which of them were given."""
+    if "preset" in fields:
+        raise ValueError(
+            f"preset={fields['preset']!r} is for from_pretrained(), attach_kivi() and caches; give a config the options of the "
+            "preset: **PRESETS[name], of kivi_cache_general."
+        )
 
 
 def with_text_config(stock: type[PreTrainedConfig], text_config: type[PreTrainedConfig]) -> dict[str, Any]:
@@ -114,7 +125,7 @@ def _of_model_type(cls: Any, load: Callable[..., Any], *args: Any, **kwargs: Any
     """What `load` gives; a `ValueError` where it is of another model type than `cls`."""
     check_path("static", kwargs.get("static"))  # before transformers shows the config as JSON
     with stock_checkpoints_are_meant():
-        config = load(*args, **kwargs)
+        config = load(*args, **with_preset(kwargs))
     loaded = config[0] if isinstance(config, tuple) else config
     if loaded.model_type.removesuffix("_kivi") != cls.model_type.removesuffix("_kivi"):
         raise ValueError(

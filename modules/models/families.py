@@ -250,7 +250,7 @@ def load_any(name: str, **kwargs: Any) -> tuple[Any, PreTrainedTokenizerBase]:
     config = kwargs.get("config") or AutoConfig.from_pretrained(name, **source)
     if config.model_type.removesuffix("_kivi") in FAMILIES:
         return load_family(FAMILIES, name, **kwargs)
-    options = {key: kwargs.pop(key) for key in FIELD_DEFAULTS if key in kwargs}
+    options = {key: kwargs.pop(key) for key in (*FIELD_DEFAULTS, "preset") if key in kwargs}
     model = AutoModelForCausalLM.from_pretrained(name, **kwargs)
     return attach_kivi(model, **{"use_kivi_cache": False, **options}), AutoTokenizer.from_pretrained(name, **source)
 
@@ -261,7 +261,7 @@ def load_family(model_types: Iterable[str], name: str, **kwargs: Any) -> tuple[A
     Args:
         model_types: of the families.
         name: a folder or a name on the hub.
-        kwargs: the cache's options (see `KIVIOptions`) and anything `from_pretrained` takes.
+        kwargs: the cache's options (see `KIVIOptions`), or a `preset` of them, and anything `from_pretrained` takes.
 
     Raises:
         ValueError: for a checkpoint of another family, and for an option that is unknown or not allowed.
