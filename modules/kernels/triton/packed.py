@@ -15,19 +15,19 @@ from modules.kernels.triton.codes import (
     codes_of_bytes,
     codes_of_pairs,
     dot,
-    entry_of_words,
     masked_bytes,
     numbers,
     plane_mask,
     two_planes_of_pairs,
 )
+from modules.kernels.triton.metadata import SMALL_MINIMUM, minimum_of_words, scale_of_words, scales_of_bytes
 from modules.kernels.triton.queries import fold_queries, full_precision_queries, low_places
 from modules.kernels.triton.softmax import EMPTY, merge_warps, store_softmax
 
 
 @triton.jit
 def _key_metadata(pointer, group, first_channel, TILE: tl.constexpr):
-    """Scales or minima of the groups `[BATCH]` for one product: float16 `[BATCH, K_USED_PAD]`."""
+    """Scales or minima of the groups `[BATCH]` for one product, as they lie: `[BATCH, K_USED_PAD]`."""
     D: tl.constexpr = TILE.D
     K_USED: tl.constexpr = TILE.K_USED
     K_USED_PAD: tl.constexpr = TILE.K_USED_PAD
@@ -36,7 +36,7 @@ def _key_metadata(pointer, group, first_channel, TILE: tl.constexpr):
     if K_USED == K_USED_PAD:
         return tl.load(pointer + at + first_channel)
     else:
-        return tl.load(pointer + at + first_channel, mask=number[None, :] < K_USED, other=0.0)
+        return tl.load(pointer + at + first_channel, mask=number[None, :] < K_USED, other=0)
 
 
 @triton.jit
@@ -104,6 +104,8 @@ def _add_low_scores(scores, folded, keys, block, group, TILE: tl.constexpr):
     at = block[:, None, None] * (T * BYTES) + token[None, :, None] * BYTES + byte[None, None, :]
     codes = tl.load(keys.extra + at, mask=is_wide[None, None, :], other=0)  # [BATCH, T, WIDE_PAD]
     scale = tl.load(keys.scale + group[:, None] * D + place[None, :])  # [BATCH, WIDE_PAD]
+    if TILE.K_SMALL_METADATA:
+        scale = scales_of_bytes(scale, TILE.ASM)
     return tl.dot(masked_bytes(codes, mask[None, None, :], TILE.ASM), folded.low * scale[:, :, None], scores)
 
 
@@ -128,6 +130,8 @@ def _scores_of_codes(folded, keys, block, TILE: tl.constexpr):
         codes = _key_codes(keys.codes, block, seg, TILE)
         for plane in tl.static_range(PLANES):
             scale = _key_metadata(keys.scale, group, plane * PRODUCT + seg * K_SEG, TILE)
+            if TILE.K_SMALL_METADATA:
+                scale = scales_of_bytes(scale, TILE.ASM)
             query = folded.scaled[seg * PLANES + plane] * scale[:, :, None]  # [BATCH, K_USED_PAD, N]
             scores = tl.dot(_key_operand(codes, plane, TILE), query, scores)
     if TILE.WIDE > 0:
@@ -179,7 +183,7 @@ def _weigh_plane(
     acc,
     pairs,
     p,
-    words,
+    scales,
     column,
     SEG: tl.constexpr,
     PLANE: tl.constexpr,
@@ -190,7 +194,6 @@ def _weigh_plane(
     their plane `PLANE`, or two where one product takes two."""
     G: tl.constexpr = TILE.VALUE_G
     BITS: tl.constexpr = TILE.V_BITS
-    PER_WORD: tl.constexpr = TILE.META_PER_WORD
     ASM: tl.constexpr = TILE.ASM
     MASK: tl.constexpr = plane_mask(BITS, PLANE * TILE.V_FOLD)
     FIRST: tl.constexpr = PLANE * TILE.V_FOLD * TILE.V_WIDTH + SEG * TILE.V_SEG  # channel
@@ -201,20 +204,49 @@ def _weigh_plane(
     else:
         codes = codes_of_pairs(pairs, MASK, 8 * HALF, ASM)
     if FIRST // G == LAST // G:
-        acc = tl.dot(codes, p * entry_of_words(words, FIRST // G, PER_WORD)[:, :, None], acc)
+        acc = tl.dot(codes, p * scales[FIRST // G][:, :, None], acc)
     else:
         group_of_column = (FIRST + 2 * column + HALF) // G
         for group in tl.static_range(FIRST // G, LAST // G + 1):
             mine = tl.where((group_of_column == group)[None, :, None], codes, 0.0)
-            acc = tl.dot(mine, p * entry_of_words(words, group, PER_WORD)[:, :, None], acc)
+            acc = tl.dot(mine, p * scales[group][:, :, None], acc)
     return acc
 
 
 @triton.jit
-def _minima(values, token, GROUPS: tl.constexpr):
-    """Minima of the tokens `[WARPS, U * T]`, a group a row: `[WARPS, 16, U * T]`."""
-    group = tl.arange(0, 16)[None, :, None]
-    return tl.load(values.minimum + token[:, None, :] * GROUPS + group, mask=group < GROUPS, other=0.0)
+def _value_words(pointer, token, TILE: tl.constexpr):
+    """Metadata of the tokens `[WARPS, U * T]` as words, a tuple of as many as a token has."""
+    WORDS: tl.constexpr = TILE.V_GROUPS // TILE.META_PER_WORD
+    words = ()
+    for word in tl.static_range(WORDS):
+        words += (tl.load(pointer + token * WORDS + word),)
+    return words
+
+
+@triton.jit
+def _value_scales(values, token, TILE: tl.constexpr):
+    """Scales of the tokens `[WARPS, U * T]`, a tuple of float16 with one a group."""
+    words = _value_words(values.scale, token, TILE)
+    scales = ()
+    for group in tl.static_range(TILE.V_GROUPS):
+        scales += (scale_of_words(words, group, TILE.META_PER_WORD, TILE.V_SMALL_METADATA),)
+    return scales
+
+
+@triton.jit
+def _minima(values, scales, token, TILE: tl.constexpr):
+    """Minima of the tokens `[WARPS, U * T]`, a group a row: `[WARPS, 16, U * T]`; over `SMALL_MINIMUM` at 8 bits."""
+    GROUPS: tl.constexpr = TILE.V_GROUPS
+    row = tl.arange(0, 16)[None, :, None]
+    if TILE.V_SMALL_METADATA:
+        words = _value_words(values.minimum, token, TILE)
+        minima = tl.zeros([TILE.WARPS, 16, TILE.U * TILE.T], tl.float16)
+        for group in tl.static_range(GROUPS):
+            minimum = minimum_of_words(words, scales[group], group, TILE.META_PER_WORD, TILE.V_BITS)
+            minima = tl.where(row == group, minimum[:, None, :], minima)
+        return minima
+    else:
+        return tl.load(values.minimum + token[:, None, :] * GROUPS + row, mask=row < GROUPS, other=0.0)
 
 
 @triton.jit
@@ -226,15 +258,11 @@ def _weigh_codes(sums, offsets, p, decay, values, token, TILE: tl.constexpr):
     V_COLS: tl.constexpr = TILE.V_COLS
     SEGS: tl.constexpr = TILE.V_SEGS
     PLANES: tl.constexpr = TILE.V_PLANES
-    GROUPS: tl.constexpr = TILE.V_GROUPS
-    WORDS: tl.constexpr = GROUPS // TILE.META_PER_WORD
     column = tl.arange(0, V_COLS)
     pair = column % (V_SEG // 2) if V_FOLD == 2 else column
-    words = ()
-    for word in tl.static_range(WORDS):
-        words += (tl.load(values.scale + token * WORDS + word),)
+    scales = _value_scales(values, token, TILE)
     if TILE.EARLY_MINIMA:
-        low = _minima(values, token, GROUPS)
+        low = _minima(values, scales, token, TILE)
     new_sums = ()
     for seg in tl.static_range(SEGS):
         at = token[:, None, :] * (V_WIDTH // 2) + seg * (V_SEG // 2) + pair[None, :, None]
@@ -245,9 +273,9 @@ def _weigh_codes(sums, offsets, p, decay, values, token, TILE: tl.constexpr):
         for plane in tl.static_range(PLANES):
             for half in tl.static_range(2):
                 old = sums[(seg * PLANES + plane) * 2 + half] * decay[:, None, :]
-                new_sums += (_weigh_plane(old, pairs, p, words, column, seg, plane, half, TILE),)
+                new_sums += (_weigh_plane(old, pairs, p, scales, column, seg, plane, half, TILE),)
     if not TILE.EARLY_MINIMA:
-        low = _minima(values, token, GROUPS)
+        low = _minima(values, scales, token, TILE)
     return new_sums, tl.dot(low, p, offsets * decay[:, None, :])
 
 
@@ -295,6 +323,8 @@ def _store_sums(partial, out_at, sums, offsets, weights, TILE: tl.constexpr):
     column = tl.arange(0, TILE.V_COLS)
     start = partial.sums + out_at.to(tl.int64) * (N * D)
     merged_offsets = merge_warps(offsets, weights)  # [16, N]
+    if TILE.V_SMALL_METADATA:
+        merged_offsets *= SMALL_MINIMUM
     for i in tl.static_range(PRODUCTS):
         channel, result = _finish_product(merge_warps(sums[i], weights), merged_offsets, column, i, TILE)
         inside = (column * TILE.V_PARTS < TILE.V_SEG * TILE.V_FOLD)[:, None]
