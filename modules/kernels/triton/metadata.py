@@ -13,6 +13,7 @@ from modules.codecs import metadata
 from modules.kernels.triton.rounding import quotient, reciprocal, round_within
 
 _SHIFT = tl.constexpr(metadata.SCALE_SHIFT)
+_HALF = tl.constexpr(1 << metadata.SCALE_SHIFT - 1)
 _LARGEST_SCALE = tl.constexpr(metadata.LARGEST_SCALE)
 _LARGEST_MINIMUM = tl.constexpr(metadata.LARGEST_MINIMUM)
 SMALL_MINIMUM = tl.constexpr(2.0)  # what 8-bit minima are divided by as operands
@@ -65,7 +66,7 @@ def _as_float16(x):
 def _scale_codes(scale):
     """The codes, int32, next to float32 scales."""
     bits = scale.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
-    return tl.minimum(tl.maximum((bits + (1 << (_SHIFT - 1))) >> _SHIFT, 0), _LARGEST_SCALE)
+    return tl.minimum(tl.maximum((bits + _HALF) >> _SHIFT, 0), _LARGEST_SCALE)
 
 
 @triton.jit
