@@ -29,9 +29,7 @@ def _error(x, codes, scale, minimum, AXIS: tl.constexpr):
 
 
 @triton.jit
-def fit(
-    x, AXIS: tl.constexpr, COUNT: tl.constexpr, BITS: tl.constexpr, METHOD: tl.constexpr, METADATA: tl.constexpr
-):
+def fit(x, AXIS: tl.constexpr, COUNT: tl.constexpr, BITS: tl.constexpr, METHOD: tl.constexpr, METADATA: tl.constexpr):
     """Scale and minimum of groups of `COUNT` along `AXIS` of `x`, float32 `[M, N]`, as `modules.codecs.grouped` finds them,
     and as they will be read."""
     LEVELS: tl.constexpr = (1 << BITS) - 1

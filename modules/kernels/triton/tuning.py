@@ -76,9 +76,7 @@ def layout(shape: launch.Shape, many_rows: bool, item: int) -> str:
     rows = launch.query_rows(shape, many_rows, item)
     small = {"keys": shape.k_small_metadata, "values": shape.v_small_metadata}
     metadata = "".join(f", 8-bit metadata of {side}" for side, is_small in small.items() if is_small)
-    return (
-        f"{stored}, heads of {shape.head_dim}, {groups}, {shape.wide} wide, {rows} rows of {item}-byte numbers{metadata}"
-    )
+    return f"{stored}, heads of {shape.head_dim}, {groups}, {shape.wide} wide, {rows} rows of {item}-byte numbers{metadata}"
 
 
 @functools.cache
