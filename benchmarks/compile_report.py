@@ -194,7 +194,7 @@ def attending(
     types = dict.fromkeys(attention.attend_splits.arg_names, "i32")
     types |= dict.fromkeys(("query", "new_keys", "new_values"), _rows(states))
     static = shape.static
-    types |= {"keys": _side(shape.k_bits, states, scale="*u8" if shape.k_small_metadata else "*fp16", static=static)}
+    types |= {"keys": _side(shape.k_bits, states, scale="*i32" if shape.k_small_metadata else "*fp16", static=static)}
     types |= {"values": _side(shape.v_bits, states, "*i16", scale, minimum, static=static)}
     types |= {"counts": "*i32", "new_lengths": "*i32", "partial": Partial("*fp32", "*fp32"), "factor": "fp32"}
     constants = {"ALL_NEW": True, "TILE": tile}

@@ -129,26 +129,31 @@ def count_tokens(ledger: Ledger, batch: int, tokens: int) -> None:
     ledger.counts(torch.device(DEVICE))
 
 
-def filled_layer(batch: int, kv_heads: int, head_dim: int, bits: tuple[int, int], ledger: Ledger) -> PackedLayer:
-    """A layer of random codes and plausible metadata; nothing is quantized."""
-    options = KIVIOptions(k_bits=bits[0], v_bits=bits[1])
+def filled_layer(
+    batch: int, kv_heads: int, head_dim: int, bits: tuple[int, int], ledger: Ledger, **chosen: Any
+) -> PackedLayer:
+    """A layer of random codes and plausible metadata; nothing is quantized. `chosen` are `KIVIOptions`'."""
+    options = KIVIOptions(k_bits=bits[0], v_bits=bits[1], **chosen)
     like = torch.empty(batch, kv_heads, 1, head_dim, dtype=DTYPE, device=DEVICE)
     layer = PackedLayer.empty(like, codecs_of(options, bits, head_dim), ledger, options.rotates_values(bits[1]))
     for side in layer.sides:
         side.codes.random_()
         if side.extra is not None:
             side.extra.random_()
-        side.scale.uniform_(0.2, 0.6)
-        side.minimum.uniform_(-1.0, -0.5)
+        scale, minimum = (torch.empty(side.scale.shape, device=DEVICE) for _ in range(2))
+        numbers = side.codec.metadata.pack(scale.uniform_(0.2, 0.6), minimum.uniform_(-1.0, -0.5), side.bits)
+        side.scale, side.minimum = (each.contiguous() for each in numbers)
         side.sinks.normal_()
         side.window.normal_()
     return layer
 
 
-def single_layer(batch: int, kv_heads: int, head_dim: int, tokens: int, bits: tuple[int, int]) -> PackedLayer:
-    """A filled layer with a ledger of its own, `tokens` long with place for 64 more."""
+def single_layer(
+    batch: int, kv_heads: int, head_dim: int, tokens: int, bits: tuple[int, int], **chosen: Any
+) -> PackedLayer:
+    """A filled layer with a ledger of its own, `tokens` long with place for 64 more; `chosen` are `KIVIOptions`'."""
     ledger = new_ledger(tokens, 64)
-    layer = filled_layer(batch, kv_heads, head_dim, bits, ledger)
+    layer = filled_layer(batch, kv_heads, head_dim, bits, ledger, **chosen)
     count_tokens(ledger, batch, tokens)
     return layer
 

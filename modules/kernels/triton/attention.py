@@ -43,14 +43,14 @@ def _new_of_head(new, sequence, kv_head):
 
 @triton.jit
 def _keys_of_head(side, head, capacity, TILE: tl.constexpr):
-    """The stored keys of one head."""
+    """The stored keys of one head, scales of 8 bits as words."""
     D: tl.constexpr = TILE.D
     head64 = head.to(tl.int64)
     token = head64 * capacity
     row = token // TILE.G * D
     return Side(
         codes=side.codes + token * TILE.K_WIDTH,
-        scale=side.scale + row,
+        scale=side.scale + (row // 4 if TILE.K_SMALL_METADATA else row),
         minimum=side.minimum + row,
         extra=side.extra + token * (TILE.WIDE // 4),
         order=side.order + head64 * D,
@@ -147,6 +147,12 @@ def _words(metadata: torch.Tensor, per_word: int) -> torch.Tensor:
     return metadata.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size])
 
 
+def _keys(side: PackedSide, tile: launch.AttentionTile) -> Side:
+    """The tensors of the keys as the kernel reads them."""
+    tensors = Side.of(side)
+    return tensors._replace(scale=_words(side.scale, 4)) if tile.K_SMALL_METADATA else tensors
+
+
 def _values(side: PackedSide, tile: launch.AttentionTile) -> Side:
     """The tensors of the values as the kernel reads them."""
     tensors = Side.of(side)
@@ -203,7 +209,7 @@ def attend(
             Rows.of(query),
             Rows.of(key),
             Rows.of(value),
-            Side.of(layer.key),
+            _keys(layer.key, tile),
             _values(layer.value, tile),
             counts,
             new_lengths,

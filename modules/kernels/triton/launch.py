@@ -183,16 +183,18 @@ def default_pipeline(shape: Shape, many_rows: bool, item: int = 2, shared: int =
     """What nobody had to measure: the first of `PIPELINES` of which two programs fit `shared` bytes; args as `attention_tile`'s.
 
     All buffers but one are filled ahead. A token takes its codes, its share of the key metadata, and of the value metadata 2
-    bytes a group and a row of 16 minima; operands on their way take 20 bytes a channel and query row. Heads padded to a power
-    of two, 16 query rows, wide channels and int8 leave fewer registers, the widest heads only for one block at a time.
+    bytes a group and, but for minima of 8 bits, a row of 16; operands on their way take 20 bytes a channel and query row, and
+    72 more a wide channel. Heads padded to a power of two, 16 query rows, wide channels and int8 leave fewer registers, the
+    widest heads only for one block at a time.
     """
     d, g, k_bits, v_bits = shape[:4]
     n, warps = query_rows(shape, many_rows, item), OPTIONS["num_warps"]
     of_rows = 8 if shape.static else 8 * item
     stored_bits = sum(of_rows if bits == FULL_PRECISION_BITS else bits for bits in (k_bits, v_bits))
-    token = d * stored_bits // 8 + 4 * d // g + 2 * d // shape.value_group_size + 32 + shape.wide
+    key_metadata, minima = 3 if shape.k_small_metadata else 4, 0 if shape.v_small_metadata else 32
+    token = d * stored_bits // 8 + key_metadata * d // g + 2 * d // shape.value_group_size + minima + shape.wide
     for stages, tokens in PIPELINES:
-        if warps * tokens * token * max(0, stages - 1) + 20 * d * n <= shared // 2 - 1024:
+        if warps * tokens * token * max(0, stages - 1) + (20 * d + 72 * shape.wide) * n <= shared // 2 - 1024:
             break
     if n > FEW_ROWS:
         stages, tokens = WIDE_PIPELINE_OF_16_ROWS if shape.wide else (min(stages, 2), tokens)

@@ -22,20 +22,24 @@ minimum_unit = triton.constexpr_function(metadata.minimum_unit)
 
 @triton.constexpr_function
 def _scales_asm():
-    """Four bytes of one register into the bits of four float16 of two registers."""
+    """One byte of each of two words into the bits of two float16 of one register; the selectors have zeros for the rest."""
+    low, high = 1 << _SHIFT.value, 1 << 16 + _SHIFT.value
     return (
-        "{ .reg .b32 low, high; prmt.b32 low, $2, 0, 0x4140; prmt.b32 high, $2, 0, 0x4342; "
-        f"shl.b32 $0, low, {_SHIFT.value}; shl.b32 $1, high, {_SHIFT.value}; }}"
+        "{ .reg .b32 low, high; prmt.b32 low, $1, 0, $3; prmt.b32 high, $2, 0, $4; "
+        f"mul.lo.u32 low, low, {low}; mad.lo.u32 $0, high, {high}, low; }}"
     )
 
 
 @triton.jit
-def scales_of_bytes(x, ASM: tl.constexpr):
-    """8-bit scales, uint8, as float16."""
+def scales_of_words(words, byte, ASM: tl.constexpr):
+    """8-bit scales, float16, each the `byte` of a word, int32."""
     if ASM:
-        return tl.inline_asm_elementwise(_scales_asm(), "=r,=r,r", [x], dtype=tl.float16, is_pure=True, pack=4)
+        selector = tl.broadcast_to(byte + 0x4440, words.shape)
+        return tl.inline_asm_elementwise(
+            _scales_asm(), "=r,r,r,r,r", [words, selector], dtype=tl.float16, is_pure=True, pack=2
+        )
     else:
-        return (x.to(tl.int16) << _SHIFT).to(tl.float16, bitcast=True)
+        return (((words >> (8 * byte)) & 0xFF) << _SHIFT).to(tl.int16).to(tl.float16, bitcast=True)
 
 
 @triton.jit

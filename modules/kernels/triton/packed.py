@@ -20,7 +20,7 @@ from modules.kernels.triton.codes import (
     plane_mask,
     two_planes_of_pairs,
 )
-from modules.kernels.triton.metadata import SMALL_MINIMUM, minimum_of_words, scale_of_words, scales_of_bytes
+from modules.kernels.triton.metadata import SMALL_MINIMUM, minimum_of_words, scale_of_words, scales_of_words
 from modules.kernels.triton.queries import fold_queries, full_precision_queries, low_places
 from modules.kernels.triton.softmax import EMPTY, merge_warps, store_softmax
 
@@ -37,6 +37,25 @@ def _key_metadata(pointer, group, first_channel, TILE: tl.constexpr):
         return tl.load(pointer + at + first_channel)
     else:
         return tl.load(pointer + at + first_channel, mask=number[None, :] < K_USED, other=0)
+
+
+@triton.jit
+def _small_key_scales(pointer, group, first_channel, TILE: tl.constexpr):
+    """Scales of 8 bits, read as words of four, likewise, as float16."""
+    D: tl.constexpr = TILE.D
+    BATCH: tl.constexpr = TILE.BATCH
+    K_USED: tl.constexpr = TILE.K_USED
+    K_USED_PAD: tl.constexpr = TILE.K_USED_PAD
+    number = tl.arange(0, K_USED_PAD // 4)
+    at = pointer + group[:, None] * (D // 4) + number[None, :] + first_channel // 4
+    if K_USED == K_USED_PAD:
+        words = tl.load(at)
+    else:
+        words = tl.load(at, mask=number[None, :] < K_USED // 4, other=0)
+    words = tl.broadcast_to(words[:, :, None], [BATCH, K_USED_PAD // 4, 4])
+    byte = tl.broadcast_to(tl.arange(0, 4)[None, None, :], words.shape)
+    words, byte = tl.reshape(words, [BATCH, K_USED_PAD]), tl.reshape(byte, [BATCH, K_USED_PAD])
+    return scales_of_words(words, byte, TILE.ASM)
 
 
 @triton.jit
@@ -103,9 +122,11 @@ def _add_low_scores(scores, folded, keys, block, group, TILE: tl.constexpr):
     token = tl.arange(0, T)
     at = block[:, None, None] * (T * BYTES) + token[None, :, None] * BYTES + byte[None, None, :]
     codes = tl.load(keys.extra + at, mask=is_wide[None, None, :], other=0)  # [BATCH, T, WIDE_PAD]
-    scale = tl.load(keys.scale + group[:, None] * D + place[None, :])  # [BATCH, WIDE_PAD]
     if TILE.K_SMALL_METADATA:
-        scale = scales_of_bytes(scale, TILE.ASM)
+        words = tl.load(keys.scale + group[:, None] * (D // 4) + (place // 4)[None, :])
+        scale = scales_of_words(words, (place % 4)[None, :], TILE.ASM)
+    else:
+        scale = tl.load(keys.scale + group[:, None] * D + place[None, :])  # [BATCH, WIDE_PAD]
     return tl.dot(masked_bytes(codes, mask[None, None, :], TILE.ASM), folded.low * scale[:, :, None], scores)
 
 
@@ -129,9 +150,10 @@ def _scores_of_codes(folded, keys, block, TILE: tl.constexpr):
     for seg in tl.static_range(SEGS):
         codes = _key_codes(keys.codes, block, seg, TILE)
         for plane in tl.static_range(PLANES):
-            scale = _key_metadata(keys.scale, group, plane * PRODUCT + seg * K_SEG, TILE)
             if TILE.K_SMALL_METADATA:
-                scale = scales_of_bytes(scale, TILE.ASM)
+                scale = _small_key_scales(keys.scale, group, plane * PRODUCT + seg * K_SEG, TILE)
+            else:
+                scale = _key_metadata(keys.scale, group, plane * PRODUCT + seg * K_SEG, TILE)
             query = folded.scaled[seg * PLANES + plane] * scale[:, :, None]  # [BATCH, K_USED_PAD, N]
             scores = tl.dot(_key_operand(codes, plane, TILE), query, scores)
     if TILE.WIDE > 0:
@@ -240,10 +262,12 @@ def _minima(values, scales, token, TILE: tl.constexpr):
     row = tl.arange(0, 16)[None, :, None]
     if TILE.V_SMALL_METADATA:
         words = _value_words(values.minimum, token, TILE)
-        minima = tl.zeros([TILE.WARPS, 16, TILE.U * TILE.T], tl.float16)
         for group in tl.static_range(GROUPS):
-            minimum = minimum_of_words(words, scales[group], group, TILE.META_PER_WORD, TILE.V_BITS)
-            minima = tl.where(row == group, minimum[:, None, :], minima)
+            minimum = minimum_of_words(words, scales[group], group, TILE.META_PER_WORD, TILE.V_BITS)[:, None, :]
+            if group == 0:  # its copies in rows of no group are not read
+                minima = tl.broadcast_to(minimum, [TILE.WARPS, 16, TILE.U * TILE.T])
+            else:
+                minima = tl.where(row == group, minimum, minima)
         return minima
     else:
         return tl.load(values.minimum + token[:, None, :] * GROUPS + row, mask=row < GROUPS, other=0.0)
