@@ -250,6 +250,7 @@ def packing(
 
 
 def _metadata(wide: int, small: bool) -> str:
+    """What a variant with metadata of 8 bits is called beside the others."""
     return f" W{wide} M8" if small else ""
 
 
@@ -313,6 +314,7 @@ def variants(quick: bool) -> list[tuple[launch.Shape, int, str]]:
         (shape_of(64, 32, 2, 2, 64, 16), 4, "bfloat16"),
         (shape_of(128, 32, 2, 2, 64, 32), 64, "bfloat16"),
         (static_shape(128), 4, "bfloat16"),
+        (shape_of(128, 32, 2, 2, 64, 64, small=True), 4, "bfloat16"),
     ]
     if quick:
         return chosen
@@ -323,6 +325,13 @@ def variants(quick: bool) -> list[tuple[launch.Shape, int, str]]:
     chosen += [(shape_of(d, 32, 2, 2, 64 if d % 64 == 0 else 32, d // 4), 4, "bfloat16") for d in (64, 96, 256)]
     chosen += [(shape_of(64, 32, 2, 2, 64, 16), 64, "bfloat16"), (shape_of(128, 32, 2, 2, 64, 32), 4, "float32")]
     chosen += [(shape_of(d, 32, 2, 2), 4, "float32") for d in checks.HEAD_DIMS]
+    chosen += [
+        (shape_of(d, 32, 2, 2, 64 if d % 64 == 0 else 32, min(d // 2, checks.MAX_WIDE), small=True), rows, "bfloat16")
+        for d in checks.HEAD_DIMS
+        for rows in (4, 64)
+    ]
+    chosen += [(shape_of(128, 32, k, v, small=True), 4, "bfloat16") for k, v in ((2, 2), (4, 4), (8, 2), (4, 16))]
+    chosen += [(shape_of(128, 32, 2, 2, 64, 64, small=True), 4, "float32")]
     chosen += [(static_shape(d), rows, "bfloat16") for d in checks.HEAD_DIMS for rows in (4, 64)]
     chosen += [(static_shape(128), 4, dtype) for dtype in ("float16", "float32")]
     return list(dict.fromkeys(chosen))
@@ -340,9 +349,13 @@ def work(archs: tuple[int, ...], quick: bool) -> list[functools.partial[Compiled
             functools.partial(packing, "values", 2, "clipped", 128, 64, arch),
             functools.partial(appending, 2, 2, 128, arch, wide=32),
             functools.partial(appending_static, 128, arch),
+            functools.partial(packing, "keys", 2, "lsq", 128, 32, arch, wide=64, small=True),
+            functools.partial(packing, "values", 2, "clipped", 128, 64, arch, small=True),
+            functools.partial(appending, 2, 2, 128, arch, wide=64, small=True),
         ]
         if not quick:
             calls += [functools.partial(packing, what, 8, "lsq", 256, 128, arch) for what in ("keys", "values")]
+            calls += [functools.partial(packing, what, 4, "lsq", 256, 32, arch, small=True) for what in ("keys", "values")]
             calls += [functools.partial(appending, k, v, d, arch) for k, v, d in ((4, 16, 96), (16, 8, 64))]
     return calls
 
