@@ -205,7 +205,7 @@ def _weigh_plane(
     acc,
     pairs,
     p,
-    scales,
+    words,
     column,
     SEG: tl.constexpr,
     PLANE: tl.constexpr,
@@ -216,6 +216,8 @@ def _weigh_plane(
     their plane `PLANE`, or two where one product takes two."""
     G: tl.constexpr = TILE.VALUE_G
     BITS: tl.constexpr = TILE.V_BITS
+    PER_WORD: tl.constexpr = TILE.META_PER_WORD
+    SMALL: tl.constexpr = TILE.V_SMALL_METADATA
     ASM: tl.constexpr = TILE.ASM
     MASK: tl.constexpr = plane_mask(BITS, PLANE * TILE.V_FOLD)
     FIRST: tl.constexpr = PLANE * TILE.V_FOLD * TILE.V_WIDTH + SEG * TILE.V_SEG  # channel
@@ -226,12 +228,12 @@ def _weigh_plane(
     else:
         codes = codes_of_pairs(pairs, MASK, 8 * HALF, ASM)
     if FIRST // G == LAST // G:
-        acc = tl.dot(codes, p * scales[FIRST // G][:, :, None], acc)
+        acc = tl.dot(codes, p * scale_of_words(words, FIRST // G, PER_WORD, SMALL)[:, :, None], acc)
     else:
         group_of_column = (FIRST + 2 * column + HALF) // G
         for group in tl.static_range(FIRST // G, LAST // G + 1):
             mine = tl.where((group_of_column == group)[None, :, None], codes, 0.0)
-            acc = tl.dot(mine, p * scales[group][:, :, None], acc)
+            acc = tl.dot(mine, p * scale_of_words(words, group, PER_WORD, SMALL)[:, :, None], acc)
     return acc
 
 
@@ -246,24 +248,16 @@ def _value_words(pointer, token, TILE: tl.constexpr):
 
 
 @triton.jit
-def _value_scales(values, token, TILE: tl.constexpr):
-    """Scales of the tokens `[WARPS, U * T]`, a tuple of float16 with one a group."""
-    words = _value_words(values.scale, token, TILE)
-    scales = ()
-    for group in tl.static_range(TILE.V_GROUPS):
-        scales += (scale_of_words(words, group, TILE.META_PER_WORD, TILE.V_SMALL_METADATA),)
-    return scales
-
-
-@triton.jit
-def _minima(values, scales, token, TILE: tl.constexpr):
+def _minima(values, scale_words, token, TILE: tl.constexpr):
     """Minima of the tokens `[WARPS, U * T]`, a group a row: `[WARPS, 16, U * T]`; over `SMALL_MINIMUM` at 8 bits."""
     GROUPS: tl.constexpr = TILE.V_GROUPS
+    PER_WORD: tl.constexpr = TILE.META_PER_WORD
     row = tl.arange(0, 16)[None, :, None]
     if TILE.V_SMALL_METADATA:
         words = _value_words(values.minimum, token, TILE)
         for group in tl.static_range(GROUPS):
-            minimum = minimum_of_words(words, scales[group], group, TILE.META_PER_WORD, TILE.V_BITS)[:, None, :]
+            scale = scale_of_words(scale_words, group, PER_WORD, True)
+            minimum = minimum_of_words(words, scale, group, PER_WORD, TILE.V_BITS)[:, None, :]
             if group == 0:  # its copies in rows of no group are not read
                 minima = tl.broadcast_to(minimum, [TILE.WARPS, 16, TILE.U * TILE.T])
             else:
@@ -284,9 +278,9 @@ def _weigh_codes(sums, offsets, p, decay, values, token, TILE: tl.constexpr):
     PLANES: tl.constexpr = TILE.V_PLANES
     column = tl.arange(0, V_COLS)
     pair = column % (V_SEG // 2) if V_FOLD == 2 else column
-    scales = _value_scales(values, token, TILE)
+    words = _value_words(values.scale, token, TILE)
     if TILE.EARLY_MINIMA:
-        low = _minima(values, scales, token, TILE)
+        low = _minima(values, words, token, TILE)
     new_sums = ()
     for seg in tl.static_range(SEGS):
         at = token[:, None, :] * (V_WIDTH // 2) + seg * (V_SEG // 2) + pair[None, :, None]
@@ -297,9 +291,9 @@ def _weigh_codes(sums, offsets, p, decay, values, token, TILE: tl.constexpr):
         for plane in tl.static_range(PLANES):
             for half in tl.static_range(2):
                 old = sums[(seg * PLANES + plane) * 2 + half] * decay[:, None, :]
-                new_sums += (_weigh_plane(old, pairs, p, scales, column, seg, plane, half, TILE),)
+                new_sums += (_weigh_plane(old, pairs, p, words, column, seg, plane, half, TILE),)
     if not TILE.EARLY_MINIMA:
-        low = _minima(values, scales, token, TILE)
+        low = _minima(values, words, token, TILE)
     return new_sums, tl.dot(low, p, offsets * decay[:, None, :])
 
 
