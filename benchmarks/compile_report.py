@@ -152,13 +152,31 @@ def _rows(states: str) -> Rows:
     return Rows(states, "i32", "i32", "i32")
 
 
-def _side(bits: int, states: str, codes: str = "*u8", scale: str = "*fp16", static: bool = False) -> Side:
+def _side(
+    bits: int,
+    states: str,
+    codes: str = "*u8",
+    scale: str = "*fp16",
+    minimum: str = "*fp16",
+    static: bool = False,
+) -> Side:
     """The types of a side's tensors; codes stand for what there is not."""
     if static:
         return Side("*i8", "*i8", "*i8", "*i8", "*i8", states, states)
     if bits == 16:
         return Side(states, states, states, states, states, states, states)
-    return Side(codes, scale, "*fp16", "*u8", "*i64", states, states)
+    return Side(codes, scale, minimum, "*u8", "*i64", states, states)
+
+
+def _packed_side(what: str, bits: int, small_metadata: bool) -> Side:
+    """The types of a side of bfloat16 states that packing writes."""
+    scale, minimum = ("*u8", "*fp16" if what == "keys" else "*i8") if small_metadata else ("*fp16", "*fp16")
+    return _side(bits, "*bf16", scale=scale, minimum=minimum)
+
+
+def _words(per_word: int, item: int) -> str:
+    """The type of integers that hold `per_word` numbers of `item` bytes."""
+    return f"*i{8 * per_word * item}"
 
 
 def attending(
@@ -170,12 +188,14 @@ def attending(
     pipeline = pipeline or launch.default_pipeline(shape, many_rows, item, SHARED[arch])
     tile = launch.attention_tile(shape, many_rows, pipeline, item)
     states = TYPES[dtype]
-    words = {1: "*i16", 2: "*i32", 4: "*i64"}[tile.META_PER_WORD]
+    small = shape.v_small_metadata
+    scale = _words(tile.META_PER_WORD, 1 if small else 2)
+    minimum = scale if small else "*fp16"
     types = dict.fromkeys(attention.attend_splits.arg_names, "i32")
     types |= dict.fromkeys(("query", "new_keys", "new_values"), _rows(states))
     static = shape.static
-    types |= {"keys": _side(shape.k_bits, states, static=static)}
-    types |= {"values": _side(shape.v_bits, states, "*i16", words, static=static)}
+    types |= {"keys": _side(shape.k_bits, states, scale="*i32" if shape.k_small_metadata else "*fp16", static=static)}
+    types |= {"values": _side(shape.v_bits, states, "*i16", scale, minimum, static=static)}
     types |= {"counts": "*i32", "new_lengths": "*i32", "partial": Partial("*fp32", "*fp32"), "factor": "fp32"}
     constants = {"ALL_NEW": True, "TILE": tile}
     numbers = ("sequences", "new_tokens", "splits", "row_blocks")
@@ -200,6 +220,7 @@ def _stored(shape: launch.Shape) -> str:
     if shape.static:
         return f"static int8 D{shape.head_dim}"
     groups = f"G{shape.group_size}/{shape.value_group_size} W{shape.wide}"
+    groups += " M8" if shape.k_small_metadata or shape.v_small_metadata else ""
     return f"K{shape.k_bits} V{shape.v_bits} D{shape.head_dim} {groups}"
 
 
@@ -214,14 +235,23 @@ def combination(head_dim: int, dtype: str, arch: int) -> Compiled:
     return describe("combine_splits", f"D{head_dim} {dtype}", arch, compiled)[0]
 
 
-def packing(what: str, bits: int, method: str, head_dim: int, group_size: int, arch: int, wide: int = 0) -> Compiled:
-    """Compile `pack_states` for the keys or the values."""
+def packing(
+    what: str, bits: int, method: str, head_dim: int, group_size: int, arch: int, wide: int = 0, small: bool = False
+) -> Compiled:
+    """Compile `pack_states` for the keys or the values; `small` metadata has 8 bits."""
     types = dict.fromkeys(pack.pack_states.arg_names, "i32")
-    types |= {"new": _rows("*bf16"), "side": _side(bits, "*bf16"), "mark": "*i32"}
-    constants = {"TILE": launch.pack_tile_of(what == "keys", head_dim, group_size, bits, method, wide)}
+    types |= {"new": _rows("*bf16"), "side": _packed_side(what, bits, small), "mark": "*i32"}
+    sizes = head_dim, group_size, bits, method, wide
+    constants = {"TILE": launch.pack_tile_of(what == "keys", *sizes, small_metadata=small)}
     numbers = ("heads", "first_token", "blocks")
     compiled = compile_kernel(pack.pack_states, types, constants, arch, numbers)
-    return describe("pack_states", f"{what} {bits} bits {method} D{head_dim} G{group_size}", arch, compiled)[0]
+    name = f"{what} {bits} bits {method} D{head_dim} G{group_size}{_metadata(wide, small)}"
+    return describe("pack_states", name, arch, compiled)[0]
+
+
+def _metadata(wide: int, small: bool) -> str:
+    """What a variant with metadata of 8 bits is called beside the others."""
+    return f" W{wide} M8" if small else ""
 
 
 def appending_static(head_dim: int, arch: int) -> Compiled:
@@ -237,26 +267,33 @@ def appending_static(head_dim: int, arch: int) -> Compiled:
     return describe("append_step", f"static int8 D{head_dim}", arch, compiled)[0]
 
 
-def appending(k_bits: int, v_bits: int, head_dim: int, arch: int, wide: int = 0) -> Compiled:
-    """Compile `append_step` with groups of 32, 4 sinks and a window of 128."""
+def appending(k_bits: int, v_bits: int, head_dim: int, arch: int, wide: int = 0, small: bool = False) -> Compiled:
+    """Compile `append_step` with groups of 32, 4 sinks and a window of 128; `small` metadata has 8 bits."""
     types = dict.fromkeys(append.append_step.arg_names, "i32")
     types |= dict.fromkeys(("new_keys", "new_values"), _rows("*bf16"))
-    types |= {"keys": _side(k_bits, "*bf16"), "values": _side(v_bits, "*bf16")}
+    types |= {"keys": _packed_side("keys", k_bits, small), "values": _packed_side("values", v_bits, small)}
     types |= {"energy": "*fp32", "counts": "*i32", "new_lengths": "*i32"}
     constants = {"SINK": 4, "RING": 160, "TOKENS": 32, "ALL_NEW": True}
-    constants |= {"K_TILE": launch.pack_tile_of(True, head_dim, 32, k_bits, "lsq", wide)}
-    constants |= {"V_TILE": launch.pack_tile_of(False, head_dim, 64 if wide else 32, v_bits, "clipped")}
+    constants |= {"K_TILE": launch.pack_tile_of(True, head_dim, 32, k_bits, "lsq", wide, small_metadata=small)}
+    value_g = 64 if wide else 32
+    constants |= {"V_TILE": launch.pack_tile_of(False, head_dim, value_g, v_bits, "clipped", small_metadata=small)}
     compiled = compile_kernel(append.append_step, types, constants, arch, ("sequences", "heads"))
-    return describe("append_step", f"K{k_bits} V{v_bits} D{head_dim}", arch, compiled)[0]
+    return describe("append_step", f"K{k_bits} V{v_bits} D{head_dim}{_metadata(wide, small)}", arch, compiled)[0]
 
 
 def shape_of(
-    head_dim: int, group_size: int, k_bits: int, v_bits: int, value_group_size: int | None = None, wide: int = 0
+    head_dim: int,
+    group_size: int,
+    k_bits: int,
+    v_bits: int,
+    value_group_size: int | None = None,
+    wide: int = 0,
+    small: bool = False,
 ) -> launch.Shape:
-    """A shape with 8 KV heads of 4 query heads, 4 sinks and a window of 128."""
-    return launch.Shape(
-        head_dim, group_size, k_bits, v_bits, 8, 4, 4, 128 + group_size, value_group_size or group_size, wide
-    )
+    """A shape with 8 KV heads of 4 query heads, 4 sinks and a window of 128; `small` metadata has 8 bits."""
+    value_g, k_small, v_small = value_group_size or group_size, small and k_bits < 8, small and v_bits < 8
+    sizes = head_dim, group_size, k_bits, v_bits, 8, 4, 4, 128 + group_size, value_g, wide
+    return launch.Shape(*sizes, k_small_metadata=k_small, v_small_metadata=v_small)
 
 
 def static_shape(head_dim: int) -> launch.Shape:
@@ -277,6 +314,7 @@ def variants(quick: bool) -> list[tuple[launch.Shape, int, str]]:
         (shape_of(64, 32, 2, 2, 64, 16), 4, "bfloat16"),
         (shape_of(128, 32, 2, 2, 64, 32), 64, "bfloat16"),
         (static_shape(128), 4, "bfloat16"),
+        (shape_of(128, 32, 2, 2, 64, 64, small=True), 4, "bfloat16"),
     ]
     if quick:
         return chosen
@@ -287,6 +325,13 @@ def variants(quick: bool) -> list[tuple[launch.Shape, int, str]]:
     chosen += [(shape_of(d, 32, 2, 2, 64 if d % 64 == 0 else 32, d // 4), 4, "bfloat16") for d in (64, 96, 256)]
     chosen += [(shape_of(64, 32, 2, 2, 64, 16), 64, "bfloat16"), (shape_of(128, 32, 2, 2, 64, 32), 4, "float32")]
     chosen += [(shape_of(d, 32, 2, 2), 4, "float32") for d in checks.HEAD_DIMS]
+    chosen += [
+        (shape_of(d, 32, 2, 2, 64 if d % 64 == 0 else 32, min(d // 2, checks.MAX_WIDE), small=True), rows, "bfloat16")
+        for d in checks.HEAD_DIMS
+        for rows in (4, 64)
+    ]
+    chosen += [(shape_of(128, 32, k, v, small=True), 4, "bfloat16") for k, v in ((2, 2), (4, 4), (8, 2), (4, 16))]
+    chosen += [(shape_of(128, 32, 2, 2, 64, 64, small=True), 4, "float32")]
     chosen += [(static_shape(d), rows, "bfloat16") for d in checks.HEAD_DIMS for rows in (4, 64)]
     chosen += [(static_shape(128), 4, dtype) for dtype in ("float16", "float32")]
     return list(dict.fromkeys(chosen))
@@ -304,9 +349,13 @@ def work(archs: tuple[int, ...], quick: bool) -> list[functools.partial[Compiled
             functools.partial(packing, "values", 2, "clipped", 128, 64, arch),
             functools.partial(appending, 2, 2, 128, arch, wide=32),
             functools.partial(appending_static, 128, arch),
+            functools.partial(packing, "keys", 2, "lsq", 128, 32, arch, wide=64, small=True),
+            functools.partial(packing, "values", 2, "clipped", 128, 64, arch, small=True),
+            functools.partial(appending, 2, 2, 128, arch, wide=64, small=True),
         ]
         if not quick:
             calls += [functools.partial(packing, what, 8, "lsq", 256, 128, arch) for what in ("keys", "values")]
+            calls += [functools.partial(packing, what, 4, "lsq", 256, 32, arch, small=True) for what in ("keys", "values")]
             calls += [functools.partial(appending, k, v, d, arch) for k, v, d in ((4, 16, 96), (16, 8, 64))]
     return calls
 

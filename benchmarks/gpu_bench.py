@@ -39,6 +39,13 @@ from modules.store.step import Step
 SHAPES = {"Llama-2-7B": (32, 32, 128), "Llama-3.1-8B": (32, 8, 128), "Qwen2.5-7B": (28, 4, 128)}
 TOKENS = (32768, 8192, 131072, 2048)  # what time does not allow for comes last
 BATCHES = (1, 8, 16, 64)
+SMALL_METADATA = {"metadata_bits": 8, "wide_channels": 0.5}
+PACKED: dict[str, tuple[int, dict[str, Any]]] = {  # bits of keys and values, and other options
+    "packed K2 V2": (2, {}),
+    "packed K4 V4": (4, {}),
+    "packed K8 V8": (8, {}),
+    "packed K2 V2, metadata of 8 bits": (2, SMALL_METADATA),
+}
 PARTS = ("packing", "end-to-end", "attention")
 DTYPE = torch.bfloat16
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # there its layers are only made, in tests
@@ -129,26 +136,31 @@ def count_tokens(ledger: Ledger, batch: int, tokens: int) -> None:
     ledger.counts(torch.device(DEVICE))
 
 
-def filled_layer(batch: int, kv_heads: int, head_dim: int, bits: tuple[int, int], ledger: Ledger) -> PackedLayer:
-    """A layer of random codes and plausible metadata; nothing is quantized."""
-    options = KIVIOptions(k_bits=bits[0], v_bits=bits[1])
+def filled_layer(
+    batch: int, kv_heads: int, head_dim: int, bits: tuple[int, int], ledger: Ledger, **chosen: Any
+) -> PackedLayer:
+    """A layer of random codes and plausible metadata; nothing is quantized. `chosen` are `KIVIOptions`'."""
+    options = KIVIOptions(k_bits=bits[0], v_bits=bits[1], **chosen)
     like = torch.empty(batch, kv_heads, 1, head_dim, dtype=DTYPE, device=DEVICE)
     layer = PackedLayer.empty(like, codecs_of(options, bits, head_dim), ledger, options.rotates_values(bits[1]))
     for side in layer.sides:
         side.codes.random_()
         if side.extra is not None:
             side.extra.random_()
-        side.scale.uniform_(0.2, 0.6)
-        side.minimum.uniform_(-1.0, -0.5)
+        scale, minimum = (torch.empty(side.scale.shape, device=DEVICE) for _ in range(2))
+        numbers = side.codec.metadata.pack(scale.uniform_(0.2, 0.6), minimum.uniform_(-1.0, -0.5), side.bits)
+        side.scale, side.minimum = (each.contiguous() for each in numbers)
         side.sinks.normal_()
         side.window.normal_()
     return layer
 
 
-def single_layer(batch: int, kv_heads: int, head_dim: int, tokens: int, bits: tuple[int, int]) -> PackedLayer:
-    """A filled layer with a ledger of its own, `tokens` long with place for 64 more."""
+def single_layer(
+    batch: int, kv_heads: int, head_dim: int, tokens: int, bits: tuple[int, int], **chosen: Any
+) -> PackedLayer:
+    """A filled layer with a ledger of its own, `tokens` long with place for 64 more; `chosen` are `KIVIOptions`'."""
     ledger = new_ledger(tokens, 64)
-    layer = filled_layer(batch, kv_heads, head_dim, bits, ledger)
+    layer = filled_layer(batch, kv_heads, head_dim, bits, ledger, **chosen)
     count_tokens(ledger, batch, tokens)
     return layer
 
@@ -175,17 +187,17 @@ def states(batch: int, heads: int, tokens: int, head_dim: int) -> torch.Tensor:
     return torch.randn(batch, heads, tokens, head_dim, dtype=DTYPE, device=DEVICE)
 
 
-def packed_layers(shape, batch: int, tokens: int, bits: tuple[int, int]) -> list[PackedLayer]:
-    """Layers that together exceed the L2 cache."""
+def packed_layers(shape, batch: int, tokens: int, bits: tuple[int, int], **chosen: Any) -> list[PackedLayer]:
+    """Layers that together exceed the L2 cache; `chosen` are `KIVIOptions`'."""
     _, kv_heads, head_dim = shape
     estimate = 2 * batch * kv_heads * tokens * head_dim * (sum(bits) / 16 + 0.125)
-    return [single_layer(batch, kv_heads, head_dim, tokens, bits) for _ in range(rotation(estimate))]
+    return [single_layer(batch, kv_heads, head_dim, tokens, bits, **chosen) for _ in range(rotation(estimate))]
 
 
-def packed_steps(shape, batch: int, tokens: int, bits: tuple[int, int]):
-    """Attention steps over packed layers, and the bytes of one."""
+def packed_steps(shape, batch: int, tokens: int, bits: tuple[int, int], **chosen: Any):
+    """Attention steps over packed layers, and the bytes of one; `chosen` are `KIVIOptions`'."""
     heads, kv_heads, head_dim = shape
-    layers = packed_layers(shape, batch, tokens, bits)
+    layers = packed_layers(shape, batch, tokens, bits, **chosen)
     query = states(batch, heads, 1, head_dim)
     key, value = (states(batch, kv_heads, 1, head_dim) for _ in range(2))
     one = Step.of(None, batch, 1)
@@ -285,20 +297,21 @@ def attention(copy: float, until: float) -> Iterator[Row]:
         size = max(2 * 4 * batch * shape[1] * tokens * shape[2], 4 * l2)
         if size > memory / 3 or time.monotonic() > until:
             continue
-        for bits in (2, 4, 8):
-            make = functools.partial(packed_steps, shape, batch, tokens, (bits, bits))
-            yield measure(Row("attention", name, f"packed K{bits} V{bits}", batch, tokens), make, copy)
+        for method, (bits, chosen) in PACKED.items():
+            make = functools.partial(packed_steps, shape, batch, tokens, (bits, bits), **chosen)
+            yield measure(Row("attention", name, method, batch, tokens), make, copy)
         for method in ("sdpa-flash", "sdpa-efficient", "sdpa-cudnn", "flash-attn", "flashinfer"):
             make = functools.partial(full_precision_steps, shape, batch, tokens, method)
             yield measure(Row("attention", name, method, batch, tokens), make, copy)
 
 
-def packing_steps(what: str, bits: int, method: str, tokens: int = 32768):
-    """Steps that quantize a prompt into a layer of Llama-3.1-8B's heads, and the bytes of one, read and written."""
+def packing_steps(what: str, bits: int, method: str, tokens: int = 32768, **chosen: Any):
+    """Steps that quantize a prompt into a layer of Llama-3.1-8B's heads, and the bytes of one, read and written; `chosen` are
+    `KIVIOptions`'."""
     size = 8 * tokens * 128 * (2 + bits / 8 + 0.125)
     steps = []
     for _ in range(rotation(size)):
-        layer = single_layer(1, 8, 128, tokens, (bits, bits))
+        layer = single_layer(1, 8, 128, tokens, (bits, bits), **chosen)
         side = layer.key if what == "keys" else layer.value
         side.codec = dataclasses.replace(side.codec, method=method)
         states = torch.randn(1, 8, layer.packed[0], 128, dtype=DTYPE, device=DEVICE)
@@ -320,6 +333,9 @@ def packing(copy: float) -> Iterator[Row]:
     ):  # fmt: skip
         row = Row("packing", f"{what} {bits} bits {method}", "pack_groups", 1, 32768)
         yield measure(row, functools.partial(packing_steps, what, bits, method), copy)
+    for what, method in (("keys", "lsq"), ("values", "clipped")):
+        row = Row("packing", f"{what} 2 bits {method}, metadata of 8 bits", "pack_groups", 1, 32768)
+        yield measure(row, functools.partial(packing_steps, what, 2, method, **SMALL_METADATA), copy)
     yield measure(Row("packing", "one token", "append_token", 1, 32768), append_steps, copy)
 
 

@@ -26,7 +26,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import compile_report
 import gpu_bench
@@ -53,13 +53,19 @@ Times = tuple[float, ...]  # microseconds of a step, a workload each
 
 
 class Case(NamedTuple):
-    """A layout to tune: heads as a model has them, bits of keys and values, new tokens of a step."""
+    """A layout to tune: heads as a model has them, bits of keys and values, new tokens of a step, metadata."""
 
     heads: int
     kv_heads: int
     head_dim: int
     bits: int
     new_tokens: int = 1
+    small_metadata: bool = False
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """The options of its layers."""
+        return gpu_bench.SMALL_METADATA if self.small_metadata else {}
 
     @property
     def many_rows(self) -> bool:
@@ -72,6 +78,7 @@ CASES = {
     "2 bits, heads of 64": Case(14, 2, 64, 2),
     "8 bits": Case(32, 8, 128, 8),
     "2 bits, 16 new tokens": Case(32, 8, 128, 2, 16),
+    "2 bits, metadata of 8 bits": Case(32, 8, 128, 2, small_metadata=True),
 }
 
 
@@ -177,8 +184,9 @@ class Workload:
     """Layers of a case that together exceed the L2 cache, and what attention over them should give."""
 
     def __init__(self, case: Case, batch: int, tokens: int) -> None:
-        heads, kv_heads, head_dim, bits, new = case
-        self.layers = gpu_bench.packed_layers((heads, kv_heads, head_dim), batch, tokens, (bits, bits))
+        heads, kv_heads, head_dim, bits, new = case[:5]
+        shape = heads, kv_heads, head_dim
+        self.layers = gpu_bench.packed_layers(shape, batch, tokens, (bits, bits), **case.chosen)
         self.query = gpu_bench.states(batch, heads, new, head_dim)
         self.key, self.value = (gpu_bench.states(batch, kv_heads, new, head_dim) for _ in range(2))
         self.step = Step.of(None, batch, new)
@@ -207,7 +215,8 @@ class Candidates:
 
     def __init__(self, case: Case, shared: int, arch: int, pool: concurrent.futures.Executor) -> None:
         bits = (case.bits, case.bits)
-        shape = launch.Shape.of(gpu_bench.single_layer(1, case.kv_heads, case.head_dim, 256, bits), case.heads)
+        layer = gpu_bench.single_layer(1, case.kv_heads, case.head_dim, 256, bits, **case.chosen)
+        shape = launch.Shape.of(layer, case.heads)
         item, rows = getattr(torch, DTYPE).itemsize, case.new_tokens * shape.group
         self.case, self.shared = case, shared
         self.layout = tuning.layout(shape, case.many_rows, item)

@@ -68,16 +68,26 @@ def test_filled_caches_hold_the_same_tokens():
     assert caches["coded"].get_cache_info()["tokens"]["packed"] == 64
 
 
-def test_layers_of_the_gpu_benchmark_hold_what_they_say(monkeypatch):
-    """On the CPU, where its layers and caches can be made as well."""
+@pytest.mark.parametrize(
+    "chosen, bits",
+    [
+        ({"metadata_bits": 16, "wide_channels": 0.25}, 2 + 0.5 + 1 + 2 + 0.5),  # keys, 4 bits for a quarter, and values
+        (gpu_bench.SMALL_METADATA, 2 + 1 + 0.75 + 2 + 0.25),
+    ],
+    ids=["metadata of 16 bits", "of 8 bits"],
+)
+def test_layers_of_the_gpu_benchmark_hold_what_they_say(monkeypatch, chosen, bits):
+    """On the CPU, where its layers can be made as well."""
     monkeypatch.setattr(gpu_bench, "DEVICE", "cpu")
-    layer = gpu_bench.single_layer(2, 2, 64, 300, (2, 2))
+    layer = gpu_bench.single_layer(2, 2, 64, 300, (2, 2), **chosen)
     assert layer.lengths == [300, 300] and layer.packed == [160, 160]
     elements = 2 * 2 * 64  # of one side, a token
     full = 2 * elements * 2 * (300 - 160)  # sinks and window
-    packed = 160 * elements * (2 + 0.5 + 1 + 2 + 0.5) / 8  # keys, 4 bits for a quarter of them, and values
-    assert gpu_bench.bytes_read(layer) == full + packed
+    assert gpu_bench.bytes_read(layer) == full + 160 * elements * bits / 8
 
+
+def test_caches_of_the_gpu_benchmark_decode(monkeypatch):
+    monkeypatch.setattr(gpu_bench, "DEVICE", "cpu")
     model = make_pair("qwen3", group_size=32, residual_length=128)[1].to(gpu_bench.DTYPE)
     cache = gpu_bench.filled_cache(model, "KIVI eager", 2, 300, 64)
     assert isinstance(cache, KIVICache) and cache.ledger.lengths == [300, 300] and cache.get_seq_length() == 300

@@ -176,11 +176,11 @@ def test_the_tools_see_what_they_should():
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["all real", "known to the device"])
-@pytest.mark.parametrize("length, steps", [(30, 10), (127, 40), (300, 40)])
-def test_decode_steps_wait_for_nothing(padded, length, steps):
-    """Through sinks, the window, the step that chooses the wide channels, and later groups; at the defaults."""
+@pytest.mark.parametrize("length, steps, metadata_bits", [(30, 10, 16), (127, 40, 16), (300, 40, 16), (127, 40, 8)])
+def test_decode_steps_wait_for_nothing(padded, length, steps, metadata_bits):
+    """Through sinks, the window, the step that chooses the wide channels, and later groups."""
     with fake_gpu() as (copies, launches):
-        layer = prompted(2, length)
+        layer = prompted(2, length, metadata_bits=metadata_bits)
         assert layer.key.wide and layer.rotates
         _check_steps(layer, padded, steps, copies, launches)
 

@@ -125,7 +125,7 @@ def test_a_layout_names_all_that_the_default_depends_on():
         SHAPE._replace(**change)
         for change in (
             {"head_dim": 64}, {"group_size": 64}, {"k_bits": 4}, {"v_bits": 8}, {"value_group_size": 32}, {"wide": 0},
-            {"static": True}, {"at_once": True},
+            {"static": True}, {"at_once": True}, {"k_small_metadata": True}, {"v_small_metadata": True},
         )
     ]  # fmt: skip
     layouts = [tuning.layout(shape, False, 2) for shape in (SHAPE, *others)]
@@ -221,9 +221,11 @@ def test_a_default_that_does_not_run_is_not_replaced_in_silence():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_wrong_attention_is_no_candidate(monkeypatch):
+@pytest.mark.parametrize("small_metadata", [False, True])
+def test_wrong_attention_is_no_candidate(monkeypatch, small_metadata):
     """Plain torch stands in for the kernels, right and then wrong."""
-    workload = Workload(tune_gpu.Case(8, 2, 64, 2), 2, 300)
+    workload = Workload(tune_gpu.Case(8, 2, 64, 2, small_metadata=small_metadata), 2, 300)
+    assert (workload.layers[0].key.scale.dtype == torch.uint8) == small_metadata
     monkeypatch.setattr(Workload, "attend", lambda self, layer, pipeline: self.expected.bfloat16())
     assert workload.measure(FIRST, timer=len) == len(workload.layers) >= 2
     for wrong in (1.05, float("nan"), 0.0):

@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 from layers import empty_layer, make_layer, put, random_states, relative_error
 
 from modules.codecs.codec import Packed
+from modules.codecs.metadata import numbers_of
 from modules.kernels.registry import backend, pick_backend
 from modules.store.ledger import LENGTH, MARK, PACKED
 from modules.store.step import Step
@@ -26,6 +27,7 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float32: 2e-3}
 SMALL = {"head_dim": 64, "group_size": 32, "residual_length": 32, "sink_length": 4, "kv_heads": 1}
 PLAIN = {"k_range": "minmax", "dtype": torch.float16, "device": DEVICE}  # no wide channels unless a test says else
+SMALL_METADATA = {"metadata_bits": 8, "wide_channels": 0.5}
 
 pytestmark = [pytest.mark.gpu] if ON_GPU else []
 
@@ -89,34 +91,41 @@ def check_attention(layer, *, group=1, tokens=1, step=None, splits=None, pipelin
         assert not out[row, new:].any()
 
 
-@pytest.mark.parametrize("bits", list(itertools.product((2, 4, 8, 16), repeat=2)))
-def test_every_pair_of_bits(kernels, bits):
-    check_attention(stored([150], bits=bits))
+PAIRS = list(itertools.product((2, 4, 8, 16), repeat=2))
+
+
+@pytest.mark.parametrize(
+    "bits, metadata_bits", [*((pair, 16) for pair in PAIRS), *((pair, 8) for pair in PAIRS if min(pair) < 8)]
+)
+def test_every_pair_of_bits(kernels, bits, metadata_bits):
+    check_attention(stored([150], bits=bits, metadata_bits=metadata_bits))
 
 
 @pytest.mark.parametrize(
     "head_dim, group_size", [(64, 16), (64, 64), (96, 32), (128, 32), (128, 64), (128, 128), (256, 32)]
 )
-@pytest.mark.parametrize("bits", [2, 8])
-def test_every_head_and_group_size(kernels, head_dim, group_size, bits):
-    check_attention(
-        stored([300], bits=(bits, bits), head_dim=head_dim, group_size=group_size, residual_length=group_size)
-    )
+@pytest.mark.parametrize("bits, metadata_bits", [(2, 16), (8, 16), (2, 8)])
+def test_every_head_and_group_size(kernels, head_dim, group_size, bits, metadata_bits):
+    sizes = {"head_dim": head_dim, "group_size": group_size, "residual_length": group_size}
+    check_attention(stored([300], bits=(bits, bits), metadata_bits=metadata_bits, **sizes))
 
 
+@pytest.mark.parametrize("metadata_bits", [16, 8])
 @pytest.mark.parametrize("group_size", [16, 32])
-def test_a_head_that_is_no_power_of_two_at_4_bits(kernels, group_size):
-    check_attention(stored([150], bits=(4, 4), head_dim=96, group_size=group_size))
+def test_a_head_that_is_no_power_of_two_at_4_bits(kernels, group_size, metadata_bits):
+    check_attention(stored([150], bits=(4, 4), head_dim=96, group_size=group_size, metadata_bits=metadata_bits))
 
 
 @pytest.mark.parametrize("group, tokens", [(1, 1), (3, 1), (7, 1), (8, 1), (7, 2), (1, 17), (3, 6)])
 def test_grouped_queries_and_several_new_tokens(kernels, group, tokens):
     check_attention(stored([150, 150], kv_heads=2), group=group, tokens=tokens)
+    check_attention(stored([150], head_dim=128, **SMALL_METADATA), group=group, tokens=tokens)
 
 
 @pytest.mark.parametrize("length", [1, 3, 4, 5, 35, 67, 68, 69, 99, 100, 101, 131, 132, 324])
 def test_lengths_around_every_boundary(kernels, length):
     check_attention(stored([length]))
+    check_attention(stored([length], **SMALL_METADATA))
 
 
 @pytest.mark.parametrize("splits", [1, 2, 3, 7])
@@ -150,25 +159,44 @@ def test_a_tuned_pipeline_is_what_runs(kernels, monkeypatch, tmp_path):
     assert launch.attention_options(tiles[0])["num_warps"] == 2
 
 
+@pytest.mark.parametrize("more", [{}, SMALL_METADATA], ids=["16", "8"])
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-def test_ragged_batches_and_types(kernels, dtype):
-    layer = stored([150, 2, 100], kv_heads=2, dtype=dtype)
+def test_ragged_batches_and_types(kernels, dtype, more):
+    layer = stored([150, 2, 100], kv_heads=2, dtype=dtype, **more)
     check_attention(layer, group=2)
     check_attention(layer, tokens=3, step=Step.of_lengths([3, 1, 0], 3))
     check_attention(layer, group=2, step=known_to_the_device([1, 0, 1]))
 
 
-@pytest.mark.parametrize("head_dim, share", [(64, 0.25), (96, 0.25), (128, 0.25), (128, 0.1)])
-def test_wide_channels_and_wider_groups_of_values(kernels, head_dim, share):
-    layer = stored([150, 120], head_dim=head_dim, kv_heads=2, wide_channels=share, v_group_size=16)
+@pytest.mark.parametrize(
+    "head_dim, share, metadata_bits",
+    [(64, 0.25, 16), (96, 0.25, 16), (128, 0.25, 16), (128, 0.1, 16), (64, 0.5, 8), (96, 0.5, 8), (128, 0.25, 8)],
+)
+def test_wide_channels_and_wider_groups_of_values(kernels, head_dim, share, metadata_bits):
+    more = {"wide_channels": share, "metadata_bits": metadata_bits}
+    layer = stored([150, 120], head_dim=head_dim, kv_heads=2, v_group_size=16, **more)
     assert layer.key.wide
     check_attention(layer, group=2)
 
 
-def test_the_default_cache(kernels):
-    layer = stored([300], head_dim=128, residual_length=128, k_range="lsq")
+@pytest.mark.parametrize("more", [{"metadata_bits": 16, "wide_channels": 0.25}, SMALL_METADATA], ids=["16", "8"])
+@pytest.mark.parametrize("head_dim", [128, 64])
+def test_a_cache_of_3_bits(kernels, head_dim, more):
+    layer = stored([300], head_dim=head_dim, residual_length=128, k_range="lsq", **more)
     assert layer.key.wide and layer.rotates and layer.value.group_size == 64
     check_attention(layer, group=4)
+
+
+def test_minima_beyond_float16(kernels):
+    """Values at its end have minima of 8 bits that read as more than float16 holds."""
+    more = {"kv_heads": 1, "v_rotation": False, "metadata_bits": 8, "dtype": torch.float32, "sink_length": 0}
+    layer = empty_layer(1, **{**SMALL, **PLAIN, **more})
+    keys, values = random_states((1, 1, 100, 64), torch.float32, device=DEVICE)
+    values[..., ::2] = values[..., ::2].sign() * 65504
+    put(layer, backend("torch"), keys, values, [100])
+    minima = numbers_of(Packed(*layer.value.stored(slice(None), 0, layer.packed[0])), 2)[1]
+    assert minima.abs().max() > 65504
+    check_attention(layer, group=2)
 
 
 @pytest.mark.parametrize("residual, sink", [(0, 0), (0, 3), (64, 0)])
@@ -188,14 +216,20 @@ def test_states_with_strides_and_large_queries(kernels):
 
 @pytest.mark.parametrize("method", ["minmax", "lsq"])
 @pytest.mark.parametrize(
-    "head_dim, group_size, bits", [(64, 32, 2), (96, 16, 2), (96, 32, 4), (128, 64, 8), (128, 16, 4)]
+    "head_dim, group_size, bits, metadata_bits",
+    [
+        *((64, 32, 2, 16), (96, 16, 2, 16), (96, 32, 4, 16), (128, 64, 8, 16), (128, 16, 4, 16)),
+        *((96, 16, 2, 8), (64, 32, 4, 8)),
+    ],
 )
-def test_packing_of_a_prompt(kernels, head_dim, group_size, bits, method):
+def test_packing_of_a_prompt(kernels, head_dim, group_size, bits, metadata_bits, method):
     """Codes and metadata as the codecs': the same by min-max, as good a fit by least squares."""
     more = {"group_size": group_size, "v_group_size": group_size, "residual_length": group_size}
     ranges = {"k_range": method, "v_range": method, "wide_channels": 0, "v_rotation": False}
+    ranges["metadata_bits"] = metadata_bits
     layer = empty_layer(2, bits=(bits, bits), kv_heads=2, head_dim=head_dim, **{**PLAIN, **more, **ranges})
     keys, values = random_states((2, 2, 2 * group_size, head_dim), torch.float16, device=DEVICE)
+    _move_far_from_zero(values)
     for side, states in zip(layer.sides, (keys, values)):
         side.grow(3 * group_size)
         for rows in (slice(0, 1), slice(1, 2)):
@@ -210,6 +244,13 @@ def test_packing_of_a_prompt(kernels, head_dim, group_size, bits, method):
         )
         assert error <= least * (1 + 1e-4)
         assert not side.codes[:, :, :group_size].any()
+
+
+def _move_far_from_zero(values):
+    """Some tokens so far that an 8-bit minimum reaches there only with a larger scale, and some of equal channels."""
+    values[:, :, ::3] += 30
+    values[:, :, 1::9] = 1.5
+    values[:, :, 2::9] = 0
 
 
 @pytest.mark.parametrize("static", ["int8", "full precision"])
@@ -275,12 +316,21 @@ def assert_equal_layers(ours, theirs):
 
 
 @pytest.mark.parametrize(
-    "bits, group_size, residual, sink, start, steps",
-    [((2, 2), 16, 16, 4, 30, 36), ((4, 16), 16, 0, 2, 1, 36), ((16, 8), 16, 16, 0, 20, 14), ((8, 4), 32, 32, 4, 60, 9)],
+    "bits, group_size, residual, sink, start, steps, metadata_bits",
+    [
+        ((2, 2), 16, 16, 4, 30, 36, 16),
+        ((4, 16), 16, 0, 2, 1, 36, 16),
+        ((16, 8), 16, 16, 0, 20, 14, 16),
+        ((8, 4), 32, 32, 4, 60, 9, 16),
+        ((2, 2), 16, 16, 4, 30, 36, 8),
+        ((4, 4), 16, 0, 2, 1, 36, 8),
+        ((8, 2), 32, 32, 4, 60, 9, 8),
+    ],
 )
-def test_append_step_by_step(kernels, bits, group_size, residual, sink, start, steps):
+def test_append_step_by_step(kernels, bits, group_size, residual, sink, start, steps, metadata_bits):
     """Token by token the buffers and the counts of the device become what the torch backend makes of them."""
     more = {"group_size": group_size, "residual_length": residual, "sink_length": sink, "bits": bits}
+    more["metadata_bits"] = metadata_bits
     layers = [stored([start, max(0, start - 5)], **more) for _ in range(2)]
     keys, values = random_states((2, 1, steps, 64), torch.float16, 3, DEVICE)
     for token in range(steps):
@@ -307,17 +357,18 @@ def test_append_in_a_window_with_room_for_drafts(kernels):
 
 
 @pytest.mark.parametrize(
-    "head_dim, rotary, residual, observed", [(64, 64, 16, True), (96, 24, 0, True), (128, 0, 16, False)]
+    "head_dim, rotary, residual, observed, options",
+    [
+        (64, 64, 16, True, {"wide_channels": 0.25}),
+        (96, 24, 0, True, {"wide_channels": 0.25}),
+        (128, 0, 16, False, {"wide_channels": 0.25}),
+        (64, 64, 16, True, SMALL_METADATA),
+        (96, 24, 0, True, SMALL_METADATA),
+    ],
 )
-def test_append_chooses_wide_channels_on_the_device(kernels, head_dim, rotary, residual, observed):
+def test_append_chooses_wide_channels_on_the_device(kernels, head_dim, rotary, residual, observed, options):
     """Sequences that reach their first group at different steps, of which the host is told nothing."""
-    more = {
-        "group_size": 16,
-        "residual_length": residual,
-        "wide_channels": 0.25,
-        "v_group_size": 32,
-        "v_range": "clipped",
-    }
+    more = {"group_size": 16, "residual_length": residual, "v_group_size": 32, "v_range": "clipped", **options}
     sizes = {"kv_heads": 2, "head_dim": head_dim, "rotary": rotary, **more}
     layers = [empty_layer(2, **{**SMALL, **PLAIN, **sizes}) for _ in range(2)]
     keys, values = random_states((2, 2, 120, head_dim), torch.float16, 3, DEVICE)
@@ -454,12 +505,12 @@ def test_append_without_room_is_refused(kernels):
 
 
 @pytest.mark.skipif(not ON_GPU, reason="inline assembly needs a GPU")
-@pytest.mark.parametrize("bits", [2, 4, 8])
-def test_assembly_equals_plain_code(kernels, bits, monkeypatch):
+@pytest.mark.parametrize("bits, more", [(2, {}), (4, {}), (8, {}), (2, SMALL_METADATA), (4, {"metadata_bits": 8})])
+def test_assembly_equals_plain_code(kernels, bits, more, monkeypatch):
     """Two ways from codes to operands; plain code multiplies in float32, which shows in the last bits."""
     from modules.kernels.triton import attention
 
-    layer = stored([700], bits=(bits, bits), head_dim=128)
+    layer = stored([700], bits=(bits, bits), head_dim=128, **more)
     states, step, results = new_states(layer, group=4), Step.of(None, 1, 1), []
     for plain in (False, True):
         monkeypatch.setattr(attention, "FORCE_PLAIN", plain)
@@ -468,10 +519,11 @@ def test_assembly_equals_plain_code(kernels, bits, monkeypatch):
 
 
 @pytest.mark.skipif(not ON_GPU, reason="CUDA graphs need a GPU")
-def test_steps_replayed_from_a_graph_equal_eager_ones(kernels):
+@pytest.mark.parametrize("more", [{}, SMALL_METADATA], ids=["default", "8"])
+def test_steps_replayed_from_a_graph_equal_eager_ones(kernels, more):
     """Attention, append and the ledger's counts captured once: replays follow the device over several packings, the choice
     of wide channels among them."""
-    sizes = {"head_dim": 128, "kv_heads": 2, "device": DEVICE, "dtype": torch.float16, "max_length": 300}
+    sizes = {"head_dim": 128, "kv_heads": 2, "device": DEVICE, "dtype": torch.float16, "max_length": 300, **more}
     eager, graphed, spare = (empty_layer(1, **sizes) for _ in range(3))
     keys, values = random_states((1, 2, 300, 128), torch.float16, device=DEVICE)
     query, _ = random_states((1, 8, 300, 128), torch.float16, 1, DEVICE)

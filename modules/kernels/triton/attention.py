@@ -43,14 +43,14 @@ def _new_of_head(new, sequence, kv_head):
 
 @triton.jit
 def _keys_of_head(side, head, capacity, TILE: tl.constexpr):
-    """The stored keys of one head."""
+    """The stored keys of one head, scales of 8 bits as words."""
     D: tl.constexpr = TILE.D
     head64 = head.to(tl.int64)
     token = head64 * capacity
     row = token // TILE.G * D
     return Side(
         codes=side.codes + token * TILE.K_WIDTH,
-        scale=side.scale + row,
+        scale=side.scale + (row // 4 if TILE.K_SMALL_METADATA else row),
         minimum=side.minimum + row,
         extra=side.extra + token * (TILE.WIDE // 4),
         order=side.order + head64 * D,
@@ -61,14 +61,16 @@ def _keys_of_head(side, head, capacity, TILE: tl.constexpr):
 
 @triton.jit
 def _values_of_head(side, head, capacity, TILE: tl.constexpr):
-    """The stored values of one head, codes as pairs of bytes and scales as words."""
+    """The stored values of one head, codes as pairs of bytes, scales and minima of 8 bits as words."""
     D: tl.constexpr = TILE.D
+    WORDS: tl.constexpr = TILE.V_GROUPS // TILE.META_PER_WORD
+    MINIMA: tl.constexpr = WORDS if TILE.V_SMALL_METADATA else TILE.V_GROUPS
     head64 = head.to(tl.int64)
     token = head64 * capacity
     return Side(
         codes=side.codes + token * (TILE.V_WIDTH // TILE.V_PARTS),
-        scale=side.scale + token * (TILE.V_GROUPS // TILE.META_PER_WORD),
-        minimum=side.minimum + token * TILE.V_GROUPS,
+        scale=side.scale + token * WORDS,
+        minimum=side.minimum + token * MINIMA,
         extra=side.extra,
         order=side.order,
         sinks=side.sinks + head64 * (TILE.SINK * D),
@@ -139,17 +141,27 @@ def attend_splits(
         )
 
 
-def _words(scale: torch.Tensor, per_word: int) -> torch.Tensor:
-    """float16 metadata read as integers of `per_word` entries."""
-    return scale.view({1: torch.int16, 2: torch.int32, 4: torch.int64}[per_word])
+def _words(metadata: torch.Tensor, per_word: int) -> torch.Tensor:
+    """Metadata read as integers of `per_word` entries."""
+    size = metadata.element_size() * per_word
+    return metadata.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size])
 
 
-def _values(side: PackedSide, per_word: int) -> Side:
+def _keys(side: PackedSide, tile: launch.AttentionTile) -> Side:
+    """The tensors of the keys as the kernel reads them."""
+    tensors = Side.of(side)
+    return tensors._replace(scale=_words(side.scale, 4)) if tile.K_SMALL_METADATA else tensors
+
+
+def _values(side: PackedSide, tile: launch.AttentionTile) -> Side:
     """The tensors of the values as the kernel reads them."""
     tensors = Side.of(side)
     if not side.grouped:
         return tensors
-    return tensors._replace(codes=side.codes.view(torch.int16), scale=_words(side.scale, per_word))
+    minimum = _words(side.minimum, tile.META_PER_WORD) if tile.V_SMALL_METADATA else side.minimum
+    return tensors._replace(
+        codes=side.codes.view(torch.int16), scale=_words(side.scale, tile.META_PER_WORD), minimum=minimum
+    )
 
 
 def attend(
@@ -197,8 +209,8 @@ def attend(
             Rows.of(query),
             Rows.of(key),
             Rows.of(value),
-            Side.of(layer.key),
-            _values(layer.value, tile.META_PER_WORD),
+            _keys(layer.key, tile),
+            _values(layer.value, tile),
             counts,
             new_lengths,
             partial,

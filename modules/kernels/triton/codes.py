@@ -102,13 +102,6 @@ def two_planes_of_pairs(x, second, MASK: tl.constexpr, BITS: tl.constexpr, SHIFT
 
 
 @triton.jit
-def entry_of_words(words, GROUP: tl.constexpr, PER_WORD: tl.constexpr):
-    """Entry `GROUP` of a row of float16, read as integers of `PER_WORD` entries."""
-    shifted = words[GROUP // PER_WORD] >> (16 * (GROUP % PER_WORD))
-    return shifted.to(tl.int16).to(tl.float16, bitcast=True)
-
-
-@triton.jit
 def numbers(x, dtype, ASM: tl.constexpr):
     """States, or int8 codes, as an operand beside one of `dtype`."""
     if ASM:

@@ -14,6 +14,7 @@ import torch
 import triton
 
 from modules.codecs.grouped import WIDE_BITS
+from modules.codecs.kivi import EIGHT_BIT_METADATA
 from modules.options import FULL_PRECISION_BITS
 from modules.store.layer import PackedLayer
 from modules.store.side import PackedSide
@@ -60,6 +61,8 @@ class Shape(NamedTuple):
     wide: int = 0  # key channels with 4 bits
     static: bool = False  # the numbers of the rows are int8
     at_once: bool = False  # tokens are packed one by one, so that the last block may be cut
+    k_small_metadata: bool = False  # scales have 8 bits
+    v_small_metadata: bool = False  # scales and minima have
 
     @classmethod
     def of(cls, layer: PackedLayer, heads: int) -> Shape:
@@ -79,11 +82,17 @@ class Shape(NamedTuple):
             wide=layer.key.wide,
             static=layer.scales is not None,
             at_once=at_once,
+            k_small_metadata=_small_metadata(layer.key),
+            v_small_metadata=_small_metadata(layer.value),
         )
 
 
 def _bits(side: PackedSide) -> int:
     return side.bits if side.grouped else FULL_PRECISION_BITS
+
+
+def _small_metadata(side: PackedSide) -> bool:
+    return side.codec.layout == EIGHT_BIT_METADATA
 
 
 class Pipeline(NamedTuple):
@@ -133,7 +142,9 @@ class AttentionTile(NamedTuple):
     V_PLANES: int
     V_PARTS: int  # bytes of an int16, 1 at 16 bits
     V_PRODUCTS: int  # of all segments, planes and parts
-    META_PER_WORD: int  # scales of values read as one integer
+    META_PER_WORD: int  # scales of values read as one integer, and minima of 8 bits
+    K_SMALL_METADATA: bool
+    V_SMALL_METADATA: bool
     EARLY_MINIMA: bool  # of values, loaded before the codes: at 16 query rows that spills fewer registers, else more
     AT_ONCE: bool  # the last block may be cut
     FULL_SEG: int  # channels of a full-precision tile
@@ -152,6 +163,7 @@ class PackTile(NamedTuple):
     WIDTH: int  # bytes a token, or elements at 16 bits
     WIDTH_PAD: int
     METHOD: str
+    METADATA: str  # "float16", "8-bit keys" or "8-bit values"
     WIDE: int
     WIDE_PAD: int
     WIDE_BITS: int
@@ -171,16 +183,18 @@ def default_pipeline(shape: Shape, many_rows: bool, item: int = 2, shared: int =
     """What nobody had to measure: the first of `PIPELINES` of which two programs fit `shared` bytes; args as `attention_tile`'s.
 
     All buffers but one are filled ahead. A token takes its codes, its share of the key metadata, and of the value metadata 2
-    bytes a group and a row of 16 minima; operands on their way take 20 bytes a channel and query row. Heads padded to a power
-    of two, 16 query rows, wide channels and int8 leave fewer registers, the widest heads only for one block at a time.
+    bytes a group and, but for minima of 8 bits, a row of 16; operands on their way take 20 bytes a channel and query row, and
+    72 more a wide channel. Heads padded to a power of two, 16 query rows, wide channels and int8 leave fewer registers, the
+    widest heads only for one block at a time.
     """
     d, g, k_bits, v_bits = shape[:4]
     n, warps = query_rows(shape, many_rows, item), OPTIONS["num_warps"]
     of_rows = 8 if shape.static else 8 * item
     stored_bits = sum(of_rows if bits == FULL_PRECISION_BITS else bits for bits in (k_bits, v_bits))
-    token = d * stored_bits // 8 + 4 * d // g + 2 * d // shape.value_group_size + 32 + shape.wide
+    key_metadata, minima = 3 if shape.k_small_metadata else 4, 0 if shape.v_small_metadata else 32
+    token = d * stored_bits // 8 + key_metadata * d // g + 2 * d // shape.value_group_size + minima + shape.wide
     for stages, tokens in PIPELINES:
-        if warps * tokens * token * max(0, stages - 1) + 20 * d * n <= shared // 2 - 1024:
+        if warps * tokens * token * max(0, stages - 1) + (20 * d + 72 * shape.wide) * n <= shared // 2 - 1024:
             break
     if n > FEW_ROWS:
         stages, tokens = WIDE_PIPELINE_OF_16_ROWS if shape.wide else (min(stages, 2), tokens)
@@ -262,7 +276,9 @@ def attention_tile(shape: Shape, many_rows: bool, pipeline: Pipeline, item: int 
         V_PLANES=v_planes,
         V_PARTS=v_parts,
         V_PRODUCTS=v_segs * v_planes * v_parts,
-        META_PER_WORD=next(size for size in (4, 2, 1) if d // value_g % size == 0),
+        META_PER_WORD=math.gcd(8 if shape.v_small_metadata else 4, d // value_g),
+        K_SMALL_METADATA=shape.k_small_metadata,
+        V_SMALL_METADATA=shape.v_small_metadata,
         EARLY_MINIMA=n > FEW_ROWS,
         AT_ONCE=shape.at_once,
         FULL_SEG=_full_segment(d, k_bits, item),
@@ -285,7 +301,7 @@ def attention_options(tile: AttentionTile) -> dict[str, int | bool | None]:
 def pack_tile(side: PackedSide, tokens: int) -> PackTile:
     """The tile that packs groups of `side`, `tokens` tokens of values in blocks of equal size."""
     head_dim, block = side.window.shape[3], math.gcd(PACK_TOKENS, tokens)
-    how = side.group_size, _bits(side), side.method, side.wide, block, side.codec.rotary
+    how = side.group_size, _bits(side), side.method, side.wide, block, side.codec.rotary, _small_metadata(side)
     return pack_tile_of(side.what == "keys", head_dim, *how)
 
 
@@ -299,8 +315,10 @@ def pack_tile_of(
     wide: int = 0,
     tokens: int = PACK_TOKENS,
     rotary: int = 0,
+    small_metadata: bool = False,
 ) -> PackTile:
     """The same from numbers; `tokens` of values are packed at a time."""
+    small = "8-bit keys" if keys else "8-bit values"
     width = head_dim * min(bits, 8) // 8
     columns = min(PACK_BYTES, triton.next_power_of_2(width))
     return PackTile(
@@ -312,6 +330,7 @@ def pack_tile_of(
         WIDTH=width,
         WIDTH_PAD=triton.next_power_of_2(width),
         METHOD=method,
+        METADATA=small if small_metadata else "float16",
         WIDE=wide,
         WIDE_PAD=max(4, triton.next_power_of_2(wide)),
         WIDE_BITS=WIDE_BITS,

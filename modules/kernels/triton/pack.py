@@ -10,6 +10,7 @@ from modules.codecs.grouped import FLOAT16_MAX
 from modules.kernels.triton import launch
 from modules.kernels.triton.arguments import Rows, Side
 from modules.kernels.triton.fit import fit, round_to_codes
+from modules.kernels.triton.metadata import load_numbers, store_numbers
 from modules.store.side import PackedSide
 
 _LARGEST = tl.constexpr(FLOAT16_MAX)
@@ -43,7 +44,8 @@ def _fit_wide(x, TILE: tl.constexpr):
     """Codes of wide channels `[G, N]`, int32, with their scale and minimum."""
     BITS: tl.constexpr = TILE.WIDE_BITS
     METHOD: tl.constexpr = TILE.METHOD
-    s, m = fit(x, 0, TILE.G, BITS, METHOD)
+    METADATA: tl.constexpr = TILE.METADATA
+    s, m = fit(x, 0, TILE.G, BITS, METHOD, METADATA)
     return round_to_codes(x, s[None, :], m[None, :], BITS).to(tl.int32), s, m
 
 
@@ -56,6 +58,7 @@ def pack_keys(states, stride_t, group, mark, first_column, TILE: tl.constexpr):
     G: tl.constexpr = TILE.G
     BITS: tl.constexpr = TILE.BITS
     METHOD: tl.constexpr = TILE.METHOD
+    METADATA: tl.constexpr = TILE.METADATA
     WIDE: tl.constexpr = TILE.WIDE
     WIDTH: tl.constexpr = TILE.WIDTH
     COLUMNS: tl.constexpr = TILE.COLUMNS
@@ -75,15 +78,14 @@ def pack_keys(states, stride_t, group, mark, first_column, TILE: tl.constexpr):
             fine, s, m = _fit_wide(x, TILE)
             s, plane_codes = s * 4.0, fine >> 2
         else:
-            s, m = fit(x, 0, G, BITS, METHOD)
+            s, m = fit(x, 0, G, BITS, METHOD, METADATA)
             plane_codes = round_to_codes(x, s[None, :], m[None, :], BITS).to(tl.int32)
             if plane * WIDTH < WIDE:
                 is_wide = at < WIDE
                 fine, fine_s, fine_m = _fit_wide(x, TILE)
                 plane_codes = tl.where(is_wide[None, :], fine >> 2, plane_codes)
                 s, m = tl.where(is_wide, fine_s * 4.0, s), tl.where(is_wide, fine_m, m)
-        tl.store(group.scale + at, s.to(tl.float16), mask=inside)
-        tl.store(group.minimum + at, m.to(tl.float16), mask=inside)
+        store_numbers(group, at, s, m, inside, BITS, METADATA)
         packed |= plane_codes << (BITS * plane)
     tl.store(group.codes + token[:, None] * WIDTH + column[None, :], packed.to(tl.uint8), mask=inside[None, :])
 
@@ -113,6 +115,7 @@ def pack_values(states, stride_t, tokens, mark, TILE: tl.constexpr):
     G: tl.constexpr = TILE.G
     BITS: tl.constexpr = TILE.BITS
     METHOD: tl.constexpr = TILE.METHOD
+    METADATA: tl.constexpr = TILE.METADATA
     WIDTH: tl.constexpr = TILE.WIDTH
     WIDTH_PAD: tl.constexpr = TILE.WIDTH_PAD
     TOKENS: tl.constexpr = TILE.TOKENS
@@ -122,9 +125,8 @@ def pack_values(states, stride_t, tokens, mark, TILE: tl.constexpr):
     for group in tl.static_range(GROUPS):
         x = tl.load(states + token[:, None] * stride_t + group * G + channel[None, :]).to(tl.float32)  # [TOKENS, G]
         mark_unrepresentable(x, mark)
-        s, m = fit(x, 1, G, BITS, METHOD)
-        tl.store(tokens.scale + token * GROUPS + group, s.to(tl.float16))
-        tl.store(tokens.minimum + token * GROUPS + group, m.to(tl.float16))
+        s, m = fit(x, 1, G, BITS, METHOD, METADATA)
+        store_numbers(tokens, token * GROUPS + group, s, m, None, BITS, METADATA)
     tl.debug_barrier()  # a plane may hold channels of several groups: their metadata is read back
     column = tl.arange(0, WIDTH_PAD)
     inside = (column < WIDTH)[None, :]
@@ -133,8 +135,7 @@ def pack_values(states, stride_t, tokens, mark, TILE: tl.constexpr):
         at = plane * WIDTH + column
         meta = token[:, None] * GROUPS + (at // G)[None, :]
         y = tl.load(states + token[:, None] * stride_t + at[None, :], mask=inside, other=0.0).to(tl.float32)
-        s_y = tl.load(tokens.scale + meta, mask=inside, other=1.0).to(tl.float32)
-        m_y = tl.load(tokens.minimum + meta, mask=inside, other=0.0).to(tl.float32)
+        s_y, m_y = load_numbers(tokens, meta, inside, BITS, METADATA)
         packed |= round_to_codes(y, s_y, m_y, BITS).to(tl.int32) << (BITS * plane)
     tl.store(tokens.codes + token[:, None] * WIDTH + column[None, :], packed.to(tl.uint8), mask=inside)
 

@@ -15,19 +15,19 @@ from modules.kernels.triton.codes import (
     codes_of_bytes,
     codes_of_pairs,
     dot,
-    entry_of_words,
     masked_bytes,
     numbers,
     plane_mask,
     two_planes_of_pairs,
 )
+from modules.kernels.triton.metadata import SMALL_MINIMUM, minimum_of_words, scale_of_words, scales_of_words
 from modules.kernels.triton.queries import fold_queries, full_precision_queries, low_places
 from modules.kernels.triton.softmax import EMPTY, merge_warps, store_softmax
 
 
 @triton.jit
 def _key_metadata(pointer, group, first_channel, TILE: tl.constexpr):
-    """Scales or minima of the groups `[BATCH]` for one product: float16 `[BATCH, K_USED_PAD]`."""
+    """Scales or minima of the groups `[BATCH]` for one product, as they lie: `[BATCH, K_USED_PAD]`."""
     D: tl.constexpr = TILE.D
     K_USED: tl.constexpr = TILE.K_USED
     K_USED_PAD: tl.constexpr = TILE.K_USED_PAD
@@ -36,7 +36,26 @@ def _key_metadata(pointer, group, first_channel, TILE: tl.constexpr):
     if K_USED == K_USED_PAD:
         return tl.load(pointer + at + first_channel)
     else:
-        return tl.load(pointer + at + first_channel, mask=number[None, :] < K_USED, other=0.0)
+        return tl.load(pointer + at + first_channel, mask=number[None, :] < K_USED, other=0)
+
+
+@triton.jit
+def _small_key_scales(pointer, group, first_channel, TILE: tl.constexpr):
+    """Scales of 8 bits, read as words of four, likewise, as float16."""
+    D: tl.constexpr = TILE.D
+    BATCH: tl.constexpr = TILE.BATCH
+    K_USED: tl.constexpr = TILE.K_USED
+    K_USED_PAD: tl.constexpr = TILE.K_USED_PAD
+    number = tl.arange(0, K_USED_PAD // 4)
+    at = pointer + group[:, None] * (D // 4) + number[None, :] + first_channel // 4
+    if K_USED == K_USED_PAD:
+        words = tl.load(at)
+    else:
+        words = tl.load(at, mask=number[None, :] < K_USED // 4, other=0)
+    words = tl.broadcast_to(words[:, :, None], [BATCH, K_USED_PAD // 4, 4])
+    byte = tl.broadcast_to(tl.arange(0, 4)[None, None, :], words.shape)
+    words, byte = tl.reshape(words, [BATCH, K_USED_PAD]), tl.reshape(byte, [BATCH, K_USED_PAD])
+    return scales_of_words(words, byte, TILE.ASM)
 
 
 @triton.jit
@@ -103,7 +122,11 @@ def _add_low_scores(scores, folded, keys, block, group, TILE: tl.constexpr):
     token = tl.arange(0, T)
     at = block[:, None, None] * (T * BYTES) + token[None, :, None] * BYTES + byte[None, None, :]
     codes = tl.load(keys.extra + at, mask=is_wide[None, None, :], other=0)  # [BATCH, T, WIDE_PAD]
-    scale = tl.load(keys.scale + group[:, None] * D + place[None, :])  # [BATCH, WIDE_PAD]
+    if TILE.K_SMALL_METADATA:
+        words = tl.load(keys.scale + group[:, None] * (D // 4) + (place // 4)[None, :])
+        scale = scales_of_words(words, (place % 4)[None, :], TILE.ASM)
+    else:
+        scale = tl.load(keys.scale + group[:, None] * D + place[None, :])  # [BATCH, WIDE_PAD]
     return tl.dot(masked_bytes(codes, mask[None, None, :], TILE.ASM), folded.low * scale[:, :, None], scores)
 
 
@@ -127,7 +150,10 @@ def _scores_of_codes(folded, keys, block, TILE: tl.constexpr):
     for seg in tl.static_range(SEGS):
         codes = _key_codes(keys.codes, block, seg, TILE)
         for plane in tl.static_range(PLANES):
-            scale = _key_metadata(keys.scale, group, plane * PRODUCT + seg * K_SEG, TILE)
+            if TILE.K_SMALL_METADATA:
+                scale = _small_key_scales(keys.scale, group, plane * PRODUCT + seg * K_SEG, TILE)
+            else:
+                scale = _key_metadata(keys.scale, group, plane * PRODUCT + seg * K_SEG, TILE)
             query = folded.scaled[seg * PLANES + plane] * scale[:, :, None]  # [BATCH, K_USED_PAD, N]
             scores = tl.dot(_key_operand(codes, plane, TILE), query, scores)
     if TILE.WIDE > 0:
@@ -191,6 +217,7 @@ def _weigh_plane(
     G: tl.constexpr = TILE.VALUE_G
     BITS: tl.constexpr = TILE.V_BITS
     PER_WORD: tl.constexpr = TILE.META_PER_WORD
+    SMALL: tl.constexpr = TILE.V_SMALL_METADATA
     ASM: tl.constexpr = TILE.ASM
     MASK: tl.constexpr = plane_mask(BITS, PLANE * TILE.V_FOLD)
     FIRST: tl.constexpr = PLANE * TILE.V_FOLD * TILE.V_WIDTH + SEG * TILE.V_SEG  # channel
@@ -201,20 +228,43 @@ def _weigh_plane(
     else:
         codes = codes_of_pairs(pairs, MASK, 8 * HALF, ASM)
     if FIRST // G == LAST // G:
-        acc = tl.dot(codes, p * entry_of_words(words, FIRST // G, PER_WORD)[:, :, None], acc)
+        acc = tl.dot(codes, p * scale_of_words(words, FIRST // G, PER_WORD, SMALL)[:, :, None], acc)
     else:
         group_of_column = (FIRST + 2 * column + HALF) // G
         for group in tl.static_range(FIRST // G, LAST // G + 1):
             mine = tl.where((group_of_column == group)[None, :, None], codes, 0.0)
-            acc = tl.dot(mine, p * entry_of_words(words, group, PER_WORD)[:, :, None], acc)
+            acc = tl.dot(mine, p * scale_of_words(words, group, PER_WORD, SMALL)[:, :, None], acc)
     return acc
 
 
 @triton.jit
-def _minima(values, token, GROUPS: tl.constexpr):
-    """Minima of the tokens `[WARPS, U * T]`, a group a row: `[WARPS, 16, U * T]`."""
-    group = tl.arange(0, 16)[None, :, None]
-    return tl.load(values.minimum + token[:, None, :] * GROUPS + group, mask=group < GROUPS, other=0.0)
+def _value_words(pointer, token, TILE: tl.constexpr):
+    """Metadata of the tokens `[WARPS, U * T]` as words, a tuple of as many as a token has."""
+    WORDS: tl.constexpr = TILE.V_GROUPS // TILE.META_PER_WORD
+    words = ()
+    for word in tl.static_range(WORDS):
+        words += (tl.load(pointer + token * WORDS + word),)
+    return words
+
+
+@triton.jit
+def _minima(values, scale_words, token, TILE: tl.constexpr):
+    """Minima of the tokens `[WARPS, U * T]`, a group a row: `[WARPS, 16, U * T]`; over `SMALL_MINIMUM` at 8 bits."""
+    GROUPS: tl.constexpr = TILE.V_GROUPS
+    PER_WORD: tl.constexpr = TILE.META_PER_WORD
+    row = tl.arange(0, 16)[None, :, None]
+    if TILE.V_SMALL_METADATA:
+        words = _value_words(values.minimum, token, TILE)
+        for group in tl.static_range(GROUPS):
+            scale = scale_of_words(scale_words, group, PER_WORD, True)
+            minimum = minimum_of_words(words, scale, group, PER_WORD, TILE.V_BITS)[:, None, :]
+            if group == 0:  # its copies in rows of no group are not read
+                minima = tl.broadcast_to(minimum, [TILE.WARPS, 16, TILE.U * TILE.T])
+            else:
+                minima = tl.where(row == group, minimum, minima)
+        return minima
+    else:
+        return tl.load(values.minimum + token[:, None, :] * GROUPS + row, mask=row < GROUPS, other=0.0)
 
 
 @triton.jit
@@ -226,15 +276,11 @@ def _weigh_codes(sums, offsets, p, decay, values, token, TILE: tl.constexpr):
     V_COLS: tl.constexpr = TILE.V_COLS
     SEGS: tl.constexpr = TILE.V_SEGS
     PLANES: tl.constexpr = TILE.V_PLANES
-    GROUPS: tl.constexpr = TILE.V_GROUPS
-    WORDS: tl.constexpr = GROUPS // TILE.META_PER_WORD
     column = tl.arange(0, V_COLS)
     pair = column % (V_SEG // 2) if V_FOLD == 2 else column
-    words = ()
-    for word in tl.static_range(WORDS):
-        words += (tl.load(values.scale + token * WORDS + word),)
+    words = _value_words(values.scale, token, TILE)
     if TILE.EARLY_MINIMA:
-        low = _minima(values, token, GROUPS)
+        low = _minima(values, words, token, TILE)
     new_sums = ()
     for seg in tl.static_range(SEGS):
         at = token[:, None, :] * (V_WIDTH // 2) + seg * (V_SEG // 2) + pair[None, :, None]
@@ -247,7 +293,7 @@ def _weigh_codes(sums, offsets, p, decay, values, token, TILE: tl.constexpr):
                 old = sums[(seg * PLANES + plane) * 2 + half] * decay[:, None, :]
                 new_sums += (_weigh_plane(old, pairs, p, words, column, seg, plane, half, TILE),)
     if not TILE.EARLY_MINIMA:
-        low = _minima(values, token, GROUPS)
+        low = _minima(values, words, token, TILE)
     return new_sums, tl.dot(low, p, offsets * decay[:, None, :])
 
 
@@ -295,6 +341,8 @@ def _store_sums(partial, out_at, sums, offsets, weights, TILE: tl.constexpr):
     column = tl.arange(0, TILE.V_COLS)
     start = partial.sums + out_at.to(tl.int64) * (N * D)
     merged_offsets = merge_warps(offsets, weights)  # [16, N]
+    if TILE.V_SMALL_METADATA:
+        merged_offsets *= SMALL_MINIMUM
     for i in tl.static_range(PRODUCTS):
         channel, result = _finish_product(merge_warps(sums[i], weights), merged_offsets, column, i, TILE)
         inside = (column * TILE.V_PARTS < TILE.V_SEG * TILE.V_FOLD)[:, None]

@@ -74,7 +74,9 @@ def layout(shape: launch.Shape, many_rows: bool, item: int) -> str:
     stored = "static INT8" if shape.static else f"K{shape.k_bits} V{shape.v_bits}"
     groups = "one by one" if shape.at_once else f"groups of {shape.group_size} and {shape.value_group_size}"
     rows = launch.query_rows(shape, many_rows, item)
-    return f"{stored}, heads of {shape.head_dim}, {groups}, {shape.wide} wide, {rows} rows of {item}-byte numbers"
+    small = {"keys": shape.k_small_metadata, "values": shape.v_small_metadata}
+    metadata = "".join(f", 8-bit metadata of {side}" for side, is_small in small.items() if is_small)
+    return f"{stored}, heads of {shape.head_dim}, {groups}, {shape.wide} wide, {rows} rows of {item}-byte numbers{metadata}"
 
 
 @functools.cache
