@@ -11,7 +11,7 @@ import numpy as np
 from numba import carray, njit
 
 from modules.kernels.numba.compiling import COMBINE, TAKE_IN, UNITS, as_pointer
-from modules.kernels.numba.emit_byte_scores import fold_in_bytes, score_bytes
+from modules.kernels.numba.emit_byte_scores import fold_in_bytes, normalize_query, score_bytes
 from modules.kernels.numba.emit_byte_values import accumulate_bytes, spread_in_bytes
 from modules.kernels.numba.emit_metadata import unpack_scales, unpack_values
 from modules.kernels.numba.emit_rows import (
@@ -88,14 +88,13 @@ def _score_groups(plan, call, head, first, count, base):
     if not plan.k_quantized:
         score_packed(plan, call.k_codes + token * plan.k_bytes, 0, count, query, scores)
     else:
-        if plan.wide:
+        if plan.wide or plan.k_in_bytes:
             query = base + plan.at_placed * 4
         for done in range(0, count, plan.group_size):
             meta = (token + done) // plan.group_size * plan.head_dim
             scale, minimum = call.k_scale + meta * 2, call.k_minimum + meta * 2
             if plan.k_small_metadata:
-                scale = base + plan.at_scales * 4
-                unpack_scales(plan, call.k_scale + meta, scale)
+                scale = call.k_scale + meta
             target = scores + done * plan.padded_rows * 4
             codes = call.k_codes + (token + done) * plan.k_bytes
             extra = call.k_extra + (token + done) * plan.extra_bytes
@@ -104,6 +103,9 @@ def _score_groups(plan, call, head, first, count, base):
                 fold_in_bytes(plan, query, scale, minimum, small, units)
                 score_bytes(plan, codes, extra, small, units, target)
             else:
+                if plan.k_small_metadata:
+                    scale = base + plan.at_scales * 4
+                    unpack_scales(plan, call.k_scale + meta, scale)
                 fold_keys(plan, query, scale, minimum, folded)
                 score_packed(plan, codes, extra, plan.group_size, folded, target)
 
@@ -152,6 +154,9 @@ def _load_queries(plan, call, b, h, row_tile, rows, base):
     if plan.wide:
         order = call.k_order + (b * call.kv_heads + h) * plan.head_dim * 8
         place_query(plan, base + plan.at_query * 4, order, base + plan.at_placed * 4)
+    if plan.k_in_bytes:
+        source = base + (plan.at_placed if plan.wide else plan.at_query) * 4
+        normalize_query(plan, source, base + plan.at_placed * 4, base + plan.at_units * 4)
 
 
 @njit(inline="always")

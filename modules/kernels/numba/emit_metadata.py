@@ -22,6 +22,12 @@ def _load_scales(e: Emitter[Plan], place, lanes: int):
     return e.b.bitcast(shifted, ir.VectorType(ir.HalfType(), lanes))
 
 
+def load_scales(e: Emitter[Plan], place, small: bool):
+    """A vector of scales as float32; `small` ones have 8 bits."""
+    lanes = e.plan.lanes
+    return e.b.fpext(_load_scales(e, place, lanes), ir.VectorType(F32, lanes)) if small else e.load(place, "float16")
+
+
 def _emit_unpack_scales(e: Emitter[Plan], source, target) -> None:
     """The scales of one group of keys, `[head_dim]`, from bytes to float16."""
     for first in range(0, e.plan.head_dim, e.plan.lanes):

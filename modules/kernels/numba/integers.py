@@ -34,6 +34,19 @@ class ByteEmitter(Emitter[Plan]):
         bits = self.b.bitcast(moved, ir.VectorType(I32, numbers.type.count))
         return self.b.trunc(bits, ir.VectorType(I8, numbers.type.count)), whole
 
+    def counted(self, numbers, factor):
+        """The whole numbers nearest to `numbers * factor`, int32, right in their low 16 bits. NaN gives any."""
+        moved = self.multiply_add(numbers, factor, self.float_splat(_MAGIC, numbers.type.count))
+        return self.b.bitcast(moved, ir.VectorType(I32, numbers.type.count))
+
+    def low_bytes(self, vectors: list):
+        """The lowest byte of each lane of a few vectors, a power of two, one after the other."""
+        if len(vectors) == 1:
+            return self.b.trunc(vectors[0], ir.VectorType(I8, vectors[0].type.count))
+        half = len(vectors) // 2
+        first, second = self.low_bytes(vectors[:half]), self.low_bytes(vectors[half:])
+        return self.shuffle(first, second, list(range(2 * first.type.count)))
+
     def units(self, largest, levels: int):
         """`(unit, inverse)`: what one of `levels` steps up to `largest` is, and what numbers are multiplied with to be
         counted in it."""
