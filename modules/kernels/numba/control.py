@@ -13,7 +13,6 @@ from numba import carray, njit
 from modules.kernels.numba.compiling import COMBINE, TAKE_IN, UNITS, as_pointer
 from modules.kernels.numba.emit_byte_scores import fold_in_bytes, normalize_query, score_bytes
 from modules.kernels.numba.emit_byte_values import accumulate_bytes, spread_in_bytes
-from modules.kernels.numba.emit_metadata import unpack_scales, unpack_values
 from modules.kernels.numba.emit_rows import (
     copy_row,
     fold_row,
@@ -92,9 +91,7 @@ def _score_groups(plan, call, head, first, count, base):
             query = base + plan.at_placed * 4
         for done in range(0, count, plan.group_size):
             meta = (token + done) // plan.group_size * plan.head_dim
-            scale, minimum = call.k_scale + meta * 2, call.k_minimum + meta * 2
-            if plan.k_small_metadata:
-                scale = call.k_scale + meta
+            scale, minimum = call.k_scale + meta * plan.k_scale_bytes, call.k_minimum + meta * 2
             target = scores + done * plan.padded_rows * 4
             codes = call.k_codes + (token + done) * plan.k_bytes
             extra = call.k_extra + (token + done) * plan.extra_bytes
@@ -103,9 +100,6 @@ def _score_groups(plan, call, head, first, count, base):
                 fold_in_bytes(plan, query, scale, minimum, small, units)
                 score_bytes(plan, codes, extra, small, units, target)
             else:
-                if plan.k_small_metadata:
-                    scale = base + plan.at_scales * 4
-                    unpack_scales(plan, call.k_scale + meta, scale)
                 fold_keys(plan, query, scale, minimum, folded)
                 score_packed(plan, codes, extra, plan.group_size, folded, target)
 
@@ -118,10 +112,7 @@ def _attend_packed_tile(plan, call, head, first, count, sums, base):
     softmax(plan, scores, count, base + plan.at_maximum * 4, base + plan.at_total * 4, decay)
     token = head * call.capacity + first
     values, meta = call.v_codes + token * plan.v_bytes, token * plan.groups
-    scale, minimum = call.v_scale + meta * 2, call.v_minimum + meta * 2
-    if plan.v_small_metadata:
-        scale, minimum = base + plan.at_scales * 4, base + plan.at_minima * 4
-        unpack_values(plan, call.v_scale + meta, call.v_minimum + meta, count, scale, minimum)
+    scale, minimum = call.v_scale + meta * plan.v_scale_bytes, call.v_minimum + meta * plan.v_scale_bytes
     if plan.v_in_bytes:
         small, units = base + plan.at_weights * 4, base + plan.at_weight_units * 4
         spread_in_bytes(plan, scores, count, scale, minimum, scaled, small, units, offsets)

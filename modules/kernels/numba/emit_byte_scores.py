@@ -9,7 +9,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from modules.kernels.numba.compiling import emitting, void_signature
-from modules.kernels.numba.emit_metadata import load_scales
+from modules.kernels.numba.emit_metadata import load_key_scales
 from modules.kernels.numba.host import host
 from modules.kernels.numba.integers import ByteEmitter
 from modules.kernels.numba.plan import Plan
@@ -101,12 +101,11 @@ def _emit_fold_in_bytes(e: Emitter[Plan], placed, scale, minimum, folded, units)
     e = ByteEmitter(e)
     plan, place = e.plan, _Units(e.plan)
     ahead = plan.tile_tokens // plan.group_size * plan.head_dim
-    scale_bytes = 1 if plan.k_small_metadata else 2
-    for metadata, size in ((scale, scale_bytes), (minimum, 2)):
+    for metadata, size in ((scale, plan.k_scale_bytes), (minimum, 2)):
         e.fetch(metadata, ahead * size, plan.head_dim * size)
     scales, most = {}, e.float_splat(0.0)
     for first in range(0, plan.head_dim, plan.lanes):
-        scales[first] = load_scales(e, e.address(scale, first * scale_bytes), plan.k_small_metadata)
+        scales[first] = load_key_scales(e, scale, first)
         largest = e.load(e.address(placed, (plan.rows * plan.head_dim + first) * 4))
         most = e.maximum(most, e.b.fmul(largest, scales[first]))
     unit, inverse = e.units(e.merged([most], e.maximum)[0], _LEVELS)

@@ -7,10 +7,11 @@ from numba.core import cgutils
 
 from modules.kernels.numba.host import byte_products, host_has
 from modules.kernels.numba.plan import Plan
-from modules.kernels.numba.vectors import I8, I16, I32, Emitter
+from modules.kernels.numba.vectors import F32, I8, I16, I32, Emitter
 
 _SMALLEST = 1e-30  # the largest magnitude of numbers that become bytes counts for at least this
 _MAGIC = 1.5 * 2**23  # added to a float32 it leaves the nearest whole number, two's complement, in its low bits
+_MAGIC_BITS = 0x4B400000  # of this number itself
 
 _MULTIPLY_ADD = {  # of bytes and of pairs of them, by lanes of 32 bits
     16: ("avx512.pmaddubs.w.512", "avx512.pmaddw.d.512"),
@@ -27,17 +28,16 @@ class ByteEmitter(Emitter[Plan]):
 
     # Floats and bytes
 
-    def as_bytes(self, numbers, factor):
-        """`(bytes, whole)`: the whole numbers nearest to `numbers * factor`, as bytes and as float32. NaN gives any byte."""
-        moved = self.multiply_add(numbers, factor, self.float_splat(_MAGIC, numbers.type.count))
-        whole = self.b.fsub(moved, self.float_splat(_MAGIC, numbers.type.count))
-        bits = self.b.bitcast(moved, ir.VectorType(I32, numbers.type.count))
-        return self.b.trunc(bits, ir.VectorType(I8, numbers.type.count)), whole
-
     def counted(self, numbers, factor):
-        """The whole numbers nearest to `numbers * factor`, int32, right in their low 16 bits. NaN gives any."""
+        """The whole numbers nearest to `numbers * factor`, int32, beyond `_MAGIC_BITS`, whose low bits are 0. NaN gives any."""
         moved = self.multiply_add(numbers, factor, self.float_splat(_MAGIC, numbers.type.count))
         return self.b.bitcast(moved, ir.VectorType(I32, numbers.type.count))
+
+    def counted_sum(self, total, count):
+        """As float32 the sum of whole numbers of which `count`, int32, were added up as `counted` gave them."""
+        lanes = total.type.count
+        beyond = self.broadcast(self.b.mul(count, I32(_MAGIC_BITS)), lanes)
+        return self.b.sitofp(self.b.sub(total, beyond), ir.VectorType(F32, lanes))
 
     def low_bytes(self, vectors: list):
         """The lowest byte of each lane of a few vectors, a power of two, one after the other."""

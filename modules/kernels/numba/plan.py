@@ -141,6 +141,16 @@ class Plan:
         return self.wide // 4
 
     @property
+    def k_scale_bytes(self) -> int:
+        """Bytes of a scale of keys, whose minima are float16."""
+        return 1 if self.k_small_metadata else 2
+
+    @property
+    def v_scale_bytes(self) -> int:
+        """Bytes of a scale of values, and of a minimum."""
+        return 1 if self.v_small_metadata else 2
+
+    @property
     def dense_bytes(self) -> int:
         return row_bytes(self.dense, self.head_dim)
 
@@ -175,18 +185,10 @@ class Plan:
             "units": 3 * self.merged_rows if self.k_in_bytes else 0,
             "weights": scores * self.groups // 4 if self.v_in_bytes else 0,
             "weight_units": self.groups * self.block,
-            "scales": self._metadata_floats,
-            "minima": self._metadata_floats,
             "maximum": self.block,
             "total": self.block,
             "decay": self.block,
         }
-
-    @property
-    def _metadata_floats(self) -> int:
-        """Room for metadata of 8 bits as float16: of a group of keys, or a tile of values."""
-        keys = self.head_dim if self.k_small_metadata else 0
-        return -(-max(keys, self.tile_tokens * self.groups if self.v_small_metadata else 0) // 2)
 
     def at(self, section: str) -> int:
         """Where a section of the scratch starts, in floats; "end" gives the size of it all."""
