@@ -13,7 +13,7 @@ from modules.kernels.numba.emit_metadata import load_key_scales
 from modules.kernels.numba.host import host
 from modules.kernels.numba.integers import ByteEmitter
 from modules.kernels.numba.plan import Plan
-from modules.kernels.numba.vectors import F32, I8, I32, I64, Emitter
+from modules.kernels.numba.vectors import F32, I32, I64, Emitter
 
 _LEVELS = 127  # of an int8 query on either side of zero
 
@@ -36,11 +36,13 @@ def _middles(e: ByteEmitter, first: int):
 
 
 def _most_as_bytes(e: ByteEmitter, first: int):
-    """The largest codes of four vectors' channels, four in a lane."""
+    """The largest codes of four vectors' channels, bytes as `ByteEmitter.packed` has them, as int32."""
     plan = e.plan
-    size = ir.VectorType(I8, 4 * plan.lanes)
-    numbers = [_most(plan, channel) for channel in range(first, first + size.count)]
-    return e.b.bitcast(ir.Constant(size, [I8(number) for number in numbers]), ir.VectorType(I32, plan.lanes))
+    words = [0] * plan.lanes
+    for word in range(plan.lanes):
+        codes = [_most(plan, first + 4 * word + byte) for byte in range(4)]
+        words[e.place_of_packed(word, plan.lanes)] = int.from_bytes(codes, "little")
+    return ir.Constant(ir.VectorType(I32, plan.lanes), [I32(word) for word in words])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,11 +123,8 @@ def _emit_fold_in_bytes(e: Emitter[Plan], placed, scale, minimum, folded, units)
             parts = [e.load(e.address(placed, (row * plan.head_dim + first) * 4)) for first in firsts]
             for part, numbers in zip(parts, least):
                 starts[row] = e.multiply_add(part, numbers, starts[row])
-            whole = [e.counted(part, factor) for part, factor in zip(parts, factors)]
-            whole += [e.int_splat(0)] * (4 - len(whole))
-            small = e.low_bytes(whole)
-            e.store_bytes(small, e.address(folded, row * plan.folded_bytes + four))
-            small = e.b.bitcast(small, e.int_splat(0).type)
+            small = e.packed([e.counted(part, factor) for part, factor in zip(parts, factors)])
+            e.store(small, e.address(folded, row * plan.folded_bytes + four))
             middles[row] = e.add_products(middles[row], _most_as_bytes(e, four), small)
     unit = e.b.fmul(unit, e.float_splat(2.0 ** -_position(plan)))
     half = e.b.fmul(unit, e.float_splat(0.5))
@@ -176,7 +175,8 @@ def _emit_products(e: ByteEmitter, columns: list, lows: list, folded, lanes: int
             else:
                 codes = e.codes(words, plan.k_bits, plane, _position(plan))
             for row in range(plan.rows):
-                query = e.splat_word(e.address(folded, row * plan.folded_bytes + 4 * number), lanes)
+                place = row * plan.folded_bytes + 4 * e.place_of_packed(number, plan.lanes)
+                query = e.splat_word(e.address(folded, place), lanes)
                 sums[row] = e.add_products(sums[row], codes, query)
     return sums
 

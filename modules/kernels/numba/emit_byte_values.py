@@ -60,7 +60,7 @@ def _emit_spread_in_bytes(e: Emitter[Plan], weights, count, scale, minimum, spre
                 place = e.address(spread, (group * tile + number * n) * 4, loop.index, blocks * n * 4)
                 whole = e.counted(e.load(place, lanes=n), inverse)
                 e.b.store(e.b.add(e.b.load(wholes), whole), wholes)
-                parts.append(e.low_bytes([whole]))
+                parts.append(e.low_bytes(whole))
             e.store_bytes(_side_by_side(e, parts), e.address(small, group * tile, loop.index, blocks * n))
         wholes = e.counted_sum(e.b.load(wholes), e.b.trunc(e.b.udiv(count, I64(plan.tokens)), I32))
         lost = e.b.fmul(e.b.fmul(wholes, unit), e.float_splat(middle, n))

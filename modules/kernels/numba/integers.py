@@ -19,6 +19,12 @@ _MULTIPLY_ADD = {  # of bytes and of pairs of them, by lanes of 32 bits
     4: ("ssse3.pmadd.ub.sw.128", "sse2.pmadd.wd"),
 }
 
+_PACKS = {  # with saturation, to words and to bytes, by lanes of 32 bits
+    16: ("avx512.packssdw.512", "avx512.packsswb.512"),
+    8: ("avx2.packssdw", "avx2.packsswb"),
+    4: ("sse2.packssdw.128", "sse2.packsswb.128"),
+}
+
 
 class ByteEmitter(Emitter[Plan]):
     """An emitter for kernels that multiply bytes."""
@@ -39,13 +45,26 @@ class ByteEmitter(Emitter[Plan]):
         beyond = self.broadcast(self.b.mul(count, I32(_MAGIC_BITS)), lanes)
         return self.b.sitofp(self.b.sub(total, beyond), ir.VectorType(F32, lanes))
 
-    def low_bytes(self, vectors: list):
-        """The lowest byte of each lane of a few vectors, a power of two, one after the other."""
-        if len(vectors) == 1:
-            return self.b.trunc(vectors[0], ir.VectorType(I8, vectors[0].type.count))
-        half = len(vectors) // 2
-        first, second = self.low_bytes(vectors[:half]), self.low_bytes(vectors[half:])
-        return self.shuffle(first, second, list(range(2 * first.type.count)))
+    def low_bytes(self, counted):
+        """Whole numbers as `counted` gave them as bytes."""
+        return self.b.trunc(counted, ir.VectorType(I8, counted.type.count))
+
+    def packed(self, counted: list):
+        """The signed bytes of up to four vectors that `counted` gave, in four words a lane as `place_of_packed` says, as
+        int32: what packs them works within 128 bits."""
+        lanes = counted[0].type.count
+        beyond, (of_words, of_bytes) = self.int_splat(_MAGIC_BITS, lanes), _PACKS[lanes]
+        whole = [self.b.sub(vector, beyond) for vector in counted] + [self.int_splat(0, lanes)] * (4 - len(counted))
+        pairs, size = ir.VectorType(I16, 2 * lanes), ir.VectorType(I8, 4 * lanes)
+        halves = [self._x86(of_words, pairs, *whole[i : i + 2]) for i in (0, 2)]
+        return self.b.bitcast(self._x86(of_bytes, size, *halves), whole[0].type)
+
+    @staticmethod
+    def place_of_packed(word: int, lanes: int) -> int:
+        """The place of a word, four consecutive bytes, among the `lanes` of `packed` vectors."""
+        vectors, word = divmod(word, lanes)
+        vector, lane = divmod(word, lanes // 4)
+        return vectors * lanes + 4 * lane + vector
 
     def units(self, largest, levels: int):
         """`(unit, inverse)`: what one of `levels` steps up to `largest` is, and what numbers are multiplied with to be
