@@ -12,6 +12,7 @@ import peers_cpu
 import pieces_cpu
 import prefill_cpu
 import pytest
+import ragged_cpu
 import report
 import torch
 from conftest import make_pair, relative_error, tokens
@@ -115,6 +116,7 @@ def test_options_that_are_given_are_what_is_measured(flags, contenders):
         (drafts_cpu, ["--lookup", "0"]),
         (pieces_cpu, ["--rounds", "0"]),
         (prefill_cpu, ["--tokens", "1"]),
+        (ragged_cpu, ["--batches", "8", "0"]),
         (prefill_cpu, ["--chunk", "0"]),
         (gpu_bench, ["--minutes", "-1"]),
         (peers_cpu, ["--only", "llama.cpp q3_0"]),
@@ -165,6 +167,21 @@ def test_a_piece_is_timed_over_the_same_past(monkeypatch):
     assert seen == [(90, 40)] * 3 * len(rows)
     assert [row["cache"] for row in rows] == ["StaticCache", "DynamicCache", *pieces_cpu.CONTENDERS]
     assert all(row["p50_ms"] > 0 and row["piece"] == 40 for row in rows) and rows[0]["speedup"] == 1
+
+
+def test_ragged_sequences_pack_as_often_as_aligned_ones(monkeypatch, tmp_path):
+    flags = parse(ragged_cpu.Flags, ["--tokens", "200", "--groups", "1"], description="")
+    layers, filled = [], ragged_cpu.filled
+    monkeypatch.setattr(ragged_cpu, "filled", lambda *args: layers.append(filled(*args)) or layers[-1])
+    rows = ragged_cpu.measure("smollm2-135m", 3, flags)
+    aligned, ragged = layers
+    assert aligned.lengths == [233] * 3 and len(set(ragged.lengths)) == 3 and min(ragged.lengths) >= 233
+    assert aligned.packed == [96] * 3 and set(ragged.packed) <= {96, 128}
+    assert [row["sequences"] for row in rows] == ["aligned", "ragged"]
+    assert all(0 < row["p50_ms"] <= row["max_ms"] for row in rows)
+    save_result(BenchmarkResult("ragged", rows, Environment.here()), tmp_path / "ragged_cpu.json")
+    report.write_page(tmp_path, tmp_path / "page.md")
+    assert f"{rows[1]['mean_ms'] / rows[0]['mean_ms']:.2f} |" in (tmp_path / "page.md").read_text()
 
 
 def test_the_pages_are_those_of_the_results(tmp_path):
