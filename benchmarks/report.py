@@ -112,10 +112,20 @@ def drafts_table(rows: list[dict[str, Any]]) -> pandas.DataFrame:
             "forwards": str(row["steps"]),
             "accepted": str(row["accepted"]),
             "same tokens": "yes" if row["as_without"] else "no",
+            "as stock": str(row["as_stock"]),
+            **_along(row),
         }
         for row in rows
     ]
     return pandas.DataFrame(shown)
+
+
+def _along(row: dict[str, Any]) -> dict[str, str]:
+    """What going along the stock model's text gave, where that was done."""
+    if "along_drafted" not in row:
+        return {"along it: tokens/s": MISSING, "along it: accepted": MISSING}
+    accepted = f"{row['along_accepted']} of {row['along_drafted']}"
+    return {"along it: tokens/s": f"{row['along_tokens_a_second']:.1f}", "along it: accepted": accepted}
 
 
 def ragged_table(rows: list[dict[str, Any]]) -> pandas.DataFrame:

@@ -148,6 +148,24 @@ def test_drafts_change_no_token_and_are_counted():
         assert row["as_without"] and row["steps"] + row["accepted"] == 30 and row["tokens_a_second"] > 0
         assert row["accepted"] == 0 if row["drafts"] == "none" else row["accepted"] >= 0
     assert rows[5]["accepted"] > 10 and rows[7]["accepted"] > 10
+    assert rows[0]["as_stock"] == rows[1]["as_stock"] == 30
+    assert rows[0]["along_accepted"] == rows[2]["along_accepted"] == rows[0]["along_drafted"] == 0
+    assert rows[1]["along_accepted"] == rows[1]["accepted"]  # it goes along its own text
+
+
+def test_drafts_along_a_text_are_accepted_where_they_are_predicted():
+    """A cache of 16 bits predicts what the stock model does; along a text that nobody predicts nothing is accepted."""
+    model = make_pair("llama", k_bits=16, v_bits=16, backend="torch")[1]
+    prompt = tokens(1, 12).repeat(1, 10)
+    stock = drafts_cpu.decode(model, prompt, DynamicCache(), 30)[1]
+    caches = [(DynamicCache(), stock), (model.create_kivi_cache(), stock)]
+    caches += [(model.create_kivi_cache(), prompt[0, :30].tolist())]
+    clocks = [drafts_cpu.go_along(model, cache, prompt, text, lookup=4) for cache, text in caches]
+    assert clocks[0][0].accepted == clocks[1][0].accepted and clocks[0][1] == clocks[1][1] > 0
+    assert clocks[2][0].accepted < clocks[2][1]
+    for (cache, text), (clock, _) in zip(caches, clocks):
+        assert sum(count for _, count in clock.steps) == 30 == len(text)
+        assert cache.get_seq_length() == prompt.shape[1] + 29
 
 
 def test_a_piece_is_timed_over_the_same_past(monkeypatch):
