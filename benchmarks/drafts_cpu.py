@@ -7,9 +7,9 @@ The text is source code, in which much comes again. Drafts are looked up in the 
 assistant: that saves no time, and shows what is accepted where every draft is right but for what a cache changes. What is accepted
 of two texts cannot be compared, and a 2-bit cache goes on with another text after a while. So every cache goes along one text as
 well, what a DynamicCache makes without drafts: each of its tokens comes whatever is predicted, and drafts from the prompt are accepted
-where the cache predicts them and the text goes on so. The prompt is fed
-to a KIVI cache once, and every way of decoding goes on from a copy; to a DynamicCache each time, as transformers drafts wrongly over
-one that is filled. Times begin with the first token that is given: prompts, also the assistant's, are not in them.
+where the cache predicts them and the text goes on so. The prompt is fed to each cache once, and all goes on from copies, but
+`generate()` with a DynamicCache: over one that is filled transformers drafts wrongly. Times begin with the first token that is given:
+prompts, also the assistant's, are not in them.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Flags:
     text: str = argument("code", "prose, code or a file")
     tokens: int = argument(8000, "of the prompt")
     new_tokens: int = argument(64, "that are made")
-    lookup: int = argument(10, "tokens of a draft from the prompt")
+    lookup: tuple[int, ...] = argument((4, 10), "tokens of a draft from the prompt, at most")
     assisted_tokens: int = argument(2000, "of the prompt with the model as its own assistant, which takes it once more")
     dtype: str = argument("float32", "of the weights", ("float32", "bfloat16"))
     threads: int | None = argument(None, "of torch; None: as torch has it")
@@ -61,7 +61,8 @@ class Flags:
         check_least(self.tokens, 2, "--tokens")
         check_least(self.assisted_tokens, 2, "--assisted-tokens")
         check_least(self.new_tokens, 2, "--new-tokens")
-        check_least(self.lookup, 1, "--lookup")
+        for count in self.lookup:
+            check_least(count, 1, "--lookup")
         check_least(1 if self.threads is None else self.threads, 1, "--threads")
 
 
@@ -143,16 +144,21 @@ def measure(
     model: PreTrainedModel, prompt: torch.Tensor, flags: Flags, assistant: PreTrainedModel | None = None
 ) -> list[dict[str, Any]]:
     """A row for each cache and way of decoding: without drafts, and with drafts of the assistant, or from the prompt."""
-    drafted = {"prompt_lookup_num_tokens": flags.lookup} if assistant is None else {"assistant_model": assistant}
-    ways: dict[str, dict[str, Any]] = {"none": {}, "from the prompt" if assistant is None else "by itself": drafted}
+    ways: dict[str, dict[str, Any]] = {"none": {}}
+    if assistant is None:
+        ways |= {f"from the prompt, {count}": {"prompt_lookup_num_tokens": count} for count in flags.lookup}
+    else:
+        ways["by itself"] = {"assistant_model": assistant}
     for each in filter(None, (model, assistant)):
         each.generation_config.eos_token_id = None  # all are to make as many tokens
-    filled = model.create_kivi_cache(**changes(flags.cache))
+    filled: dict[str, Cache] = {"DynamicCache": DynamicCache(config=model.config)}
+    filled["KIVI"] = model.create_kivi_cache(**changes(flags.cache))
     with torch.inference_mode():
-        model(prompt[:, :-1], past_key_values=filled, logits_to_keep=1)
+        for cache in filled.values():
+            model(prompt[:, :-1], past_key_values=cache, logits_to_keep=1)
     caches: dict[str, Callable[[], Cache]] = {
         "DynamicCache": functools.partial(DynamicCache, config=model.config),
-        "KIVI": functools.partial(copy.deepcopy, filled),
+        "KIVI": functools.partial(copy.deepcopy, filled["KIVI"]),
     }
     rows: list[dict[str, Any]] = []
     text: list[int] = []
@@ -168,7 +174,8 @@ def measure(
             row |= {"speedup": clock.tokens_a_second / rows[0]["tokens_a_second"] if rows else 1.0}
             row |= {"as_without": tokens == alone, "as_stock": in_common(tokens, text)}
             if assistant is None:
-                clock, drafted = go_along(model, make(), prompt, text, flags.lookup if way else 0)
+                count = way.get("prompt_lookup_num_tokens", 0)
+                clock, drafted = go_along(model, copy.deepcopy(filled[name]), prompt, text, count)
                 row |= {"along_tokens_a_second": clock.tokens_a_second, "along_accepted": clock.accepted}
                 row |= {"along_drafted": drafted}
             rows.append(row)
@@ -186,11 +193,10 @@ def main() -> None:
     ids = encode(tokenizer, load_text(flags.text), max(flags.tokens, flags.assisted_tokens), flags.text)
     rows = measure(model, ids[:, : flags.tokens], flags)
     rows += measure(model, ids[:, : flags.assisted_tokens], flags, assistant)
-    settings = {"model": Path(name).name, "text": flags.text, "new tokens": flags.new_tokens, "lookup": flags.lookup}
-    settings |= {"dtype": flags.dtype}
+    settings = {"model": Path(name).name, "text": flags.text, "new tokens": flags.new_tokens, "dtype": flags.dtype}
     here = Environment.here()
-    heads = ("tokens", "cache", "drafts", "tokens/s", "against DynamicCache", "steps", "accepted", "same tokens", "as stock")
-    heads += ("along: tokens/s", "along: accepted")
+    heads = ["tokens", "cache", "drafts", "tokens/s", "against DynamicCache", "steps", "accepted", "same tokens"]
+    heads += ["as stock", "along: tokens/s", "along: accepted"]
     table = Table(*heads, title=f"{settings['model']}: {here.machine}; {here.versions}")
     for row in rows:
         figures = [f"{row['tokens_a_second']:.1f}", f"{row['speedup']:.2f}x", str(row["steps"]), str(row["accepted"])]

@@ -59,8 +59,8 @@ def filled(lengths: list[int], kv_heads: int, head_dim: int, options: KIVIOption
     """A layer that holds `lengths[b]` random tokens of sequence `b`."""
     ledger = Ledger(Geometry(options.group_size, options.residual_length, options.sink_length))
     states = torch.randn(len(lengths), kv_heads, max(lengths), head_dim, generator=torch.Generator().manual_seed(0))
-    codecs, rotated = codecs_of(options, (options.k_bits, options.v_bits), head_dim), options.rotates_values(options.v_bits)
-    layer = PackedLayer.empty(states, codecs, ledger, rotated, options.exact_products)
+    codecs = codecs_of(options, (options.k_bits, options.v_bits), head_dim)
+    layer = PackedLayer.empty(states, codecs, ledger, options.rotates_values(options.v_bits), options.exact_products)
     ledger.clear([0] * len(lengths))
     step = Step.of_lengths(lengths, max(lengths))
     layer.make_room(step)
@@ -89,10 +89,11 @@ def measure(shape: str, batch: int, flags: Flags) -> list[dict[str, Any]]:
                 times[name].append(1e3 * (time.perf_counter() - start))
             layer.ledger.commit(Step.of(None, batch, 1))
     about = {"shape": shape, "batch": batch, "tokens": flags.tokens}
-    return [
-        {**about, "sequences": name, "p50_ms": statistics.median(own), "mean_ms": statistics.fmean(own), "max_ms": max(own)}
-        for name, own in times.items()
-    ]
+    rows = []
+    for name, own in times.items():
+        figures = {"p50_ms": statistics.median(own), "mean_ms": statistics.fmean(own), "max_ms": max(own)}
+        rows.append({**about, "sequences": name, **figures})
+    return rows
 
 
 def main() -> None:

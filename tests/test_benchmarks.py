@@ -140,7 +140,7 @@ def test_drafts_change_no_token_and_are_counted():
     rows += drafts_cpu.measure(model, prompt, flags, make_pair("llama", backend="torch")[1])
     assert [(row["cache"], row["drafts"]) for row in rows] == [
         (cache, drafts)
-        for ways in (("none", "from the prompt"), ("none", "by itself"))
+        for ways in (("none", "from the prompt, 4"), ("none", "by itself"))
         for cache in ("DynamicCache", "KIVI")
         for drafts in ways
     ]
