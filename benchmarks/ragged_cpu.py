@@ -1,94 +1,116 @@
-"""Time of one decode step in one layer on the CPU: sequences that fill their groups together, and at random phases, each by
-products of bytes and by exact ones.
+"""Time of a decode step in one layer on the CPU: sequences that fill their groups together, and at random phases.
 
-    python benchmarks/ragged_cpu.py --batch 16 --tokens 2048 --threads 1
+    python benchmarks/ragged_cpu.py
+    python benchmarks/ragged_cpu.py --batches 16 --tokens 2048 --exact-products    # a cache of these options
 
-All run through the same number of steps, taking turns, so that each sequence packs equally often in each: all at the same
-step, or about `batch / group_size` of them at each.
+Both batches go through the same steps, taking turns, so that each sequence packs equally often in each: all at the same step,
+or about `batch / group_size` of them at each. The median step of aligned sequences packs nothing, and the mean has all.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import pathlib
+import itertools
 import random
 import statistics
-import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import torch
+from attention_cpu import SHAPES
+from paths import RESULTS  # which puts the project's folder on the path
+from rich.console import Console
+from rich.table import Table
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+from modules.cli.command import argument, check_least, group, parse
+from modules.codecs.kivi import codecs_of
+from modules.evaluation.candidates import changes, written
+from modules.evaluation.environment import Environment
+from modules.evaluation.results import BenchmarkResult, save_result
+from modules.kernels.registry import backend
+from modules.options import KIVIOptions
+from modules.store.layer import PackedLayer
+from modules.store.ledger import Geometry, Ledger
+from modules.store.step import Step
 
-from modules.codecs.kivi import codecs_of  # noqa: E402
-from modules.kernels.backend import Backend  # noqa: E402
-from modules.kernels.registry import backend  # noqa: E402
-from modules.options import KIVIOptions  # noqa: E402
-from modules.store.layer import PackedLayer  # noqa: E402
-from modules.store.ledger import Geometry, Ledger  # noqa: E402
-from modules.store.step import Step  # noqa: E402
 
-SHAPES = {"smollm2-135m": (9, 3, 64), "llama-3.1-8b": (32, 8, 128)}  # heads, KV heads, size
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Flags:
+    """The command line."""
+
+    shapes: tuple[str, ...] = argument(("llama-3.1-8b",), "of the models whose layer is measured", tuple(SHAPES))
+    batches: tuple[int, ...] = argument((1, 8, 32), "sequences")
+    tokens: int = argument(8192, "of each sequence; ragged ones have up to a group more")
+    groups: int = argument(3, "that each sequence fills while it is measured")
+    threads: int | None = argument(None, "of torch and of Numba; None: as torch has it")
+    output: Path = argument(RESULTS / "ragged_cpu.json", "the result")
+    cache: KIVIOptions = group(KIVIOptions)
+
+    def __post_init__(self) -> None:
+        for batch in self.batches:
+            check_least(batch, 1, "--batches")
+        check_least(self.tokens, 1, "--tokens")
+        check_least(self.groups, 1, "--groups")
+        check_least(1 if self.threads is None else self.threads, 1, "--threads")
 
 
-def filled(lengths: list[int], kv_heads: int, head_dim: int, options: KIVIOptions, numba: Backend) -> PackedLayer:
+def filled(lengths: list[int], kv_heads: int, head_dim: int, options: KIVIOptions) -> PackedLayer:
     """A layer that holds `lengths[b]` random tokens of sequence `b`."""
     ledger = Ledger(Geometry(options.group_size, options.residual_length, options.sink_length))
-    states = torch.randn(len(lengths), kv_heads, max(lengths), head_dim)
-    codecs, exact = codecs_of(options, (2, 2), head_dim), options.exact_products
-    layer = PackedLayer.empty(states, codecs, ledger, options.rotates_values(2), exact)
+    states = torch.randn(len(lengths), kv_heads, max(lengths), head_dim, generator=torch.Generator().manual_seed(0))
+    codecs = codecs_of(options, (options.k_bits, options.v_bits), head_dim)
+    layer = PackedLayer.empty(states, codecs, ledger, options.rotates_values(options.v_bits), options.exact_products)
     ledger.clear([0] * len(lengths))
     step = Step.of_lengths(lengths, max(lengths))
     layer.make_room(step)
-    numba.append(layer, states, layer.rotate(states), step)
+    backend("numba").append(layer, states, layer.rotate(states), step)
     ledger.commit(step)
     return layer
 
 
-def milliseconds(shape: str, args: argparse.Namespace) -> dict[str, list[float]]:
-    """Of every step, with aligned sequences and with ragged ones, in bytes and exact."""
+def measure(shape: str, batch: int, flags: Flags) -> list[dict[str, Any]]:
+    """A row for aligned sequences and one for ragged ones: milliseconds of a step."""
     heads, kv_heads, head_dim = SHAPES[shape]
-    options, numba, rng = KIVIOptions(), backend("numba"), random.Random(0)
-    ragged = [args.tokens + rng.randrange(options.group_size) for _ in range(args.batch)]
+    options, numba, rng = flags.cache, backend("numba"), random.Random(0)
+    phases = {"aligned": [0] * batch, "ragged": [rng.randrange(options.group_size) for _ in range(batch)]}
     layers = {
-        name + kind: filled(lengths, kv_heads, head_dim, dataclasses.replace(options, exact_products=bool(kind)), numba)
-        for kind in ("", ", exact")
-        for name, lengths in (("aligned", [args.tokens] * args.batch), ("ragged", ragged))
+        name: filled([flags.tokens + phase for phase in own], kv_heads, head_dim, options)
+        for name, own in phases.items()
     }
-    token = [torch.randn(args.batch, count, 1, head_dim) for count in (heads, kv_heads, kv_heads)]
+    generator = torch.Generator().manual_seed(1)
+    token = [torch.randn(batch, count, 1, head_dim, generator=generator) for count in (heads, kv_heads, kv_heads)]
     times: dict[str, list[float]] = {name: [] for name in layers}
-    for number in range(args.steps + 1):
+    for number in range(flags.groups * options.group_size + 1):
         for name, layer in list(layers.items())[:: 1 if number % 2 else -1]:
             start = time.perf_counter()
             numba.decode(*token, layer, head_dim**-0.5)
             if number:  # the first one compiles
                 times[name].append(1e3 * (time.perf_counter() - start))
-            layer.ledger.commit(Step.of(None, args.batch, 1))
-    return times
+            layer.ledger.commit(Step.of(None, batch, 1))
+    about = {"shape": shape, "batch": batch, "tokens": flags.tokens}
+    rows = []
+    for name, own in times.items():
+        figures = {"p50_ms": statistics.median(own), "mean_ms": statistics.fmean(own), "max_ms": max(own)}
+        rows.append({**about, "sequences": name, **figures})
+    return rows
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument(
-        "--tokens", type=int, default=2048, help="of each sequence; ragged ones have up to a group more"
-    )
-    parser.add_argument("--steps", type=int, default=320)
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args(argv)
-    torch.set_num_threads(args.threads)
-    for shape in args.shapes:
-        times = milliseconds(shape, args)
-        for statistic in (statistics.median, statistics.fmean):
-            values = {name: statistic(samples) for name, samples in times.items()}
-            figures = ", ".join(f"{name} {value:.3f} ms" for name, value in values.items())
-            print(
-                f"{shape:14} {statistic.__name__:6} {figures}, ratio {values['ragged'] / values['aligned']:.2f}",
-                flush=True,
-            )
+def main() -> None:
+    """Measure, print and write."""
+    flags = parse(Flags, description=__doc__)
+    if flags.threads:
+        torch.set_num_threads(flags.threads)
+    rows: list[dict[str, Any]] = []
+    for shape, batch in itertools.product(flags.shapes, flags.batches):
+        rows += measure(shape, batch, flags)
+    given, here = changes(flags.cache), Environment.here()
+    settings = {"cache": written(given)} if given else {}
+    table = Table(*rows[0], title=f"{here.machine}; {here.versions}; {here.date}")
+    for row in rows:
+        table.add_row(*(f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in row.values()))
+    Console().print(table)
+    save_result(BenchmarkResult("ragged", rows, here, settings), flags.output)
 
 
 if __name__ == "__main__":

@@ -112,10 +112,35 @@ def drafts_table(rows: list[dict[str, Any]]) -> pandas.DataFrame:
             "forwards": str(row["steps"]),
             "accepted": str(row["accepted"]),
             "same tokens": "yes" if row["as_without"] else "no",
+            "as stock": str(row["as_stock"]),
+            **_along(row),
         }
         for row in rows
     ]
     return pandas.DataFrame(shown)
+
+
+def _along(row: dict[str, Any]) -> dict[str, str]:
+    """What going along the stock model's text gave, where that was done."""
+    if "along_drafted" not in row:
+        return {"along it: tokens/s": MISSING, "along it: accepted": MISSING}
+    accepted = f"{row['along_accepted']} of {row['along_drafted']}"
+    return {"along it: tokens/s": f"{row['along_tokens_a_second']:.1f}", "along it: accepted": accepted}
+
+
+def ragged_table(rows: list[dict[str, Any]]) -> pandas.DataFrame:
+    """A line a batch: steps of aligned sequences, those of ragged ones, and how the means compare."""
+    frame = pandas.DataFrame(rows).set_index(["shape", "batch", "tokens", "sequences"]).unstack("sequences")
+    kinds = {"mean_ms": "mean", "p50_ms": "median", "max_ms": "longest"}
+    shown = pandas.DataFrame(
+        {
+            f"{name}, {word}": frame[kind, name].map("{:.2f}".format)
+            for name in ("aligned", "ragged")
+            for kind, word in kinds.items()
+        }
+    )
+    shown["ragged / aligned"] = (frame["mean_ms", "ragged"] / frame["mean_ms", "aligned"]).map("{:.2f}".format)
+    return shown.reset_index().astype(str)
 
 
 def load(path: Path) -> BenchmarkResult | None:
@@ -150,6 +175,7 @@ def write_page(results: Path, output: Path) -> None:
         "pieces": "pieces_cpu",
         "prefill": "prefill_cpu",
         "drafts": "drafts_cpu",
+        "ragged": "ragged_cpu",
         "peers": "peers_cpu",
         "compiled": "compile",
         "gpu": "gpu_bench",
@@ -168,6 +194,7 @@ def write_page(results: Path, output: Path) -> None:
         "gpu_table": gpu_table,
         "prefill_table": prefill_table,
         "drafts_table": drafts_table,
+        "ragged_table": ragged_table,
     }
     output.write_text(render(TEMPLATE, plot=plot.name, **found, **functions))
 

@@ -12,6 +12,7 @@ import peers_cpu
 import pieces_cpu
 import prefill_cpu
 import pytest
+import ragged_cpu
 import report
 import torch
 from conftest import make_pair, relative_error, tokens
@@ -125,6 +126,7 @@ def test_options_that_are_given_are_what_is_measured(flags, contenders):
         (drafts_cpu, ["--lookup", "0"]),
         (pieces_cpu, ["--rounds", "0"]),
         (prefill_cpu, ["--tokens", "1"]),
+        (ragged_cpu, ["--batches", "8", "0"]),
         (prefill_cpu, ["--chunk", "0"]),
         (gpu_bench, ["--minutes", "-1"]),
         (peers_cpu, ["--only", "llama.cpp q3_0"]),
@@ -148,7 +150,7 @@ def test_drafts_change_no_token_and_are_counted():
     rows += drafts_cpu.measure(model, prompt, flags, make_pair("llama", backend="torch")[1])
     assert [(row["cache"], row["drafts"]) for row in rows] == [
         (cache, drafts)
-        for ways in (("none", "from the prompt"), ("none", "by itself"))
+        for ways in (("none", "from the prompt, 4"), ("none", "by itself"))
         for cache in ("DynamicCache", "KIVI")
         for drafts in ways
     ]
@@ -156,6 +158,24 @@ def test_drafts_change_no_token_and_are_counted():
         assert row["as_without"] and row["steps"] + row["accepted"] == 30 and row["tokens_a_second"] > 0
         assert row["accepted"] == 0 if row["drafts"] == "none" else row["accepted"] >= 0
     assert rows[5]["accepted"] > 10 and rows[7]["accepted"] > 10
+    assert rows[0]["as_stock"] == rows[1]["as_stock"] == 30
+    assert rows[0]["along_accepted"] == rows[2]["along_accepted"] == rows[0]["along_drafted"] == 0
+    assert rows[1]["along_accepted"] == rows[1]["accepted"]  # it goes along its own text
+
+
+def test_drafts_along_a_text_are_accepted_where_they_are_predicted():
+    """A cache of 16 bits predicts what the stock model does; along a text that nobody predicts nothing is accepted."""
+    model = make_pair("llama", k_bits=16, v_bits=16, backend="torch")[1]
+    prompt = tokens(1, 12).repeat(1, 10)
+    stock = drafts_cpu.decode(model, prompt, DynamicCache(), 30)[1]
+    caches = [(DynamicCache(), stock), (model.create_kivi_cache(), stock)]
+    caches += [(model.create_kivi_cache(), prompt[0, :30].tolist())]
+    clocks = [drafts_cpu.go_along(model, cache, prompt, text, lookup=4) for cache, text in caches]
+    assert clocks[0][0].accepted == clocks[1][0].accepted and clocks[0][1] == clocks[1][1] > 0
+    assert clocks[2][0].accepted < clocks[2][1]
+    for (cache, text), (clock, _) in zip(caches, clocks):
+        assert sum(count for _, count in clock.steps) == 30 == len(text)
+        assert cache.get_seq_length() == prompt.shape[1] + 29
 
 
 def test_a_piece_is_timed_over_the_same_past(monkeypatch):
@@ -175,6 +195,21 @@ def test_a_piece_is_timed_over_the_same_past(monkeypatch):
     assert seen == [(90, 40)] * 3 * len(rows)
     assert [row["cache"] for row in rows] == ["StaticCache", "DynamicCache", *pieces_cpu.CONTENDERS]
     assert all(row["p50_ms"] > 0 and row["piece"] == 40 for row in rows) and rows[0]["speedup"] == 1
+
+
+def test_ragged_sequences_pack_as_often_as_aligned_ones(monkeypatch, tmp_path):
+    flags = parse(ragged_cpu.Flags, ["--tokens", "200", "--groups", "1"], description="")
+    layers, filled = [], ragged_cpu.filled
+    monkeypatch.setattr(ragged_cpu, "filled", lambda *args: layers.append(filled(*args)) or layers[-1])
+    rows = ragged_cpu.measure("smollm2-135m", 3, flags)
+    aligned, ragged = layers
+    assert aligned.lengths == [233] * 3 and len(set(ragged.lengths)) == 3 and min(ragged.lengths) >= 233
+    assert aligned.packed == [96] * 3 and set(ragged.packed) <= {96, 128}
+    assert [row["sequences"] for row in rows] == ["aligned", "ragged"]
+    assert all(0 < row["p50_ms"] <= row["max_ms"] for row in rows)
+    save_result(BenchmarkResult("ragged", rows, Environment.here()), tmp_path / "ragged_cpu.json")
+    report.write_page(tmp_path, tmp_path / "page.md")
+    assert f"{rows[1]['mean_ms'] / rows[0]['mean_ms']:.2f} |" in (tmp_path / "page.md").read_text()
 
 
 def test_the_pages_are_those_of_the_results(tmp_path):

@@ -11,9 +11,8 @@ import numpy as np
 from numba import carray, njit
 
 from modules.kernels.numba.compiling import COMBINE, TAKE_IN, UNITS, as_pointer
-from modules.kernels.numba.emit_byte_scores import fold_in_bytes, score_bytes
+from modules.kernels.numba.emit_byte_scores import fold_in_bytes, normalize_query, score_bytes
 from modules.kernels.numba.emit_byte_values import accumulate_bytes, spread_in_bytes
-from modules.kernels.numba.emit_metadata import unpack_scales, unpack_values
 from modules.kernels.numba.emit_rows import (
     copy_row,
     fold_row,
@@ -88,14 +87,11 @@ def _score_groups(plan, call, head, first, count, base):
     if not plan.k_quantized:
         score_packed(plan, call.k_codes + token * plan.k_bytes, 0, count, query, scores)
     else:
-        if plan.wide:
+        if plan.wide or plan.k_in_bytes:
             query = base + plan.at_placed * 4
         for done in range(0, count, plan.group_size):
             meta = (token + done) // plan.group_size * plan.head_dim
-            scale, minimum = call.k_scale + meta * 2, call.k_minimum + meta * 2
-            if plan.k_small_metadata:
-                scale = base + plan.at_scales * 4
-                unpack_scales(plan, call.k_scale + meta, scale)
+            scale, minimum = call.k_scale + meta * plan.k_scale_bytes, call.k_minimum + meta * 2
             target = scores + done * plan.padded_rows * 4
             codes = call.k_codes + (token + done) * plan.k_bytes
             extra = call.k_extra + (token + done) * plan.extra_bytes
@@ -116,10 +112,7 @@ def _attend_packed_tile(plan, call, head, first, count, sums, base):
     softmax(plan, scores, count, base + plan.at_maximum * 4, base + plan.at_total * 4, decay)
     token = head * call.capacity + first
     values, meta = call.v_codes + token * plan.v_bytes, token * plan.groups
-    scale, minimum = call.v_scale + meta * 2, call.v_minimum + meta * 2
-    if plan.v_small_metadata:
-        scale, minimum = base + plan.at_scales * 4, base + plan.at_minima * 4
-        unpack_values(plan, call.v_scale + meta, call.v_minimum + meta, count, scale, minimum)
+    scale, minimum = call.v_scale + meta * plan.v_scale_bytes, call.v_minimum + meta * plan.v_scale_bytes
     if plan.v_in_bytes:
         small, units = base + plan.at_weights * 4, base + plan.at_weight_units * 4
         spread_in_bytes(plan, scores, count, scale, minimum, scaled, small, units, offsets)
@@ -152,6 +145,9 @@ def _load_queries(plan, call, b, h, row_tile, rows, base):
     if plan.wide:
         order = call.k_order + (b * call.kv_heads + h) * plan.head_dim * 8
         place_query(plan, base + plan.at_query * 4, order, base + plan.at_placed * 4)
+    if plan.k_in_bytes:
+        source = base + (plan.at_placed if plan.wide else plan.at_query) * 4
+        normalize_query(plan, source, base + plan.at_placed * 4, base + plan.at_units * 4)
 
 
 @njit(inline="always")

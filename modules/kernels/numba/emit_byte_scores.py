@@ -9,50 +9,91 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from modules.kernels.numba.compiling import emitting, void_signature
-from modules.kernels.numba.host import byte_products, host
+from modules.kernels.numba.emit_metadata import load_key_scales
+from modules.kernels.numba.host import host
 from modules.kernels.numba.integers import ByteEmitter
 from modules.kernels.numba.plan import Plan
 from modules.kernels.numba.vectors import F32, I32, I64, Emitter
 
 _LEVELS = 127  # of an int8 query on either side of zero
-_MOST = {"vnni": 255, "pairs": 64}  # what codes may reach, so that products add up
 
 
-def _position(e: ByteEmitter, plane: int) -> int:
-    """The bit from which on codes of a plane meet queries; in a plane with wide channels the low two are theirs."""
-    if e.plan.wide > plane * e.plan.k_bytes:
-        return 2
-    return e.position(e.plan.k_bits, plane, _MOST[byte_products()])
+def _position(plan: Plan) -> int:
+    """The bit from which on codes meet queries: below codes of 2 bits is room for the low two of wide channels."""
+    return 2 if plan.k_bits == 2 else 0
 
 
-def _middle(e: ByteEmitter, plane: int, first: int):
-    """The middle of the codes of a chunk, as they meet queries."""
-    plan, position = e.plan, _position(e, plane)
-    narrow, wide = ((1 << plan.k_bits) - 1) / 2 * 2**position, 7.5
-    numbers = [wide if channel < plan.wide else narrow for channel in range(first, first + plan.lanes)]
+def _most(plan: Plan, channel: int) -> int:
+    """The largest code of a channel, as it meets queries."""
+    return 15 if channel < plan.wide else (1 << plan.k_bits) - 1 << _position(plan)
+
+
+def _middles(e: ByteEmitter, first: int):
+    """The middle of the codes of a vector's channels, float32, in the unit of scales."""
+    plan = e.plan
+    numbers = [_most(plan, channel) / 2 ** (1 + _position(plan)) for channel in range(first, first + plan.lanes)]
     return ir.Constant(ir.VectorType(F32, plan.lanes), [ir.Constant(F32, number) for number in numbers])
+
+
+def _most_as_bytes(e: ByteEmitter, first: int):
+    """The largest codes of four vectors' channels, bytes as `ByteEmitter.packed` has them, as int32."""
+    plan = e.plan
+    words = [0] * plan.lanes
+    for word in range(plan.lanes):
+        codes = [_most(plan, first + 4 * word + byte) for byte in range(4)]
+        words[e.place_of_packed(word, plan.lanes)] = int.from_bytes(codes, "little")
+    return ir.Constant(ir.VectorType(I32, plan.lanes), [I32(word) for word in words])
 
 
 @dataclasses.dataclass(frozen=True)
 class _Units:
-    """Where the float32 numbers lie that belong to queries in bytes: `[rows, planes]` what one step of a plane's numbers is,
-    its inverse, and `[rows]` what scores start from. Each stands where its sum over lanes came out."""
+    """Where the float32 numbers lie that belong to queries in bytes, each `[rows]`: the largest magnitude of a row, what one
+    step of its bytes is, and what scores start from. Each stands where its sum over lanes came out."""
 
     plan: Plan
 
-    def step(self, row: int, plane: int) -> int:
-        count = self.plan.rows * self.plan.k_planes
-        return 4 * ByteEmitter.place_of_merged(row * self.plan.k_planes + plane, count, self.plan.lanes)
+    def size(self, row: int) -> int:
+        return 4 * ByteEmitter.place_of_merged(row, self.plan.rows, self.plan.lanes)
 
-    def inverse(self, row: int, plane: int) -> int:
-        return self.step(row, plane) + 4 * self.plan.merged_steps
+    def step(self, row: int) -> int:
+        return self.size(row) + 4 * self.plan.merged_rows
 
     def start(self, row: int) -> int:
-        return 8 * self.plan.merged_steps + 4 * ByteEmitter.place_of_merged(row, self.plan.rows, self.plan.lanes)
+        return self.size(row) + 8 * self.plan.merged_rows
 
 
-def _emit_fold_in_bytes(e: Emitter[Plan], query, scale, minimum, folded, units) -> None:
-    """`query∘scale` of one group of tokens as int8 `[rows, head_dim]`, and `units`, see `_Units`.
+def _emit_normalize_query(e: Emitter[Plan], query, placed, units) -> None:
+    """Queries `[rows, head_dim]`, each row divided by its largest magnitude, and behind them the largest magnitude of each
+    channel then, `[head_dim]`: one bound for all rows, which every group of tokens uses."""
+    if not e.plan.k_in_bytes:
+        return
+    e = ByteEmitter(e)
+    plan, place = e.plan, _Units(e.plan)
+    zero, sizes = e.float_splat(0.0), []
+    channels = range(0, plan.head_dim, plan.lanes)
+    for row in range(plan.rows):
+        size = zero
+        for first in channels:
+            size = e.maximum(size, e.magnitude(e.load(e.address(query, (row * plan.head_dim + first) * 4))))
+        sizes.append(size)
+    for number, vector in enumerate(e.merged(sizes, e.maximum)):
+        size, inverse = e.units(vector, 1)
+        e.store(size, e.address(units, place.size(0) + 4 * plan.lanes * number))
+        e.store(inverse, e.address(units, place.step(0) + 4 * plan.lanes * number))
+    inverses = [e.broadcast(e.load_float(e.address(units, place.step(row)))) for row in range(plan.rows)]
+    for first in channels:
+        most = zero
+        for row, inverse in enumerate(inverses):
+            at = (row * plan.head_dim + first) * 4
+            part = e.b.fmul(e.load(e.address(query, at)), inverse)
+            e.store(part, e.address(placed, at))
+            most = e.maximum(most, e.magnitude(part))
+        e.store(most, e.address(placed, (plan.rows * plan.head_dim + first) * 4))
+
+
+def _emit_fold_in_bytes(e: Emitter[Plan], placed, scale, minimum, folded, units) -> None:
+    """What `_emit_normalize_query` made of queries, times the scales of one group of tokens, as int8 `[rows, folded_bytes]`,
+    and `units`, see `_Units`.
 
     Rounding moves a score by `Σ error·code`. The part of it that all tokens share, `Σ error·middle`, is known, and taken off
     where scores start.
@@ -61,56 +102,38 @@ def _emit_fold_in_bytes(e: Emitter[Plan], query, scale, minimum, folded, units) 
         return
     e = ByteEmitter(e)
     plan, place = e.plan, _Units(e.plan)
-    ahead = plan.tile_tokens // plan.group_size * plan.head_dim * 2
-    for metadata in (scale, minimum):
-        e.fetch(metadata, ahead, plan.head_dim * 2)
-    steps = [e.float_splat(2.0 ** -_position(e, plane)) for plane in range(plan.k_planes)]
-    scales = {
-        column: e.b.fmul(
-            e.load(e.address(scale, plan.channel(plan.k_format, *column) * 2), "float16"), steps[column[0]]
-        )
-        for column in plan.columns(plan.k_format)
-    }
-    starts = _emit_largest(e, query, minimum, scales, units)
-    for row in range(plan.rows):
-        for plane in range(plan.k_planes):
-            inverse = e.broadcast(e.load_float(e.address(units, place.inverse(row, plane))))
-            middles = None
-            for column in scales:
-                if column[0] == plane:
-                    first = plan.channel(plan.k_format, *column)
-                    part = e.b.fmul(e.load(e.address(query, (row * plan.head_dim + first) * 4)), scales[column])
-                    small, whole = e.as_bytes(part, inverse)
-                    e.store_bytes(small, e.address(folded, row * plan.head_dim + first))
-                    whole = e.b.fmul(whole, _middle(e, plane, first))
-                    middles = whole if middles is None else e.b.fadd(middles, whole)
-            step = e.broadcast(e.load_float(e.address(units, place.step(row, plane))))
-            starts[row] = e.b.fsub(starts[row], e.b.fmul(middles, step))
-    for number, vector in enumerate(e.merged(starts, e.b.fadd)):
-        e.store(vector, e.address(units, place.start(0) + 4 * plan.lanes * number))
-
-
-def _emit_largest(e: ByteEmitter, query, minimum, scales: dict, units) -> list:
-    """Steps and their inverses into `units`; `query·(minimum + middle·scale)` of each row, yet to be summed."""
-    plan, place = e.plan, _Units(e.plan)
-    starts: list = [e.float_splat(0.0)] * plan.rows
-    largest: dict[tuple[int, int], ir.Value] = {}
-    for column, scaled in scales.items():
-        first = plan.channel(plan.k_format, *column)
-        least = e.load(e.address(minimum, first * 2), "float16")
-        least = e.multiply_add(scaled, _middle(e, column[0], first), least)
+    ahead = plan.tile_tokens // plan.group_size * plan.head_dim
+    for metadata, size in ((scale, plan.k_scale_bytes), (minimum, 2)):
+        e.fetch(metadata, ahead * size, plan.head_dim * size)
+    scales, most = {}, e.float_splat(0.0)
+    for first in range(0, plan.head_dim, plan.lanes):
+        scales[first] = load_key_scales(e, scale, first)
+        largest = e.load(e.address(placed, (plan.rows * plan.head_dim + first) * 4))
+        most = e.maximum(most, e.b.fmul(largest, scales[first]))
+    unit, inverse = e.units(e.merged([most], e.maximum)[0], _LEVELS)
+    starts, middles = [e.float_splat(0.0)] * plan.rows, [e.int_splat(0)] * plan.rows
+    for four in range(0, plan.head_dim, 4 * plan.lanes):
+        firsts = range(four, min(four + 4 * plan.lanes, plan.head_dim), plan.lanes)
+        factors = [e.b.fmul(scales[first], inverse) for first in firsts]
+        least = [
+            e.multiply_add(scales[first], _middles(e, first), e.load(e.address(minimum, first * 2), "float16"))
+            for first in firsts
+        ]
         for row in range(plan.rows):
-            part = e.load(e.address(query, (row * plan.head_dim + first) * 4))
-            starts[row] = e.multiply_add(part, least, starts[row])
-            size = e.magnitude(e.b.fmul(part, scaled))
-            known = largest.get((row, column[0]))
-            largest[row, column[0]] = size if known is None else e.maximum(known, size)
-    ordered = [largest[row, plane] for row in range(plan.rows) for plane in range(plan.k_planes)]
-    for number, most in enumerate(e.merged(ordered, e.maximum)):
-        step, inverse = e.units(most, _LEVELS)
-        e.store(step, e.address(units, place.step(0, 0) + 4 * plan.lanes * number))
-        e.store(inverse, e.address(units, place.inverse(0, 0) + 4 * plan.lanes * number))
-    return starts
+            parts = [e.load(e.address(placed, (row * plan.head_dim + first) * 4)) for first in firsts]
+            for part, numbers in zip(parts, least):
+                starts[row] = e.multiply_add(part, numbers, starts[row])
+            small = e.packed([e.counted(part, factor) for part, factor in zip(parts, factors)])
+            e.store(small, e.address(folded, row * plan.folded_bytes + four))
+            middles[row] = e.add_products(middles[row], _most_as_bytes(e, four), small)
+    unit = e.b.fmul(unit, e.float_splat(2.0 ** -_position(plan)))
+    half = e.b.fmul(unit, e.float_splat(0.5))
+    for row, middle in enumerate(middles):
+        starts[row] = e.b.fsub(starts[row], e.b.fmul(e.b.sitofp(middle, half.type), half))
+    for number, vector in enumerate(e.merged(starts, e.b.fadd)):
+        size = e.load(e.address(units, place.size(0) + 4 * plan.lanes * number))
+        e.store(e.b.fmul(unit, size), e.address(units, place.step(0) + 4 * plan.lanes * number))
+        e.store(e.b.fmul(vector, size), e.address(units, place.start(0) + 4 * plan.lanes * number))
 
 
 def _emit_score_bytes(e: Emitter[Plan], keys, extra, folded, units, scores) -> None:
@@ -127,11 +150,12 @@ def _emit_score_bytes(e: Emitter[Plan], keys, extra, folded, units, scores) -> N
             low_bits = e.address(extra, 0, loop.index, lanes * plan.extra_bytes)
             e.fetch(low_bits, plan.tile_tokens * plan.extra_bytes, lanes * plan.extra_bytes)
             lows = _columns(e, low_bits, plan.extra_bytes, lanes)
-        rows = [e.broadcast(e.load_float(e.address(units, place.start(row))), lanes) for row in range(plan.rows)]
-        for plane in range(plan.k_planes):
-            for row, products in enumerate(_emit_plane_products(e, columns, lows, plane, folded, lanes)):
-                step = e.broadcast(e.load_float(e.address(units, place.step(row, plane))), lanes)
-                rows[row] = e.multiply_add(e.b.sitofp(products, step.type), step, rows[row])
+        rows = []
+        for row, products in enumerate(_emit_products(e, columns, lows, folded, lanes)):
+            step, start = (
+                e.broadcast(e.load_float(e.address(units, at)), lanes) for at in (place.step(row), place.start(row))
+            )
+            rows.append(e.multiply_add(e.b.sitofp(products, step.type), step, start))
         rows += [e.float_splat(0.0, lanes)] * (plan.padded_rows - plan.rows)
         for _ in range(plan.padded_rows.bit_length() - 1):
             rows = e.unzipped(rows, plan.tokens)
@@ -139,19 +163,21 @@ def _emit_score_bytes(e: Emitter[Plan], keys, extra, folded, units, scores) -> N
             e.store(block, e.address(scores, number * plan.block * 4, loop.index, plan.padded_rows * lanes * 4))
 
 
-def _emit_plane_products(e: ByteEmitter, columns: list, lows: list, plane: int, folded, lanes: int) -> list:
-    """Each row's products with a plane of `lanes` tokens, int32."""
+def _emit_products(e: ByteEmitter, columns: list, lows: list, folded, lanes: int) -> list:
+    """Each row's products with `lanes` tokens, int32."""
     plan = e.plan
     sums = [e.int_splat(0, lanes)] * plan.rows
     for column, words in enumerate(columns):
-        number = plane * len(columns) + column  # of four channels
-        if 4 * number < plan.wide:
-            codes = e.wide_codes(words, plane, lows[number // 4], number % 4)
-        else:
-            codes = e.codes(words, plan.k_bits, plane, _position(e, plane))
-        for row in range(plan.rows):
-            query = e.splat_word(e.address(folded, row * plan.head_dim + 4 * number), lanes)
-            sums[row] = e.add_products(sums[row], codes, query)
+        for plane in range(plan.k_planes):
+            number = plane * len(columns) + column  # of four channels
+            if 4 * number < plan.wide:
+                codes = e.wide_codes(words, plane, lows[number // 4], number % 4)
+            else:
+                codes = e.codes(words, plan.k_bits, plane, _position(plan))
+            for row in range(plan.rows):
+                place = row * plan.folded_bytes + 4 * e.place_of_packed(number, plan.lanes)
+                query = e.splat_word(e.address(folded, place), lanes)
+                sums[row] = e.add_products(sums[row], codes, query)
     return sums
 
 
@@ -171,9 +197,15 @@ def _columns(e: ByteEmitter, place, size: int, lanes: int) -> list:
 
 
 @intrinsic
-def fold_in_bytes(typingctx, plan, query, scale, minimum, folded, units):
+def normalize_query(typingctx, plan, query, placed, units):
+    """See `_emit_normalize_query`."""
+    return void_signature(plan, query, placed, units), emitting(_emit_normalize_query)
+
+
+@intrinsic
+def fold_in_bytes(typingctx, plan, placed, scale, minimum, folded, units):
     """See `_emit_fold_in_bytes`."""
-    return void_signature(plan, query, scale, minimum, folded, units), emitting(_emit_fold_in_bytes)
+    return void_signature(plan, placed, scale, minimum, folded, units), emitting(_emit_fold_in_bytes)
 
 
 @intrinsic

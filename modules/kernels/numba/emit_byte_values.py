@@ -7,6 +7,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from modules.kernels.numba.compiling import emitting, void_signature
+from modules.kernels.numba.emit_metadata import load_value_metadata
 from modules.kernels.numba.emit_values import columns_together
 from modules.kernels.numba.host import byte_products
 from modules.kernels.numba.integers import ByteEmitter
@@ -35,15 +36,15 @@ def _emit_spread_in_bytes(e: Emitter[Plan], weights, count, scale, minimum, spre
     plan, n = e.plan, e.plan.block
     middle = ((1 << plan.v_bits) - 1) / 2
     tile = plan.tile_tokens * plan.padded_rows
-    stride = plan.tokens * plan.groups
+    tile_metadata = plan.tile_tokens * plan.groups * plan.v_scale_bytes
+    for metadata in (scale, minimum):
+        e.fetch(metadata, tile_metadata, tile_metadata)
     orders = [[(lane % plan.tokens) * plan.groups + group for lane in range(n)] for group in range(plan.groups)]
     sums, most = ([e.variable(e.float_splat(0.0, n)) for _ in orders] for _ in range(2))
     with cgutils.for_range(e.b, e.b.udiv(count, I64(plan.tokens))) as loop:
         block = e.load(e.address(weights, 0, loop.index, n * 4), lanes=n)
-        scales, minima = (e.load(e.address(m, 0, loop.index, stride * 2), "float16", stride) for m in (scale, minimum))
-        for metadata in (scale, minimum):
-            e.fetch(e.address(metadata, 0, loop.index, stride * 2), plan.tile_tokens * plan.groups * 2, stride * 2)
-        minima = e.multiply_add(scales, e.float_splat(middle, stride), minima)
+        scales, minima = load_value_metadata(e, scale, minimum, loop.index)
+        minima = e.multiply_add(scales, e.float_splat(middle, scales.type.count), minima)
         for group, order in enumerate(orders):
             scaled = e.b.fmul(block, e.shuffle(scales, scales, order))
             e.store(scaled, e.address(spread, group * tile * 4, loop.index, n * 4))
@@ -52,16 +53,17 @@ def _emit_spread_in_bytes(e: Emitter[Plan], weights, count, scale, minimum, spre
     blocks = plan.step // plan.tokens
     for group in range(plan.groups):
         unit, inverse = e.units(e.across_tokens(e.b.load(most[group]), e.maximum), _LEVELS)
-        wholes = e.variable(e.float_splat(0.0, n))
+        wholes = e.variable(e.int_splat(0, n))
         with cgutils.for_range(e.b, e.b.udiv(count, I64(plan.step))) as loop:
             parts = []
             for number in range(blocks):
                 place = e.address(spread, (group * tile + number * n) * 4, loop.index, blocks * n * 4)
-                part, whole = e.as_bytes(e.load(place, lanes=n), inverse)
-                e.b.store(e.b.fadd(e.b.load(wholes), whole), wholes)
-                parts.append(part)
+                whole = e.counted(e.load(place, lanes=n), inverse)
+                e.b.store(e.b.add(e.b.load(wholes), whole), wholes)
+                parts.append(e.low_bytes(whole))
             e.store_bytes(_side_by_side(e, parts), e.address(small, group * tile, loop.index, blocks * n))
-        lost = e.b.fmul(e.b.fmul(e.b.load(wholes), unit), e.float_splat(middle, n))
+        wholes = e.counted_sum(e.b.load(wholes), e.b.trunc(e.b.udiv(count, I64(plan.tokens)), I32))
+        lost = e.b.fmul(e.b.fmul(wholes, unit), e.float_splat(middle, n))
         e.store(e.across_tokens(e.b.fsub(e.b.load(sums[group]), lost), e.b.fadd), e.address(offsets, group * n * 4))
         e.store(unit, e.address(units, group * n * 4))
 

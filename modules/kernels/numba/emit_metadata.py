@@ -1,56 +1,35 @@
-"""Code that turns metadata of 8 bits into the float16 numbers that the other kernels read; see `modules.codecs.metadata`.
-
-Both come out exactly: a scale is the upper bits of a float16, and a scale times a minimum's code has no more bits than one.
-"""
+"""Code that reads scales and minima, of 8 bits or 16, as float32; see `modules.codecs.metadata`."""
 
 from __future__ import annotations
 
 from llvmlite import ir
-from numba.core import cgutils
-from numba.extending import intrinsic
 
 from modules.codecs.metadata import SCALE_SHIFT, minimum_unit
-from modules.kernels.numba.compiling import emitting, void_signature
 from modules.kernels.numba.plan import Plan
-from modules.kernels.numba.vectors import F32, I8, I16, I64, Emitter
+from modules.kernels.numba.vectors import F32, I8, I16, Emitter
 
 
-def _load_scales(e: Emitter[Plan], place, lanes: int):
-    """`lanes` scales as float16."""
+def _load_scales(e: Emitter[Plan], place, small: bool, lanes: int):
+    """`lanes` scales; those of 8 bits are the upper bits of a float16."""
+    if not small:
+        return e.load(place, "float16", lanes)
     bits = e.b.zext(e.load_scalar(place, ir.VectorType(I8, lanes), 1), ir.VectorType(I16, lanes))
     shifted = e.b.shl(bits, ir.Constant(bits.type, [I16(SCALE_SHIFT)] * lanes))
-    return e.b.bitcast(shifted, ir.VectorType(ir.HalfType(), lanes))
+    return e.b.fpext(e.b.bitcast(shifted, ir.VectorType(ir.HalfType(), lanes)), ir.VectorType(F32, lanes))
 
 
-def _emit_unpack_scales(e: Emitter[Plan], source, target) -> None:
-    """The scales of one group of keys, `[head_dim]`, from bytes to float16."""
-    for first in range(0, e.plan.head_dim, e.plan.lanes):
-        scales = _load_scales(e, e.address(source, first), e.plan.lanes)
-        e.store_scalar(scales, e.address(target, first * 2), 2)
+def load_key_scales(e: Emitter[Plan], scale, first: int):
+    """The scales of a vector of channels of a group of keys, from channel `first` on."""
+    return _load_scales(e, e.address(scale, first * e.plan.k_scale_bytes), e.plan.k_small_metadata, e.plan.lanes)
 
 
-def _emit_unpack_values(e: Emitter[Plan], scale, minimum, count, scales, minima) -> None:
-    """Scales and minima of `count` tokens of values, `[count, groups]`, from bytes to float16."""
-    plan = e.plan
-    if not isinstance(plan.v_format, int):
-        return
-    lanes = plan.tokens * plan.groups  # tokens come in whole blocks
-    wide, unit = ir.VectorType(F32, lanes), e.float_splat(minimum_unit(plan.v_format), lanes)
-    with cgutils.for_range(e.b, e.b.udiv(count, I64(plan.tokens))) as loop:
-        halves = _load_scales(e, e.address(scale, 0, loop.index, lanes), lanes)
-        codes = e.load(e.address(minimum, 0, loop.index, lanes), "int8", lanes)
-        numbers = e.b.fmul(e.b.fmul(codes, unit), e.b.fpext(halves, wide))
-        e.store_scalar(halves, e.address(scales, 0, loop.index, lanes * 2), 2)
-        e.store_as(numbers, e.address(minima, 0, loop.index, lanes * 2), "float16")
-
-
-@intrinsic
-def unpack_scales(typingctx, plan, source, target):
-    """See `_emit_unpack_scales`."""
-    return void_signature(plan, source, target), emitting(_emit_unpack_scales)
-
-
-@intrinsic
-def unpack_values(typingctx, plan, scale, minimum, count, scales, minima):
-    """See `_emit_unpack_values`."""
-    return void_signature(plan, scale, minimum, count, scales, minima), emitting(_emit_unpack_values)
+def load_value_metadata(e: Emitter[Plan], scale, minimum, index) -> tuple:
+    """Scales and minima of block `index` of tokens of values, `[tokens, groups]` each."""
+    plan, small = e.plan, e.plan.v_small_metadata
+    lanes = plan.tokens * plan.groups
+    places = [e.address(metadata, 0, index, lanes * plan.v_scale_bytes) for metadata in (scale, minimum)]
+    scales = _load_scales(e, places[0], small, lanes)
+    if not small:
+        return scales, e.load(places[1], "float16", lanes)
+    codes = e.load(places[1], "int8", lanes)
+    return scales, e.b.fmul(e.b.fmul(codes, e.float_splat(minimum_unit(plan.v_bits), lanes)), scales)

@@ -9,6 +9,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from modules.kernels.numba.compiling import emitting, void_signature
+from modules.kernels.numba.emit_metadata import load_key_scales
 from modules.kernels.numba.host import row_bytes
 from modules.kernels.numba.plan import Plan
 from modules.kernels.numba.vectors import I32, I64, Emitter
@@ -24,8 +25,7 @@ def _emit_fold_keys(e: Emitter[Plan], query, scale, minimum, folded) -> None:
     starts = [None] * plan.rows
     for plane, chunk in plan.columns(plan.k_format):
         first = plan.channel(plan.k_format, plane, chunk)
-        scales = e.load(e.address(scale, first * 2), "float16")
-        scales = e.b.fmul(scales, e.float_splat(_key_unit(e, plan.k_format, plane, chunk)))
+        scales = e.b.fmul(load_key_scales(e, scale, first), e.float_splat(_key_unit(e, plan.k_format, plane, chunk)))
         minima = e.load(e.address(minimum, first * 2), "float16")
         for row in range(plan.rows):
             place = (row * plan.head_dim + first) * 4

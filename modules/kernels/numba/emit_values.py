@@ -6,6 +6,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from modules.kernels.numba.compiling import emitting, void_signature
+from modules.kernels.numba.emit_metadata import load_value_metadata
 from modules.kernels.numba.host import host, row_bytes
 from modules.kernels.numba.plan import Plan
 from modules.kernels.numba.vectors import I64, Emitter
@@ -17,12 +18,11 @@ def _emit_spread(e: Emitter[Plan], weights, count, scale, minimum, spread, offse
     plan, n = e.plan, e.plan.block
     tile = plan.tile_tokens * plan.padded_rows * 4
     blocks = e.b.udiv(count, I64(plan.tokens))
-    stride = plan.tokens * plan.groups
     orders = [[(lane % plan.tokens) * plan.groups + group for lane in range(n)] for group in range(plan.groups)]
     sums = [e.variable(e.float_splat(0.0, n)) for _ in orders]
     with cgutils.for_range(e.b, blocks) as loop:
         block = e.load(e.address(weights, 0, loop.index, n * 4), lanes=n)
-        scales, minima = (e.load(e.address(m, 0, loop.index, stride * 2), "float16", stride) for m in (scale, minimum))
+        scales, minima = load_value_metadata(e, scale, minimum, loop.index)
         for group, order in enumerate(orders):
             scaled = e.b.fmul(block, e.shuffle(scales, scales, order))
             e.store(scaled, e.address(spread, group * tile, loop.index, n * 4))

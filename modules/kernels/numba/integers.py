@@ -7,15 +7,22 @@ from numba.core import cgutils
 
 from modules.kernels.numba.host import byte_products, host_has
 from modules.kernels.numba.plan import Plan
-from modules.kernels.numba.vectors import I8, I16, I32, Emitter
+from modules.kernels.numba.vectors import F32, I8, I16, I32, Emitter
 
 _SMALLEST = 1e-30  # the largest magnitude of numbers that become bytes counts for at least this
 _MAGIC = 1.5 * 2**23  # added to a float32 it leaves the nearest whole number, two's complement, in its low bits
+_MAGIC_BITS = 0x4B400000  # of this number itself
 
 _MULTIPLY_ADD = {  # of bytes and of pairs of them, by lanes of 32 bits
     16: ("avx512.pmaddubs.w.512", "avx512.pmaddw.d.512"),
     8: ("avx2.pmadd.ub.sw", "avx2.pmadd.wd"),
     4: ("ssse3.pmadd.ub.sw.128", "sse2.pmadd.wd"),
+}
+
+_PACKS = {  # with saturation, to words and to bytes, by lanes of 32 bits
+    16: ("avx512.packssdw.512", "avx512.packsswb.512"),
+    8: ("avx2.packssdw", "avx2.packsswb"),
+    4: ("sse2.packssdw.128", "sse2.packsswb.128"),
 }
 
 
@@ -27,12 +34,37 @@ class ByteEmitter(Emitter[Plan]):
 
     # Floats and bytes
 
-    def as_bytes(self, numbers, factor):
-        """`(bytes, whole)`: the whole numbers nearest to `numbers * factor`, as bytes and as float32. NaN gives any byte."""
+    def counted(self, numbers, factor):
+        """The whole numbers nearest to `numbers * factor`, int32, beyond `_MAGIC_BITS`, whose low bits are 0. NaN gives any."""
         moved = self.multiply_add(numbers, factor, self.float_splat(_MAGIC, numbers.type.count))
-        whole = self.b.fsub(moved, self.float_splat(_MAGIC, numbers.type.count))
-        bits = self.b.bitcast(moved, ir.VectorType(I32, numbers.type.count))
-        return self.b.trunc(bits, ir.VectorType(I8, numbers.type.count)), whole
+        return self.b.bitcast(moved, ir.VectorType(I32, numbers.type.count))
+
+    def counted_sum(self, total, count):
+        """As float32 the sum of whole numbers of which `count`, int32, were added up as `counted` gave them."""
+        lanes = total.type.count
+        beyond = self.broadcast(self.b.mul(count, I32(_MAGIC_BITS)), lanes)
+        return self.b.sitofp(self.b.sub(total, beyond), ir.VectorType(F32, lanes))
+
+    def low_bytes(self, counted):
+        """Whole numbers as `counted` gave them as bytes."""
+        return self.b.trunc(counted, ir.VectorType(I8, counted.type.count))
+
+    def packed(self, counted: list):
+        """The signed bytes of up to four vectors that `counted` gave, in four words a lane as `place_of_packed` says, as
+        int32: what packs them works within 128 bits."""
+        lanes = counted[0].type.count
+        beyond, (of_words, of_bytes) = self.int_splat(_MAGIC_BITS, lanes), _PACKS[lanes]
+        whole = [self.b.sub(vector, beyond) for vector in counted] + [self.int_splat(0, lanes)] * (4 - len(counted))
+        pairs, size = ir.VectorType(I16, 2 * lanes), ir.VectorType(I8, 4 * lanes)
+        halves = [self._x86(of_words, pairs, *whole[i : i + 2]) for i in (0, 2)]
+        return self.b.bitcast(self._x86(of_bytes, size, *halves), whole[0].type)
+
+    @staticmethod
+    def place_of_packed(word: int, lanes: int) -> int:
+        """The place of a word, four consecutive bytes, among the `lanes` of `packed` vectors."""
+        vectors, word = divmod(word, lanes)
+        vector, lane = divmod(word, lanes // 4)
+        return vectors * lanes + 4 * lane + vector
 
     def units(self, largest, levels: int):
         """`(unit, inverse)`: what one of `levels` steps up to `largest` is, and what numbers are multiplied with to be

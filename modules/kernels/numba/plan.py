@@ -112,9 +112,14 @@ class Plan:
         return max(1, 8 // self.k_bits)
 
     @property
-    def merged_steps(self) -> int:
-        """Lanes of the vectors that hold a number for each row and plane of keys."""
-        return max(self.lanes, self.padded_rows * self.k_planes)
+    def merged_rows(self) -> int:
+        """Lanes of the vectors that hold a number for each row."""
+        return max(self.lanes, self.padded_rows)
+
+    @property
+    def folded_bytes(self) -> int:
+        """Bytes of a row of queries that meet keys as bytes: whole vectors."""
+        return -(-self.head_dim // (4 * self.lanes)) * 4 * self.lanes
 
     @property
     def step(self) -> int:
@@ -134,6 +139,16 @@ class Plan:
     def extra_bytes(self) -> int:
         """Bytes of the low bits of one key's wide channels."""
         return self.wide // 4
+
+    @property
+    def k_scale_bytes(self) -> int:
+        """Bytes of a scale of keys, whose minima are float16."""
+        return 1 if self.k_small_metadata else 2
+
+    @property
+    def v_scale_bytes(self) -> int:
+        """Bytes of a scale of values, and of a minimum."""
+        return 1 if self.v_small_metadata else 2
 
     @property
     def dense_bytes(self) -> int:
@@ -161,27 +176,19 @@ class Plan:
         scores = self.tile_tokens * self.padded_rows
         return {
             "query": head + start,
-            "placed": head if self.wide else 0,
+            "placed": head + self.head_dim if self.k_in_bytes else head if self.wide else 0,
             "folded": head + start,
             "scores": scores,
             "spread": scores * self.groups,
             "offsets": self.groups * self.block,
-            "bytes": -(-head // 4) if self.k_in_bytes else 0,
-            "units": 2 * self.merged_steps + max(self.lanes, self.padded_rows) if self.k_in_bytes else 0,
+            "bytes": self.rows * self.folded_bytes // 4 if self.k_in_bytes else 0,
+            "units": 3 * self.merged_rows if self.k_in_bytes else 0,
             "weights": scores * self.groups // 4 if self.v_in_bytes else 0,
             "weight_units": self.groups * self.block,
-            "scales": self._metadata_floats,
-            "minima": self._metadata_floats,
             "maximum": self.block,
             "total": self.block,
             "decay": self.block,
         }
-
-    @property
-    def _metadata_floats(self) -> int:
-        """Room for metadata of 8 bits as float16: of a group of keys, or a tile of values."""
-        keys = self.head_dim if self.k_small_metadata else 0
-        return -(-max(keys, self.tile_tokens * self.groups if self.v_small_metadata else 0) // 2)
 
     def at(self, section: str) -> int:
         """Where a section of the scratch starts, in floats; "end" gives the size of it all."""
