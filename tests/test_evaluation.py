@@ -157,6 +157,8 @@ def test_options_of_flags_are_written_as_they_are_read():
     changed = named.changes(options)
     assert changed == {"k_bits": [2, 4], "v_rotation": True, "wide_channels": 0.5, "k_range": "minmax"}
     assert evaluation.parse_options(named.written(changed)).options == changed
+    shares = named.changes(KIVIOptions(wide_channels=[0, 0.25, 1.0]))
+    assert shares == {"wide_channels": [0, 0.25, 1.0]} == evaluation.parse_options(named.written(shares)).options
     assert named.changes(KIVIOptions()) == {}
 
 

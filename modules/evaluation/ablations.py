@@ -48,10 +48,10 @@ def record(
     AttentionInterface.register(_RECORDING, attend)
     AttentionMaskInterface.register(_RECORDING, lambda *args, **kwargs: None)
     before = model.config._attn_implementation
-    model.set_attn_implementation(_RECORDING)
+    model.config._attn_implementation = _RECORDING
     with torch.inference_mode():
         model(input_ids=input_ids, use_cache=False, logits_to_keep=1)
-    model.set_attn_implementation(before)
+    model.config._attn_implementation = before
     return found
 
 

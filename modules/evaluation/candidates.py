@@ -214,8 +214,8 @@ def _as_candidate(name: str, cache: Mapping[str, Any] | CacheFactory) -> Candida
 
 
 def parse_options(text: str) -> Candidate:
-    """A candidate from a command line: "k_bits=2,v_bits=4", or with a name before a colon: "mine: k_bits=2". Bits of
-    single layers are written "k_bits=2/4/2".
+    """A candidate from a command line: "k_bits=2,v_bits=4", or with a name before a colon: "mine: k_bits=2". Entries
+    of single layers are written "k_bits=2/4/2".
 
     Raises:
         ValueError: for anything else, and for options that are unknown or not allowed.
@@ -237,8 +237,8 @@ def _value(text: str) -> Any:
         return words[text]
     if re.fullmatch(r"-?\d+", text):
         return int(text)
-    if re.fullmatch(r"\d+(/\d+)+", text):
-        return [int(part) for part in text.split("/")]
+    if re.fullmatch(r"[\d.]+(/[\d.]+)+", text):
+        return [_value(part) for part in text.split("/")]
     return float(text) if re.fullmatch(r"-?\d*\.\d+", text) else text
 
 

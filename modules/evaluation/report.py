@@ -252,7 +252,7 @@ def _panel(axis: Any, result: QualityResult) -> None:
 def _label(row: QualityRow) -> str:
     """Short: bits of K/V and the group size; nothing for variants, which crowd around the defaults."""
     options = row.options
-    if row.name.startswith(("paper +", "defaults,")) or isinstance(options.get("k_bits"), list):
+    if row.name.startswith(("paper +", "defaults,")) or any(isinstance(value, list) for value in options.values()):
         return ""
     if row.kind == "reference":
         bits = options.get("bits") or f"{options['k_bits']}/{options['v_bits']}"
