@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, DynamicCache, QuantizedCache
 
 from modules.calibration.deployment import FakeQuantizedCache
 from modules.codecs.static import StaticParameters
+from modules.evaluation.results import BenchmarkResult, Result
 from modules.kivi_cache_general import KIVICache
 from modules.options import FULL_PRECISION_BITS, KIVIOptions
 
@@ -68,6 +69,20 @@ def kivi(name: str, options: Mapping[str, Any], kind: str = "kivi") -> Candidate
     """
     chosen = KIVIOptions.from_config(None, options)
     return Candidate(name, lambda config: KIVICache(config, chosen), kind=kind, options=dict(options))
+
+
+def by_layer(result: Result) -> Candidate:
+    """The cache whose options `choose_by_layer` found.
+
+    Raises:
+        ValueError: for a result of something else.
+    """
+    if not isinstance(result, BenchmarkResult) or not {"options", "at_most", "text"} <= set(result.settings):
+        raise ValueError(
+            "bits by layer are made from a result of `python -m modules.evaluation layers`; got another one."
+        )
+    settings = result.settings
+    return kivi(f"bits by layer, {settings['at_most']:g}, by {settings['text']}", settings["options"])
 
 
 def static(name: str, parameters: StaticParameters) -> Candidate:
