@@ -159,6 +159,9 @@ def test_layers_command(model, tmp_path, capsys, tokenizer):
     assert options["sink_length"] == 8 and options["group_size"] == 32
     passed = eval(f"dict({lines[lines.index('in Python:') + 1]})")
     typed = candidates.parse_options(lines[lines.index("for --options:") + 1]).options
+    assert candidates.parse_options(str(output)).options == options
+    with pytest.raises(ValueError, match="there is no file 'nothing.json'"):
+        candidates.parse_options("nothing.json")
     assert passed == options == typed and f"--k-bits {' '.join(map(str, options['k_bits']))}" in " ".join(lines)
     KIVIOptions(**options).of_layer(0, 3)
 

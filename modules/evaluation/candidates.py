@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -13,7 +14,7 @@ from transformers.cache_utils import Cache, DynamicCache, QuantizedCache
 
 from modules.calibration.deployment import FakeQuantizedCache
 from modules.codecs.static import StaticParameters
-from modules.evaluation.results import BenchmarkResult, Result
+from modules.evaluation.results import BenchmarkResult, Result, load_result
 from modules.kivi_cache_general import KIVICache
 from modules.options import FULL_PRECISION_BITS, KIVIOptions
 
@@ -230,11 +231,15 @@ def _as_candidate(name: str, cache: Mapping[str, Any] | CacheFactory) -> Candida
 
 def parse_options(text: str) -> Candidate:
     """A candidate from a command line: "k_bits=2,v_bits=4", or with a name before a colon: "mine: k_bits=2". Entries
-    of single layers are written "k_bits=2/4/2".
+    of single layers are written "k_bits=2/4/2". "layers.json" is the file that `python -m modules.evaluation layers` wrote.
 
     Raises:
         ValueError: for anything else, and for options that are unknown or not allowed.
     """
+    if text.endswith(".json"):
+        if not Path(text).is_file():
+            raise ValueError(f"there is no file {text!r} with options.")
+        return by_layer(load_result(text))
     before, colon, after = text.partition(":")
     name, given = (before, after) if colon and "=" not in before else ("", text)
     options = {}
