@@ -135,7 +135,10 @@ def test_the_better_options_for_all_layers():
 
 
 def test_what_is_chosen_makes_a_cache_of_so_many_bits(model, tmp_path, without_numba):
-    result = by_layer.choose_by_layer(model, tokens(1, LENGTH), bits=3.0, options={"residual_length": 64})
+    more, result = by_layer.choose_by_layer(model, tokens(1, LENGTH), bits=[3.5, 3.0], options={"residual_length": 64})
+    assert (
+        more.settings["kl"] < result.settings["kl"] and 3.0 < more.settings["bits"] <= more.settings["at_most"] == 3.5
+    )
     options = result.settings["options"]
     assert len(result.rows) == 3 == len(options["wide_channels"]) and options["metadata_bits"] == 8
     evaluation.save_result(result, tmp_path / "layers.json")

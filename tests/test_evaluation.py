@@ -415,6 +415,7 @@ def test_command_mistakes(model_folder, tmp_path, capsys):
         (["quality", "--model", "m", "--chunk", 0], "--chunk must be 1 or more; got 0"),
         (["layers", "--model", "m", "--tokens", -3], "--tokens must be 3 or more; got -3"),
         (["layers", "--model", "m", "--bits", "nan"], "--bits must be 2 or more; got nan"),
+        (["layers", "--model", "m", "--bits", 3, 4, "--output", "x.json"], "--output must be a name with {bits} in it"),
         (["layers", "--model", "m", "--v-bits", 4, "--group-size", 64], "leave v_bits and group_size out"),
         (["report", "--measure", "nothing"], "no measurement 'nothing'"),
     ):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,9 +131,9 @@ def run_layers(
     model_name: str,
     text: str,
     tokens: int = TOKENS,
-    bits: float = BITS,
+    bits: Sequence[float] = (BITS,),
     options: dict[str, Any] | None = None,
-) -> BenchmarkResult:
+) -> list[BenchmarkResult]:
     """Measure every layer and choose, with a progress bar."""
     ids = encode(tokenizer, load_text(text), tokens, text)
     with progress_bar(console) as bar:
@@ -215,14 +215,15 @@ _MEASURES: dict[str, Callable[..., Any]] = {"passkey": _measure_passkey, "free":
 
 def _chosen_by_layer(step: Step, loaded: Any, results: Path, console: Console) -> list[Candidate]:
     """Caches with bits by layer, chosen by the step's other text: as an earlier run saved them, or chosen and saved now."""
-    found = []
-    for bits in BUDGETS if step.calibration else ():
-        path = results / f"layers-{step.model}-{step.calibration}-{bits:g}.json"
-        if not path.exists():
-            chosen = run_layers(*loaded, console=console, model_name=step.model, text=step.calibration, bits=bits)
-            save_result(chosen, path)
-        found.append(by_layer(load_result(path)))
-    return found
+    if not step.calibration:
+        return []
+    paths = {bits: results / f"layers-{step.model}-{step.calibration}-{bits:g}.json" for bits in BUDGETS}
+    missing = [bits for bits, path in paths.items() if not path.exists()]
+    if missing:
+        chosen = run_layers(*loaded, console=console, model_name=step.model, text=step.calibration, bits=missing)
+        for bits, result in zip(missing, chosen):
+            save_result(result, paths[bits])
+    return [by_layer(load_result(path)) for path in paths.values()]
 
 
 def _measure_step(step: Step, loaded: Any, earlier: Any, flags: Report, console: Console) -> QualityResult:
@@ -330,14 +331,28 @@ class Layers(ModelFlags):
 
     model: str = argument(help=MODEL_HELP)
     cache: KIVIOptions = group(KIVIOptions)
-    bits: float = argument(BITS, "stored bits an element may take on average, with its share of scale and minimum")
+    bits: tuple[float, ...] = argument(
+        (BITS,),
+        "stored bits an element may take on average, with its share of scale and minimum; or several such limits",
+    )
     text: str = argument("prose", TEXT_HELP)
     tokens: int = argument(TOKENS, "of the text")
-    output: str | None = argument(None, "write what was chosen, and what it costs, as JSON here")
+    output: str | None = argument(
+        None, "write what was chosen, and what it costs, as JSON here; {bits} in the name stands for the limit"
+    )
 
     def __post_init__(self) -> None:
         check_least(self.tokens, 3, "--tokens")
-        check_least(self.bits, 2, "--bits")
+        for bits in self.bits:
+            check_least(bits, 2, "--bits")
+        if not self.bits:
+            raise ValueError("--bits must name at least one limit.")
+        if self.output and len({self.path(bits) for bits in self.bits}) < len(self.bits):
+            raise ValueError(f"--output must be a name with {{bits}} in it for several --bits; got {self.output!r}.")
+
+    def path(self, bits: float) -> str | None:
+        """Where what was chosen within `bits` is written."""
+        return None if self.output is None else self.output.replace("{bits}", f"{bits:g}")
 
     def run(self, console: Console) -> None:
         """Measure, show and save."""
@@ -348,7 +363,7 @@ class Layers(ModelFlags):
         Processes.join(self.device).refuse("kivi evaluate layers")
         load_text(self.text)
         model, tokenizer = load_model(self.model, self.dtype, self.device)
-        result = run_layers(
+        results = run_layers(
             model,
             tokenizer,
             console=console,
@@ -358,7 +373,8 @@ class Layers(ModelFlags):
             bits=self.bits,
             options=options,
         )
-        show_layers(result, self.output)
+        for bits, result in zip(self.bits, results):
+            show_layers(result, self.path(bits))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

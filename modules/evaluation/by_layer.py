@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,24 +25,25 @@ def choose_by_layer(
     model: PreTrainedModel,
     input_ids: torch.Tensor,
     *,
-    bits: float = BITS,
+    bits: Sequence[float] = (BITS,),
     options: Mapping[str, Any] | None = None,
     model_name: str = "",
     text_name: str = "",
     progress: Callable[[str, int], None] | None = None,
-) -> BenchmarkResult:
+) -> list[BenchmarkResult]:
     """Choose the options by which the first tokens of a text predict that a cache costs least.
 
     Args:
         model: a Llama or Qwen, stock or with KIVI caches.
         input_ids: int64 `[1, T]`; predictions count from its first quarter on.
-        bits: a stored element may take on average.
+        bits: a stored element may take on average; what costs is measured once for all of them.
         options: KIVI options other than those that are chosen.
         model_name, text_name: for the record.
         progress: called with what was measured and the number of such steps, after each.
 
     Returns:
-        A row a layer; `settings["options"]` are the options, `settings["kl"]` is the predicted divergence (nats).
+        A result for each of `bits`, with a row a layer; `settings["options"]` are the options, `settings["kl"]` is the predicted
+        divergence (nats).
 
     Raises:
         ValueError: for fewer bits than any options take, options that are not allowed, and a text that is too short.
@@ -58,18 +59,19 @@ def choose_by_layer(
         if progress is not None:
             progress("ways to store each layer", total)
 
-    choice = choose((measure_layers(states, frame, tick) for frame in frames), bits)
-    settings = {
+    costs = [measure_layers(states, frame, tick) for frame in frames]
+    about = {
         "model": model_name,
         "text": text_name,
         "tokens": input_ids.shape[1],
         "digest": digest(input_ids),
-        "options": choice.options,
-        "at_most": bits,
-        "bits": choice.bits,
-        "kl": choice.kl,
     }
-    return BenchmarkResult(NAME, _rows(choice), Environment.here(model), settings)
+    return [_result(choose(costs, most), most, Environment.here(model), about) for most in bits]
+
+
+def _result(choice: Choice, most: float, environment: Environment, about: dict[str, Any]) -> BenchmarkResult:
+    found = {"options": choice.options, "at_most": most, "bits": choice.bits, "kl": choice.kl}
+    return BenchmarkResult(NAME, _rows(choice), environment, {**about, **found})
 
 
 def _frame(group: int, head_dim: int, options: Mapping[str, Any]) -> dict[str, Any] | None:

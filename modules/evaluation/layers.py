@@ -19,6 +19,7 @@ TOKENS = 1024
 FIRST = 128  # tokens by whose keys wide channels are chosen; queries of as many more count
 KEYS: tuple[dict[str, Any], ...] = (
     {"k_bits": 2, "wide_channels": 0.0},
+    {"k_bits": 2, "wide_channels": 0.0625},
     {"k_bits": 2, "wide_channels": 0.125},
     {"k_bits": 2, "wide_channels": 0.25},
     {"k_bits": 2, "wide_channels": 0.5},
