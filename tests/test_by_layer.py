@@ -155,11 +155,24 @@ def test_layers_command(model, tmp_path, capsys, tokenizer):
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     output = tmp_path / "layers.json"
-    flags = ["--tokens", "300", "--bits", "3.25", "--device", "cpu", "--sink-length", "8", "--output", str(output)]
+    flags = [
+        "--tokens",
+        "300",
+        "--bits",
+        "3.5",
+        "--scale-bits",
+        "16",
+        "--device",
+        "cpu",
+        "--sink-length",
+        "8",
+        "--output",
+        str(output),
+    ]
     assert command.main(["layers", "--model", str(tmp_path / "model"), *flags]) == 0
     lines = capsys.readouterr().out.splitlines()
     options = evaluation.load_result(output).settings["options"]
-    assert options["sink_length"] == 8 and options["group_size"] == 32
+    assert (options["sink_length"], options["group_size"], options["metadata_bits"]) == (8, 32, 16)
     passed = eval(f"dict({lines[lines.index('in Python:') + 1]})")
     typed = candidates.parse_options(lines[lines.index("for --options:") + 1]).options
     assert candidates.parse_options(str(output)).options == options

@@ -335,6 +335,7 @@ class Layers(ModelFlags):
         (BITS,),
         "stored bits an element may take on average, with its share of scale and minimum; or several such limits",
     )
+    scale_bits: int = argument(8, "metadata_bits of the cache; 16 for a GPU, where Triton reads no others", (8, 16))
     text: str = argument("prose", TEXT_HELP)
     tokens: int = argument(TOKENS, "of the text")
     output: str | None = argument(
@@ -371,7 +372,7 @@ class Layers(ModelFlags):
             text=self.text,
             tokens=self.tokens,
             bits=self.bits,
-            options=options,
+            options={**options, "metadata_bits": self.scale_bits},
         )
         for bits, result in zip(self.bits, results):
             show_layers(result, self.path(bits))

@@ -37,7 +37,7 @@ def choose_by_layer(
         model: a Llama or Qwen, stock or with KIVI caches.
         input_ids: int64 `[1, T]`; predictions count from its first quarter on.
         bits: a stored element may take on average; what costs is measured once for all of them.
-        options: KIVI options other than those that are chosen.
+        options: KIVI options other than those that are chosen; `metadata_bits` is 8 where it is not among them.
         model_name, text_name: for the record.
         progress: called with what was measured and the number of such steps, after each.
 
@@ -79,7 +79,7 @@ def _frame(group: int, head_dim: int, options: Mapping[str, Any]) -> dict[str, A
     residual = options.get("residual_length", KIVIOptions().residual_length)
     if head_dim % group or residual % group:
         return None
-    return {**options, "metadata_bits": 8, "group_size": group, "v_group_size": 64 if head_dim % 64 == 0 else group}
+    return {"metadata_bits": 8, **options, "group_size": group, "v_group_size": 64 if head_dim % 64 == 0 else group}
 
 
 def _rows(choice: Choice) -> list[dict[str, Any]]:
