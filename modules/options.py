@@ -11,6 +11,7 @@ FULL_PRECISION_BITS = 16
 MINIMUM_BITS = 16  # of a group of keys, whatever its scale has
 WIDE_CHANNELS = 0.5
 ALLOWED_BITS = (2, 4, 8, FULL_PRECISION_BITS)
+BY_LAYER = ("k_bits", "v_bits", "wide_channels")  # options that may be lists with an entry a layer
 ALLOWED_K_RANGES = ("lsq", "minmax")
 ALLOWED_V_RANGES = ("minmax", "clipped", "lsq", None)
 ALLOWED_METADATA_BITS = (8, 16, None)
@@ -139,10 +140,10 @@ class KIVIOptions:
         "the same for values; clipped is the range less its edges; None: clipped where values are rotated, else minmax",
         ALLOWED_V_RANGES,
     )
-    wide_channels: float | None = _option(
+    wide_channels: float | list[float] | None = _option(
         None,
         "share of each head's key channels, those that matter most, with 4 bits in a 2-bit cache; None: a half with "
-        "k_range=lsq",
+        "k_range=lsq; a list gives one entry a layer",
     )
     v_rotation: bool | None = _option(
         None,
@@ -186,8 +187,11 @@ class KIVIOptions:
         _check_choice("k_range", self.k_range, ALLOWED_K_RANGES)
         _check_choice("v_range", self.v_range, ALLOWED_V_RANGES)
         wide = self.wide_channels
-        if wide is not None and (isinstance(wide, bool) or not isinstance(wide, (int, float)) or not 0 <= wide <= 1):
-            raise ValueError(f"wide_channels must be a share between 0 and 1, or None; got {wide!r}.")
+        for share in wide if isinstance(wide, (list, tuple)) else [] if wide is None else [wide]:
+            if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 <= share <= 1:
+                raise ValueError(
+                    f"wide_channels must be a share between 0 and 1, a list of them, or None; got {share!r}."
+                )
         check_flag("v_rotation", self.v_rotation, None)
         if self.v_group_size is not None:
             check_count("v_group_size", self.v_group_size, 1)
@@ -212,27 +216,42 @@ class KIVIOptions:
         values = {field.name: getattr(config, field.name, field.default) for field in dataclasses.fields(cls)}
         return cls(**{**values, **overrides})
 
+    def of_layer(self, layer_idx: int, num_layers: int) -> KIVIOptions:
+        """The options of one layer: lists give way to its entry.
+
+        Raises:
+            ValueError: for a list that is not as long as there are layers.
+        """
+        chosen = {name: self._entry(name, layer_idx, num_layers) for name in BY_LAYER}
+        return dataclasses.replace(self, **chosen)
+
+    def _entry(self, name: str, layer_idx: int, num_layers: int) -> Any:
+        value = getattr(self, name)
+        if not isinstance(value, (list, tuple)):
+            return value
+        if len(value) != num_layers:
+            raise ValueError(
+                f"{name} has {len(value)} entries for {num_layers} layers; give one entry a layer or one number."
+            )
+        return value[layer_idx]
+
     def bits_of_layer(self, layer_idx: int, num_layers: int) -> tuple[int, int]:
         """`(k_bits, v_bits)` of one layer; 16 on both sides with `use_kivi=False`."""
         if not self.use_kivi:
             return FULL_PRECISION_BITS, FULL_PRECISION_BITS
-        chosen = []
-        for name in ("k_bits", "v_bits"):
-            value = getattr(self, name)
-            if isinstance(value, (list, tuple)):
-                if len(value) != num_layers:
-                    raise ValueError(
-                        f"{name} has {len(value)} entries for {num_layers} layers; give one entry a layer or one number."
-                    )
-                value = value[layer_idx]
-            chosen.append(value)
-        return chosen[0], chosen[1]
+        return self._entry("k_bits", layer_idx, num_layers), self._entry("v_bits", layer_idx, num_layers)
 
     def wide_count(self, k_bits: int, head_dim: int) -> int:
-        """Key channels of a head that get 4 bits in a layer of `k_bits`: a multiple of 4, so that they fill bytes."""
+        """Key channels of a head that get 4 bits in a layer of `k_bits`: a multiple of 4, so that they fill bytes.
+
+        Raises:
+            ValueError: where the share differs by layer; `of_layer` gives the options of one.
+        """
         share = self.wide_channels
         if share is None:
             share = WIDE_CHANNELS if self.k_range == "lsq" else 0.0
+        if isinstance(share, (list, tuple)):
+            raise ValueError("wide_channels has an entry a layer; take the options of one layer by of_layer() first.")
         return int(share * head_dim) // 4 * 4 if k_bits == 2 else 0
 
     def rotates_values(self, v_bits: int) -> bool:

@@ -228,6 +228,11 @@ def test_growth_keeps_slack_small():
         ({"backend": "cuda"}, "backend must be one of"),
         ({"kbits": 2}, "no option 'kbits'; did you mean 'k_bits'"),
         ({"max_length": 0}, "max_length must be"),
+        (
+            {"wide_channels": [0.5, 1.5, 0]},
+            "wide_channels must be a share between 0 and 1, a list of them, or None; got 1.5",
+        ),
+        ({"wide_channels": [0.5, None, 0]}, "wide_channels must be a share .* got None"),
     ],
 )
 def test_bad_options(options, message):
@@ -243,6 +248,29 @@ def test_bits_by_layer():
     cache = make(use_kivi=False)
     out, new = feed(cache, 1, 100)
     assert cache.layers[0].bits == (16, 16)
+
+
+def test_wide_channels_by_layer():
+    """A share of its own for every layer; a list of another length names it and the layers."""
+    cache = make(wide_channels=[0, 0.5, 1.0], metadata_bits=8)
+    feed(cache, 1, 100)
+    assert [layer.store.key.wide for layer in cache.layers] == [0, 16, 32]
+    assert [layer.store.observes for layer in cache.layers] == [False] * 3  # all are packed
+    for index, layer in enumerate(cache.layers):
+        alone = KIVICache(CONFIG, **{**SMALL, "wide_channels": layer.options.wide_channels, "metadata_bits": 8})
+        feed(alone, 1, 100)
+        same = [
+            torch.equal(a, b)
+            for a, b in zip(layer.store.tensors().values(), alone.layers[index].store.tensors().values())
+        ]
+        assert len(same) > 8 and all(same)
+    for wrong in ([0.5, 0.5], [0.5] * 4):
+        with pytest.raises(ValueError, match=f"wide_channels has {len(wrong)} entries for {LAYERS} layers"):
+            make(wide_channels=wrong)
+    with pytest.raises(ValueError, match="wide_channels has 3 entries for 1 layers"):
+        KIVICache(wide_channels=[0, 0.5, 1.0])
+    with pytest.raises(ValueError, match="take the options of one layer"):
+        cache.options.stored_bits(2, 2, HEAD_DIM)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

@@ -97,6 +97,7 @@ def test_help_has_what_the_options_say(which, capsys):
         (["--residual-length", "100"], "group_size must divide residual_length"),
         (["--sink-length", "-1"], "sink_length must be"),
         (["--wide-channels", "2"], "wide_channels must be a share"),
+        (["--wide-channels", "0", "0.5", "-1"], "a list of them, or None; got -1"),
         (["--max-new-tokens", "0"], "--max-new-tokens must be 1 or more; got 0"),
         (["--threads", "-1"], "--threads must be 1 or more; got -1"),
         (["--kbits", "2"], "--kbits"),

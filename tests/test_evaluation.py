@@ -157,6 +157,8 @@ def test_options_of_flags_are_written_as_they_are_read():
     changed = named.changes(options)
     assert changed == {"k_bits": [2, 4], "v_rotation": True, "wide_channels": 0.5, "k_range": "minmax"}
     assert evaluation.parse_options(named.written(changed)).options == changed
+    shares = named.changes(KIVIOptions(wide_channels=[0, 0.25, 1.0]))
+    assert shares == {"wide_channels": [0, 0.25, 1.0]} == evaluation.parse_options(named.written(shares)).options
     assert named.changes(KIVIOptions()) == {}
 
 
@@ -331,8 +333,11 @@ def test_report_says_what_was_measured(tmp_path):
         evaluation.save_result(a_result(text=text), tmp_path / f"quality-{name}.json")
     rows = [results.PasskeyRow(named.FULL, "full", 2000, 0.5, "12345", "12345", True)]
     evaluation.save_result(results.PasskeyResult("m", "prose", 128, rows, {}, HERE), tmp_path / "quality-passkey.json")
+    assert "Bits by layer" not in report.write_report(tmp_path, tmp_path / "docs" / "quality.md")[0].read_text()
+    evaluation.save_result(a_result(text="chosen"), tmp_path / "by-layer-a.json")
     written = report.write_report(tmp_path, tmp_path / "docs" / "quality.md")
     page = written[0].read_text()
+    assert page.index("## Bits by layer") < page.index("tokens of chosen") and page.count("tokens of chosen") == 1
     cells = " ".join(page.split())
     for part in (
         "| m, code | 0.0250 | +1.0 % | 0.910 | 0.0200 | +1.0 % | 0.3000 | 12.0 | 0.0010 |",
@@ -352,44 +357,6 @@ def test_plan_names():
         plan.steps(["x"])
     with pytest.raises(ValueError, match="no folder of models"):
         plan.existing_models("/nowhere/at/all")
-
-
-# --- bits a layer ------------------------------------------------------------
-
-
-def test_layers_are_measured_alone(kivi_model, without_numba):
-    ids = tokens(1, 150)
-    costs = evaluation.measure_layers(kivi_model, ids, options=SMALL, chunk=16)
-    layers = kivi_model.config.num_hidden_layers
-    assert costs.candidates == 2 * layers and all(cost > 0 for cost in costs.v_bits)
-    second = {**SMALL, "k_bits": 16, "v_bits": [16, 2] + [16] * (layers - 2)}
-    row = evaluation.measure_quality(kivi_model, ids, {"second": second}, chunk=16, skip=150 // 4).row("second")
-    assert costs.v_bits[1] == pytest.approx(row.kl, rel=1e-6)
-
-
-def test_bits_go_where_they_save_most():
-    costs = evaluation.LayerCosts(k_bits=(0.1, 0.5, 0.2, 0.0), v_bits=(0.0, 0.0, 0.7, 0.1), head_dim=64)
-    # K 3.5 and V 2.5 stored bits, 5 and 5 with 4 bits: each K takes 1.5 more, each V 2.5
-    assert evaluation.choose_bits(costs, 0.0) == {"k_bits": [2] * 4, "v_bits": [2] * 4}
-    assert evaluation.choose_bits(costs, 0.2) == {"k_bits": [2, 4, 2, 2], "v_bits": [2, 2, 2, 2]}  # 1.6 to spare
-    assert evaluation.choose_bits(costs, 0.5) == {"k_bits": [2, 4, 2, 2], "v_bits": [2, 2, 4, 2]}
-    assert evaluation.choose_bits(costs, 2.0) == {"k_bits": [4] * 4, "v_bits": [4] * 4}
-    with pytest.raises(ValueError, match="extra_bits must be 0 or more; got -0.1"):
-        evaluation.choose_bits(costs, -0.1)
-
-
-def test_the_other_options_of_layers_come_from_flags(model_folder, capsys, without_numba):
-    """`choose_bits` and every measurement take them."""
-    flags = ["--group-size", 16, "--residual-length", 32, "--extra", 0, "--tokens", 200, "--device", "cpu"]
-    assert run("layers", "--model", model_folder, *flags) == 0
-    assert evaluation.parse_options(capsys.readouterr().out.split()[-1]).options["k_bits"] == [2, 2, 2]
-
-
-def test_layers_command(model_folder, capsys, without_numba):
-    assert run("layers", "--model", model_folder, "--tokens", 300, "--extra", 0.4, "--device", "cpu") == 0
-    options = capsys.readouterr().out.split()[-1]
-    chosen = evaluation.parse_options(options).options
-    assert set(chosen) == {"k_bits", "v_bits"} and 4 in chosen["k_bits"] + chosen["v_bits"]
 
 
 # --- command line ------------------------------------------------------------
@@ -426,10 +393,15 @@ def test_report_command_measures_and_writes(model_folder, tmp_path, monkeypatch,
     step = plan.Step("small", plan.SMOLLM2, tokens=600, peers=False, calibration="code")
     monkeypatch.setattr(plan, "PLAN", [step, plan.Step("keys", plan.SMOLLM2, kind="passkey", lengths=(400,))])
     monkeypatch.setattr(command, "short_candidates", lambda: [named.kivi(named.DEFAULTS, {})])
+    monkeypatch.setattr(command, "BUDGETS", (3.25,))  # heads of 32 channels take 2.6 bits and more
     places = ["--results", tmp_path, "--output", tmp_path / "quality.md"]
     assert run("report", "--measure", "all", "--models", model_folder.parent, "--device", "cpu", *places) == 0
     page = (tmp_path / "quality.md").read_text()
-    assert f"### {plan.SMOLLM2}, prose" in page and "400 tokens" in page and "4 bits in some layers, by code" in page
+    assert f"### {plan.SMOLLM2}, prose" in page and "400 tokens" in page and "bits by layer, 3.25, by code" in page
+    chosen = evaluation.load_result(tmp_path / f"layers-{plan.SMOLLM2}-code-3.25.json")
+    row = evaluation.load_result(tmp_path / "quality-small.json").row("bits by layer, 3.25, by code")
+    assert row.options == chosen.settings["options"] and row.kl > 0
+    assert row.stored_bits == pytest.approx(chosen.settings["bits"]) and row.stored_bits <= 3.25
 
 
 def test_command_mistakes(model_folder, tmp_path, capsys):
@@ -445,8 +417,9 @@ def test_command_mistakes(model_folder, tmp_path, capsys):
         (["quality", "--model", "m", "--skip", -1], "--skip must be 0 or more; got -1"),
         (["quality", "--model", "m", "--chunk", 0], "--chunk must be 1 or more; got 0"),
         (["layers", "--model", "m", "--tokens", -3], "--tokens must be 3 or more; got -3"),
-        (["layers", "--model", "m", "--extra", "nan"], "--extra must be 0 or more; got nan"),
-        (["layers", "--model", "m", "--v-bits", 4], "leave v_bits out"),
+        (["layers", "--model", "m", "--bits", "nan"], "--bits must be 2 or more; got nan"),
+        (["layers", "--model", "m", "--bits", 3, 4, "--output", "x.json"], "--output must be a name with {bits} in it"),
+        (["layers", "--model", "m", "--v-bits", 4, "--group-size", 64], "leave v_bits and group_size out"),
         (["report", "--measure", "nothing"], "no measurement 'nothing'"),
     ):
         status = run(*arguments)

@@ -430,6 +430,19 @@ def test_save_reload_and_auto_classes(each_pair, tmp_path):
     assert AutoConfig.from_pretrained(tmp_path / "kivi").residual_length == 32
 
 
+def test_options_by_layer_are_saved_with_the_model(pair, tmp_path):
+    _, kivi = pair
+    chosen = {"k_bits": [2, 4, 2], "wide_channels": [0, 0.25, 1.0]}
+    for name, value in chosen.items():
+        setattr(kivi.config, name, value)
+    kivi.save_pretrained(tmp_path)
+    cache = AutoModelForCausalLM.from_pretrained(tmp_path).create_kivi_cache()
+    assert {name: getattr(cache.options, name) for name in chosen} == chosen
+    assert [layer.options.wide_channels for layer in cache.layers] == chosen["wide_channels"]
+    with pytest.raises(ValueError, match="wide_channels has 2 entries for 3 layers"):
+        type(kivi).from_pretrained(tmp_path, wide_channels=[0, 0.5])
+
+
 def test_a_stock_checkpoint(each_pair, tmp_path):
     stock, kivi = each_pair
     stock.save_pretrained(tmp_path / "stock")

@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from conftest import make_pair, tokens
 from layers import attend_and_store, empty_layer, make_layer, random_states, relative_error
 
 from modules.codecs import grouped
@@ -97,6 +98,21 @@ def test_residual_and_sinks(plan):
     for residual, sinks in [(0, 0), (0, 5), (128, 0), (128, 150)]:
         for length in (1, 31, 32, 33, 150, 400):
             compare(layer_of(plan, [length], residual, sinks), plan[2], 1)
+
+
+def test_wide_channels_by_layer():
+    """No channel, half of them and all: a piece and steps through a model, and what was packed."""
+    _, model = make_pair("llama", wide_channels=[0, 0.5, 1.0], metadata_bits=8)
+    pieces = tokens(2, 130).split([100, *[1] * 30], dim=1)
+    logits, caches = [], [model.create_kivi_cache(backend=name) for name in ("torch", "numba")]
+    for cache in caches:
+        with torch.no_grad():
+            logits.append(torch.cat([model(piece, past_key_values=cache).logits for piece in pieces], dim=1))
+    assert [layer.backend.name for layer in caches[1].layers] == ["numba"] * 3
+    assert relative_error(logits[1], logits[0]) < 1e-5
+    for layers in zip(*(cache.layers for cache in caches)):
+        keys = [layer.store.key.read(slice(None), 0, 64, torch.float32) for layer in layers]
+        assert relative_error(keys[1], keys[0]) < 1e-3
 
 
 @pytest.mark.parametrize("plan", PLANS[1:3], ids=str)

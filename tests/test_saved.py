@@ -90,6 +90,7 @@ def through_file(cache, path, model, **kwargs) -> KIVICache:
         {"k_bits": 2, "v_bits": 16, "wide_channels": 0.5},
         {"k_bits": [2, 4, 8], "v_bits": [8, 2, 4], "v_rotation": True},
         {"metadata_bits": 8, "wide_channels": 0.5},
+        {"k_bits": [2, 4, 2], "wide_channels": [1.0, 0.5, 0], "metadata_bits": 8},
         {"use_kivi": False},
     ],
     ids=str,

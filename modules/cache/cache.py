@@ -98,7 +98,7 @@ class KIVICache(Cache):
         self._model: weakref.ref[PreTrainedModel] | None = None  # that ran it last, where the model says so
         super().__init__(layers=[] if config is None else self._layers_of(config))
         if config is None:
-            options.bits_of_layer(0, 1)  # a list of bits needs to know how many layers there are
+            options.of_layer(0, 1)  # a list needs to know how many layers there are
         self.offloading = offloading
 
     def _layers_of(self, config: PreTrainedConfig) -> list[CacheLayerMixin]:
@@ -107,9 +107,10 @@ class KIVICache(Cache):
         layers = DynamicCache(config=config).layers  # transformers' own choice of layer for each kind of attention
         for index, layer in enumerate(layers):
             if type(layer) is DynamicLayer:
-                bits = self.options.bits_of_layer(index, len(layers))
+                options = self.options.of_layer(index, len(layers))
+                bits = options.bits_of_layer(0, 1)
                 static = None if self.static is None else self.static.layers.get(index)
-                layers[index] = KIVICacheLayer(self.options, bits, index, self.ledger, static, rotary_share(config))
+                layers[index] = KIVICacheLayer(options, bits, index, self.ledger, static, rotary_share(config))
         if self.static is not None:
             check_packed(self.static, layers)
         return layers

@@ -27,7 +27,7 @@ class KIVICacheLayer(CacheLayerMixin):
     """One layer of a `KIVICache`; its tensors are in `store` once the first tokens have come.
 
     Args:
-        options: what to store.
+        options: what to store, those of this layer.
         bits: `(k_bits, v_bits)` of this layer.
         layer_idx: its number.
         ledger: of the cache.

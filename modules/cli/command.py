@@ -77,7 +77,9 @@ def parse_one_of(
     """One of several commands, by the name that comes first; otherwise as `parse`."""
     from tyro.extras import subcommand_cli_from_dict
 
-    return subcommand_cli_from_dict(dict(commands), prog=prog, description=description, args=_with_preset(arguments), **_settings())
+    return subcommand_cli_from_dict(
+        dict(commands), prog=prog, description=description, args=_with_preset(arguments), **_settings()
+    )
 
 
 def _with_preset(arguments: Sequence[str] | None) -> list[str]:

@@ -7,10 +7,12 @@ own, and answers to questions about long contexts, caches side by side.
 or from a shell: `python -m modules.evaluation quality --model PATH --text prose`.
 """
 
+from modules.evaluation.budget import Choice, choose
 from modules.evaluation.candidates import Candidate, grid_candidates, main_candidates, parse_options, peers
+from modules.evaluation.curvature import record_layers
 from modules.evaluation.environment import Environment
 from modules.evaluation.free import measure_free
-from modules.evaluation.layers import LayerCosts, choose_bits, measure_layers
+from modules.evaluation.layers import LayerCosts, measure_layers
 from modules.evaluation.passkey import measure_passkey, passkey_prompt
 from modules.evaluation.quality import measure_quality
 from modules.evaluation.results import (
@@ -33,6 +35,7 @@ from modules.evaluation.texts import encode, load_text
 __all__ = [
     "BenchmarkResult",
     "Candidate",
+    "Choice",
     "Environment",
     "FreeResult",
     "FreeRow",
@@ -43,7 +46,7 @@ __all__ = [
     "QualityRow",
     "TaskRow",
     "TasksResult",
-    "choose_bits",
+    "choose",
     "encode",
     "greedy",
     "grid_candidates",
@@ -60,5 +63,6 @@ __all__ = [
     "passkey_prompt",
     "peers",
     "prefill",
+    "record_layers",
     "save_result",
 ]

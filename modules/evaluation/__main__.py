@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +15,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from modules.cli.command import argument, check_least, group, parse_one_of
 from modules.cli.status import run
 from modules.evaluation.ablations import ablations
+from modules.evaluation.budget import BITS, BUDGETS
+from modules.evaluation.by_layer import CHOSEN, choose_by_layer
 from modules.evaluation.candidates import (
     CANDIDATE_SETS,
     Candidate,
+    by_layer,
     changes,
-    kivi,
     parse_options,
     peers,
     short_candidates,
-    written,
 )
 from modules.evaluation.flags import CacheFlags, ModelFlags
 from modules.evaluation.free_command import Free, run_free
 from modules.evaluation.int8 import measure_int8, write_int8_report
-from modules.evaluation.layers import EXTRA_BITS, TOKENS, LayerCosts, choose_bits, measure_layers
+from modules.evaluation.layers import TOKENS
 from modules.evaluation.loading import MODEL_HELP, load_model
 from modules.evaluation.passkey import depths_of, measure_passkey
 from modules.evaluation.plan import INT8_PLAN, PLAN, Int8Step, Step, existing_models, int8_steps, steps
@@ -37,6 +38,7 @@ from modules.evaluation.quality import SKIP, keep_peers, measure_quality
 from modules.evaluation.references import other_methods, references
 from modules.evaluation.report import write_report
 from modules.evaluation.results import (
+    BenchmarkResult,
     FreeResult,
     PasskeyResult,
     QualityResult,
@@ -44,9 +46,9 @@ from modules.evaluation.results import (
     load_result,
     save_result,
 )
-from modules.evaluation.showing import progress_bar, show
+from modules.evaluation.showing import progress_bar, show, show_layers
 from modules.evaluation.streaming import CHUNK
-from modules.evaluation.tables import ablation_table, layer_table, print_table
+from modules.evaluation.tables import ablation_table, print_table
 from modules.evaluation.tasks_command import Tasks, run_tasks
 from modules.evaluation.texts import TEXT_HELP, encode, load_text
 from modules.options import KIVIOptions
@@ -126,17 +128,22 @@ def run_layers(
     tokenizer: PreTrainedTokenizerBase,
     *,
     console: Console,
+    model_name: str,
     text: str,
     tokens: int = TOKENS,
+    bits: Sequence[float] = (BITS,),
     options: dict[str, Any] | None = None,
-) -> LayerCosts:
-    """Measure every layer alone, with a progress bar."""
+) -> list[BenchmarkResult]:
+    """Measure every layer and choose, with a progress bar."""
     ids = encode(tokenizer, load_text(text), tokens, text)
-    total = -(-tokens // CHUNK) * (2 * model.config.num_hidden_layers + 1)
     with progress_bar(console) as bar:
-        task = bar.add_task("", total=total)
-        return measure_layers(
-            model, ids, options=options, progress=lambda name: bar.update(task, advance=1, description=name)
+        task = bar.add_task("one forward and its derivative", total=None)
+
+        def progress(name: str, total: int) -> None:
+            bar.update(task, advance=1, description=name, total=total)
+
+        return choose_by_layer(
+            model, ids, bits=bits, options=options, model_name=model_name, text_name=text, progress=progress
         )
 
 
@@ -166,7 +173,7 @@ def measure_steps(wanted: list[Step], models: Path, flags: Report, console: Cons
             result: Any = _MEASURES[step.kind](step, *loaded[step.model], console)
         else:
             earlier = load_result(path) if path.exists() else None
-            result = _measure_step(step, loaded[step.model], earlier, flags.missing, console)
+            result = _measure_step(step, loaded[step.model], earlier, flags, console)
         show(result, str(path))
 
 
@@ -206,11 +213,23 @@ def _measure_tasks(
 _MEASURES: dict[str, Callable[..., Any]] = {"passkey": _measure_passkey, "free": _measure_free, "tasks": _measure_tasks}
 
 
-def _measure_step(step: Step, loaded: Any, earlier: Any, missing_only: bool, console: Console) -> QualityResult:
-    own = [] if missing_only else CANDIDATE_SETS[step.candidates]()
-    if step.calibration and not missing_only:
-        costs = run_layers(*loaded, console=console, text=step.calibration)
-        own.append(kivi(f"4 bits in some layers, by {step.calibration}", choose_bits(costs)))
+def _chosen_by_layer(step: Step, loaded: Any, results: Path, console: Console) -> list[Candidate]:
+    """Caches with bits by layer, chosen by the step's other text: as an earlier run saved them, or chosen and saved now."""
+    if not step.calibration:
+        return []
+    paths = {bits: results / f"layers-{step.model}-{step.calibration}-{bits:g}.json" for bits in BUDGETS}
+    missing = [bits for bits, path in paths.items() if not path.exists()]
+    if missing:
+        chosen = run_layers(*loaded, console=console, model_name=step.model, text=step.calibration, bits=missing)
+        for bits, result in zip(missing, chosen):
+            save_result(result, paths[bits])
+    return [by_layer(load_result(path)) for path in paths.values()]
+
+
+def _measure_step(step: Step, loaded: Any, earlier: Any, flags: Report, console: Console) -> QualityResult:
+    own = []
+    if not flags.missing:
+        own = CANDIDATE_SETS[step.candidates]() + _chosen_by_layer(step, loaded, Path(flags.results), console)
 
     def measure(candidates: list[Candidate]) -> QualityResult:
         model, tokenizer = loaded
@@ -218,7 +237,7 @@ def _measure_step(step: Step, loaded: Any, earlier: Any, missing_only: bool, con
             model, tokenizer, candidates, console=console, model_name=step.model, text=step.text, tokens=step.tokens
         )
 
-    result = earlier if missing_only and earlier else keep_peers(measure(own), earlier)
+    result = earlier if flags.missing and earlier else keep_peers(measure(own), earlier)
     others = other_methods() if step.peers else []
     missing = [peer for peer in others if all(row.name != peer.name for row in result.rows)]
     return keep_peers(result, measure(missing)) if missing else result
@@ -308,32 +327,55 @@ class Passkey(CacheFlags):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layers(ModelFlags):
-    """k_bits and v_bits, an entry a layer, by what each layer costs alone."""
+    """Bits and wide channels of each layer that cost least, within so many stored bits."""
 
     model: str = argument(help=MODEL_HELP)
     cache: KIVIOptions = group(KIVIOptions)
+    bits: tuple[float, ...] = argument(
+        (BITS,),
+        "stored bits an element may take on average, with its share of scale and minimum; or several such limits",
+    )
+    scale_bits: int = argument(8, "metadata_bits of the cache; 16 for a GPU, where Triton reads no others", (8, 16))
     text: str = argument("prose", TEXT_HELP)
     tokens: int = argument(TOKENS, "of the text")
-    extra: float = argument(EXTRA_BITS, "stored bits an element may take beyond 2 bits everywhere, on average")
+    output: str | None = argument(
+        None, "write what was chosen, and what it costs, as JSON here; {bits} in the name stands for the limit"
+    )
 
     def __post_init__(self) -> None:
         check_least(self.tokens, 3, "--tokens")
-        check_least(self.extra, 0, "--extra")
+        for bits in self.bits:
+            check_least(bits, 2, "--bits")
+        if not self.bits:
+            raise ValueError("--bits must name at least one limit.")
+        if self.output and len({self.path(bits) for bits in self.bits}) < len(self.bits):
+            raise ValueError(f"--output must be a name with {{bits}} in it for several --bits; got {self.output!r}.")
+
+    def path(self, bits: float) -> str | None:
+        """Where what was chosen within `bits` is written."""
+        return None if self.output is None else self.output.replace("{bits}", f"{bits:g}")
 
     def run(self, console: Console) -> None:
-        """Measure and show."""
+        """Measure, show and save."""
         options = changes(self.cache)
-        bits = sorted({"k_bits", "v_bits"} & set(options))
-        if bits:
-            raise ValueError(f"this command chooses the bits; leave {' and '.join(bits)} out.")
+        chosen = [name for name in options if name in CHOSEN]
+        if chosen:
+            raise ValueError(f"this command chooses {', '.join(CHOSEN)}; leave {' and '.join(chosen)} out.")
         Processes.join(self.device).refuse("kivi evaluate layers")
         load_text(self.text)
         model, tokenizer = load_model(self.model, self.dtype, self.device)
-        costs = run_layers(model, tokenizer, console=console, text=self.text, tokens=self.tokens, options=options)
-        chosen = choose_bits(costs, self.extra, options)
-        title = f"{Path(self.model).name}: KL with 2 bits in one layer alone"
-        print_table(layer_table(costs, chosen), title, Console())
-        print(written(chosen))
+        results = run_layers(
+            model,
+            tokenizer,
+            console=console,
+            model_name=Path(self.model).name,
+            text=self.text,
+            tokens=self.tokens,
+            bits=self.bits,
+            options={**options, "metadata_bits": self.scale_bits},
+        )
+        for bits, result in zip(self.bits, results):
+            show_layers(result, self.path(bits))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,15 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from modules.evaluation.environment import Environment
+from modules.evaluation.recording import Recorded, recording
 from modules.evaluation.results import BenchmarkResult
 from modules.evaluation.texts import digest, encode, load_text
 from modules.evaluation.variants import FIRST, States, Variant, key_variants, value_variants
@@ -28,36 +23,18 @@ from modules.options import KIVIOptions
 NAME = "ablations"
 SKIP = 512
 _OPTIONS = KIVIOptions()
-_RECORDING = "kivi_recording"
 
 
-def record(
-    model: PreTrainedModel, input_ids: torch.Tensor, wanted: Sequence[int]
-) -> dict[int, tuple[torch.Tensor, ...]]:
-    """Queries, keys and values, `[heads, T, D]` each, of the layers `wanted` over ids `[1, T]`, by layer."""
-    found: dict[int, tuple[torch.Tensor, ...]] = {}
-
-    def attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
-        if module.layer_idx in wanted:
-            found[module.layer_idx] = (query[0] * scaling, key[0], value[0])
-        out = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
-        )
-        return out.transpose(1, 2), None
-
-    AttentionInterface.register(_RECORDING, attend)
-    AttentionMaskInterface.register(_RECORDING, lambda *args, **kwargs: None)
-    before = model.config._attn_implementation
-    model.set_attn_implementation(_RECORDING)
-    with torch.inference_mode():
+def record(model: PreTrainedModel, input_ids: torch.Tensor, wanted: Sequence[int]) -> dict[int, Recorded]:
+    """The states of the layers `wanted` over ids `[1, T]`, by layer."""
+    with torch.inference_mode(), recording(model, wanted) as found:
         model(input_ids=input_ids, use_cache=False, logits_to_keep=1)
-    model.set_attn_implementation(before)
     return found
 
 
-def states_of(model: PreTrainedModel, layer: int, recorded: tuple[torch.Tensor, ...]) -> States:
+def states_of(model: PreTrainedModel, layer: int, recorded: Recorded) -> States:
     """What variants are given of a layer."""
-    query, key, value = recorded
+    query, key, value, _ = recorded
     weight = model.model.layers[layer].self_attn.o_proj.weight.float()
     shape = key.shape[0], query.shape[0] // key.shape[0]
     return States(query.unflatten(0, shape), key, value, weight.T.unflatten(0, (*shape, query.shape[2])))

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -13,6 +14,7 @@ from transformers.cache_utils import Cache, DynamicCache, QuantizedCache
 
 from modules.calibration.deployment import FakeQuantizedCache
 from modules.codecs.static import StaticParameters
+from modules.evaluation.results import BenchmarkResult, Result, load_result
 from modules.kivi_cache_general import KIVICache
 from modules.options import FULL_PRECISION_BITS, PRESETS, KIVIOptions
 
@@ -67,6 +69,20 @@ def kivi(name: str, options: Mapping[str, Any], kind: str = "kivi") -> Candidate
     """
     chosen = KIVIOptions.from_config(None, options)
     return Candidate(name, lambda config: KIVICache(config, chosen), kind=kind, options=dict(options))
+
+
+def by_layer(result: Result) -> Candidate:
+    """The cache whose options `choose_by_layer` found.
+
+    Raises:
+        ValueError: for a result of something else.
+    """
+    if not isinstance(result, BenchmarkResult) or not {"options", "at_most", "text"} <= set(result.settings):
+        raise ValueError(
+            "bits by layer are made from a result of `python -m modules.evaluation layers`; got another one."
+        )
+    settings = result.settings
+    return kivi(f"bits by layer, {settings['at_most']:g}, by {settings['text']}", settings["options"])
 
 
 def static(name: str, parameters: StaticParameters) -> Candidate:
@@ -214,12 +230,16 @@ def _as_candidate(name: str, cache: Mapping[str, Any] | CacheFactory) -> Candida
 
 
 def parse_options(text: str) -> Candidate:
-    """A candidate from a command line: "k_bits=2,v_bits=4", or with a name before a colon: "mine: k_bits=2". Bits of
-    single layers are written "k_bits=2/4/2".
+    """A candidate from a command line: "k_bits=2,v_bits=4", or with a name before a colon: "mine: k_bits=2". Entries
+    of single layers are written "k_bits=2/4/2". "layers.json" is the file that `python -m modules.evaluation layers` wrote.
 
     Raises:
         ValueError: for anything else, and for options that are unknown or not allowed.
     """
+    if text.endswith(".json"):
+        if not Path(text).is_file():
+            raise ValueError(f"there is no file {text!r} with options.")
+        return by_layer(load_result(text))
     before, colon, after = text.partition(":")
     name, given = (before, after) if colon and "=" not in before else ("", text)
     options = {}
@@ -237,8 +257,8 @@ def _value(text: str) -> Any:
         return words[text]
     if re.fullmatch(r"-?\d+", text):
         return int(text)
-    if re.fullmatch(r"\d+(/\d+)+", text):
-        return [int(part) for part in text.split("/")]
+    if re.fullmatch(r"[\d.]+(/[\d.]+)+", text):
+        return [_value(part) for part in text.split("/")]
     return float(text) if re.fullmatch(r"-?\d*\.\d+", text) else text
 
 

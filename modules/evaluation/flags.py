@@ -29,7 +29,7 @@ class CacheFlags(ModelFlags):
     model: str = argument(help=MODEL_HELP)
     cache: KIVIOptions = group(KIVIOptions)
     options: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = argument(
-        (), "another KIVI cache, as NAME=VALUE,…; may be repeated, 'name: …' names it"
+        (), "another KIVI cache, as NAME=VALUE,…, or a file that `layers` wrote; may be repeated, 'name: …' names it"
     )
     chunk: int = argument(CHUNK, "tokens that go through the cache at once")
     output: str | None = argument(None, "write the result as JSON here")

@@ -20,7 +20,7 @@ class Step:
         text: what goes through the caches, or the filler.
         tokens: of the text or of a prompt; new_tokens: of its continuations; lengths: of the prompts of passkeys and needles.
         candidates: name of a set of candidates; peers: transformers' own quantized caches too.
-        calibration: a text by which the bits of single layers are chosen for one more candidate.
+        calibration: a text by which the bits of single layers are chosen for more candidates.
     """
 
     name: str
@@ -41,9 +41,9 @@ class Step:
 
 
 PLAN = [
-    Step("smollm2-prose", SMOLLM2, candidates="grid"),
-    Step("qwen-prose", QWEN),
-    Step("qwen-code", QWEN, text="code"),
+    Step("smollm2-prose", SMOLLM2, candidates="grid", calibration="code"),
+    Step("qwen-prose", QWEN, calibration="code"),
+    Step("qwen-code", QWEN, text="code", calibration="prose"),
     Step("smollm2-code", SMOLLM2, text="code", calibration="prose"),
     Step("smollm2-free", SMOLLM2, kind="free", tokens=1024, new_tokens=400),
     Step("smollm2-tasks", SMOLLM2, kind="tasks", lengths=(4000,), peers=False),

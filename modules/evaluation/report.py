@@ -19,6 +19,7 @@ from modules.evaluation.results import (
     PasskeyResult,
     QualityResult,
     QualityRow,
+    Result,
     TasksResult,
     load_result,
 )
@@ -54,7 +55,7 @@ def read_results(folder: str | Path) -> tuple[list[QualityResult], list[Other]]:
     Raises:
         ValueError: where there is no measurement of quality, or a file holds something else.
     """
-    results = [load_result(path) for path in sorted(Path(folder).glob("quality*.json"))]
+    results = _read(folder, "quality*.json")
     quality = [result for result in results if isinstance(result, QualityResult)]
     if not quality:
         raise ValueError(
@@ -75,7 +76,7 @@ def write_report(folder: str | Path, output: str | Path) -> list[Path]:
     output.parent.mkdir(parents=True, exist_ok=True)
     plot = output.with_suffix(".svg")
     draw(quality, plot)
-    output.write_text(page(quality, others, plot.name, read_ablations(folder)))
+    output.write_text(page(quality, others, plot.name, read_ablations(folder), read_by_layer(folder)))
     return [output, plot]
 
 
@@ -85,8 +86,20 @@ def read_ablations(folder: str | Path) -> list[BenchmarkResult]:
     Raises:
         ValueError: where a file holds something else.
     """
-    results = [load_result(path) for path in sorted(Path(folder).glob("ablations*.json"))]
-    return [result for result in results if isinstance(result, BenchmarkResult)]
+    return [result for result in _read(folder, "ablations*.json") if isinstance(result, BenchmarkResult)]
+
+
+def read_by_layer(folder: str | Path) -> list[QualityResult]:
+    """Every `by-layer*.json` of a folder, by name.
+
+    Raises:
+        ValueError: where a file holds something else.
+    """
+    return [result for result in _read(folder, "by-layer*.json") if isinstance(result, QualityResult)]
+
+
+def _read(folder: str | Path, pattern: str) -> list[Result]:
+    return [load_result(path) for path in sorted(Path(folder).glob(pattern))]
 
 
 def page(
@@ -94,6 +107,7 @@ def page(
     others: Sequence[Other],
     plot: str,
     ablations: Sequence[BenchmarkResult] = (),
+    by_layer: Sequence[QualityResult] = (),
 ) -> str:
     """The report as Markdown."""
     passkeys = [result for result in others if isinstance(result, PasskeyResult)]
@@ -115,6 +129,7 @@ def page(
         free_table=free_table,
         tasks_table=tasks_table,
         ablations=ablations,
+        by_layer=by_layer,
         ablation_table=ablation_table,
     )
 
@@ -252,7 +267,7 @@ def _panel(axis: Any, result: QualityResult) -> None:
 def _label(row: QualityRow) -> str:
     """Short: bits of K/V and the group size; nothing for variants, which crowd around the defaults."""
     options = row.options
-    if row.name.startswith(("paper +", "defaults,")) or isinstance(options.get("k_bits"), list):
+    if row.name.startswith(("paper +", "defaults,")) or any(isinstance(value, list) for value in options.values()):
         return ""
     if row.kind == "reference":
         bits = options.get("bits") or f"{options['k_bits']}/{options['v_bits']}"

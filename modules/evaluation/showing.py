@@ -5,8 +5,23 @@ from __future__ import annotations
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from modules.evaluation.results import FreeResult, PasskeyResult, QualityResult, TasksResult, save_result
-from modules.evaluation.tables import free_table, passkey_table, print_table, quality_table, tasks_table
+from modules.evaluation.candidates import written
+from modules.evaluation.results import (
+    BenchmarkResult,
+    FreeResult,
+    PasskeyResult,
+    QualityResult,
+    TasksResult,
+    save_result,
+)
+from modules.evaluation.tables import (
+    free_table,
+    layer_table,
+    passkey_table,
+    print_table,
+    quality_table,
+    tasks_table,
+)
 
 Shown = QualityResult | PasskeyResult | FreeResult | TasksResult
 
@@ -30,6 +45,26 @@ def show(result: Shown, output: str | None) -> None:
         print_table(table, f"{result.model}: {'right answers' if tasks else 'keys found'}", console)
         for name, note in result.notes.items():
             console.print(f"{name}: {note}")
+    if output:
+        save_result(result, output)
+        console.print(f"written: {output}")
+
+
+def show_layers(result: BenchmarkResult, output: str | None) -> None:
+    """Print what was chosen for each layer, and the options as they are typed and passed; save it where an output is given."""
+    console, settings = Console(), result.settings
+    title = (
+        f"{settings['model']}, {settings['text']}: {settings['bits']:.2f} bits, predicted KL {settings['kl']:.4f} nats"
+    )
+    print_table(layer_table(result), title, console)
+    options = settings["options"]
+    flags = [
+        f"--{name.replace('_', '-')} {' '.join(map(str, value if isinstance(value, list) else [value]))}"
+        for name, value in options.items()
+    ]
+    passed = ", ".join(f"{name}={value!r}" for name, value in options.items())
+    for what, line in (("flags", " ".join(flags)), ("in Python", passed), ("for --options", written(options))):
+        print(f"{what}:\n{line}")  # unbroken, to be copied
     if output:
         save_result(result, output)
         console.print(f"written: {output}")

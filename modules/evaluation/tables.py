@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pandas
@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.table import Table
 
 from modules.evaluation.candidates import FULL
-from modules.evaluation.layers import LayerCosts
 from modules.evaluation.results import (
     BenchmarkResult,
     FreeResult,
@@ -127,13 +126,20 @@ def tasks_table(result: TasksResult) -> pandas.DataFrame:
     return pandas.DataFrame(rows, columns=header)
 
 
-def layer_table(costs: LayerCosts, chosen: Mapping[str, Sequence[int]]) -> pandas.DataFrame:
-    """Layer, and of its keys and values what 2 bits cost and the bits chosen."""
+def layer_table(result: BenchmarkResult) -> pandas.DataFrame:
+    """Layer, and of its keys and values the bits chosen and what they cost."""
     rows = [
-        [str(layer), number(key, 5), str(chosen["k_bits"][layer]), number(value, 5), str(chosen["v_bits"][layer])]
-        for layer, (key, value) in enumerate(zip(costs.k_bits, costs.v_bits))
+        [
+            str(row["layer"]),
+            str(row["k_bits"]),
+            number(row["wide_channels"], 2) if row["wide_channels"] else "",
+            number(row["kl_of_keys"], 5),
+            str(row["v_bits"]),
+            number(row["kl_of_values"], 5),
+        ]
+        for row in result.rows
     ]
-    return pandas.DataFrame(rows, columns=["layer", "K: KL (nats)", "K bits", "V: KL (nats)", "V bits"])
+    return pandas.DataFrame(rows, columns=["layer", "K bits", "wide", "K: KL (nats)", "V bits", "V: KL (nats)"])
 
 
 def ablation_table(result: BenchmarkResult) -> pandas.DataFrame:

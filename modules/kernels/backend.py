@@ -10,7 +10,7 @@ import abc
 import torch
 
 from modules.codecs.full_precision import FULL_PRECISION
-from modules.codecs.kivi import GROUPED
+from modules.codecs.kivi import EIGHT_BIT_METADATA, GROUPED
 from modules.codecs.static_codec import STATIC
 from modules.kernels.append import append_sequences
 from modules.store.layer import PackedLayer
@@ -29,7 +29,7 @@ class Backend(abc.ABC):
     """
 
     name: str
-    layouts: frozenset[str] = frozenset((GROUPED, FULL_PRECISION, STATIC))
+    layouts: frozenset[str] = frozenset((GROUPED, EIGHT_BIT_METADATA, FULL_PRECISION, STATIC))
 
     def __deepcopy__(self, memo: dict) -> Backend:
         return self

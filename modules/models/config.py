@@ -183,7 +183,7 @@ def check_config(config: PreTrainedConfig) -> None:
     options = check_fields(config)
     for head_dim in head_dims_of(config):
         options.check_head_dim(head_dim)
-    options.bits_of_layer(0, config.num_hidden_layers)
+    options.of_layer(0, config.num_hidden_layers)
 
 
 def check_fields(config: PreTrainedConfig) -> KIVIOptions:

@@ -16,7 +16,8 @@ def warm_up(model: PreTrainedModel, cache: KIVICache) -> None:
     """Attend and pack once in a layer of each kind of a scratch `cache`, in the shapes of `model` and with random states."""
     config = model.config.get_text_config(decoder=True)
     options, heads, head_dim = cache.options, config.num_key_value_heads, head_dim_of(config)
-    layers = list({layer.bits: layer for layer in cache.kivi_layers}.values())
+    kinds = {(layer.bits, layer.options.wide_channels): layer for layer in cache.kivi_layers}
+    layers = list(kinds.values())
     generator = torch.Generator().manual_seed(0)
     for length in (options.sink_length + options.residual_length + options.group_size, TURN_TOKENS, 1):
         step = Step.of(None, 1, length)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from modules.codecs.kivi import EIGHT_BIT_METADATA
 from modules.kernels.backend import Backend
 from modules.kernels.numba import attention, packing
 from modules.store.layer import PackedLayer
@@ -16,7 +15,6 @@ class NumbaBackend(Backend):
     """Vectorized kernels for float32, bfloat16 and float16 on any CPU."""
 
     name = "numba"
-    layouts = Backend.layouts | {EIGHT_BIT_METADATA}
 
     def why_not(self, layer: PackedLayer) -> str | None:
         """See `Backend.why_not`."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from modules.codecs.kivi import EIGHT_BIT_METADATA
 from modules.kernels.backend import Backend
 from modules.kernels.reference import attention, rebuilt
 from modules.store.layer import PackedLayer
@@ -17,7 +16,6 @@ class TorchBackend(Backend):
     """Plain torch: any device, any layout."""
 
     name = "torch"
-    layouts = Backend.layouts | {EIGHT_BIT_METADATA}
 
     def why_not(self, layer: PackedLayer) -> str | None:
         """Nothing does."""

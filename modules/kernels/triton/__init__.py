@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from modules.codecs.kivi import EIGHT_BIT_METADATA
 from modules.kernels.backend import Backend
 from modules.kernels.triton import append, attention, checks, pack
 from modules.store.layer import PackedLayer
@@ -16,7 +15,6 @@ class TritonBackend(Backend):
     """Kernels that read the codes as they lie and the lengths from the device; a step of one token waits for nothing."""
 
     name = "triton"
-    layouts = Backend.layouts | {EIGHT_BIT_METADATA}
 
     def why_not(self, layer: PackedLayer) -> str | None:
         """See `Backend.why_not`."""
