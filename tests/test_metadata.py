@@ -6,7 +6,6 @@ from layers import make_layer, relative_error
 
 from modules.codecs.grouped import choose_order, dequantize_keys, dequantize_values, quantize_keys, quantize_values
 from modules.codecs.metadata import EIGHT_BIT_KEYS, EIGHT_BIT_VALUES, FLOAT16, numbers_of, scale_codes, scales_of
-from modules.kernels.backend import Backend
 from modules.kernels.registry import backend
 from modules.options import KIVIOptions, rotary_share
 from modules.store.step import Step
