@@ -298,12 +298,13 @@ class KIVIOptions:
         quantized = sorted({bits for bits in flat if bits != FULL_PRECISION_BITS})
         if not quantized:
             return
-        for name, size in (("group_size", self.group_size), ("v_group_size", self.v_group_size or self.group_size)):
-            if head_dim % size:
-                fitting = max(divisor for divisor in range(1, size) if head_dim % divisor == 0)
-                raise ValueError(
-                    f"{name} must divide head_dim; got {name}={size} and head_dim={head_dim}. Try {name}={fitting}."
-                )
+        name = "group_size" if self.v_group_size is None else "v_group_size"  # which is that of values then
+        size = getattr(self, name)
+        if head_dim % size:
+            fitting = max(divisor for divisor in range(1, size) if head_dim % divisor == 0)
+            raise ValueError(
+                f"{name} must divide head_dim; got {name}={size} and head_dim={head_dim}. Try v_group_size={fitting}."
+            )
         codes_per_byte = 8 // quantized[0]
         if head_dim % codes_per_byte:
             raise ValueError(

@@ -102,11 +102,12 @@ def test_every_pair_of_bits(kernels, bits, metadata_bits):
 
 
 @pytest.mark.parametrize(
-    "head_dim, group_size", [(64, 16), (64, 64), (96, 32), (128, 32), (128, 64), (128, 128), (256, 32)]
+    "head_dim, group_size", [(64, 16), (64, 64), (64, 128), (96, 32), (128, 32), (128, 64), (128, 128), (256, 32)]
 )
 @pytest.mark.parametrize("bits, metadata_bits", [(2, 16), (8, 16), (2, 8)])
 def test_every_head_and_group_size(kernels, head_dim, group_size, bits, metadata_bits):
     sizes = {"head_dim": head_dim, "group_size": group_size, "residual_length": group_size}
+    sizes["v_group_size"] = min(group_size, head_dim)
     check_attention(stored([300], bits=(bits, bits), metadata_bits=metadata_bits, **sizes))
 
 

@@ -17,7 +17,7 @@ from modules.evaluation.texts import digest
 from modules.options import KIVIOptions, head_dim_of, rotary_share
 
 NAME = "layers"
-GROUPS = (32, 64)  # tokens of a group of keys; values have groups of 64 channels where they divide a head
+GROUPS = (32, 64, 128)  # tokens of a group of keys; values have groups of 64 channels where they divide a head
 CHOSEN = ("k_bits", "v_bits", "wide_channels", "metadata_bits", "group_size", "v_group_size")
 
 
@@ -77,9 +77,10 @@ def _result(choice: Choice, most: float, environment: Environment, about: dict[s
 def _frame(group: int, head_dim: int, options: Mapping[str, Any]) -> dict[str, Any] | None:
     """The options that all layers have with keys in groups of `group`; None where these do not fit."""
     residual = options.get("residual_length", KIVIOptions().residual_length)
-    if head_dim % group or residual % group:
+    of_values = 64 if head_dim % 64 == 0 else group
+    if head_dim % of_values or residual % group:
         return None
-    return {"metadata_bits": 8, **options, "group_size": group, "v_group_size": 64 if head_dim % 64 == 0 else group}
+    return {"metadata_bits": 8, **options, "group_size": group, "v_group_size": of_values}
 
 
 def _rows(choice: Choice) -> list[dict[str, Any]]:

@@ -28,8 +28,6 @@ def why_not(layer: PackedLayer) -> str | None:
 def _why_not_in_groups(layer: PackedLayer, head_dim: int) -> str | None:
     if layer.group_size not in GROUP_SIZES:
         return f"group_size={layer.group_size} is not one of {GROUP_SIZES}"
-    if head_dim % layer.group_size:
-        return f"group_size={layer.group_size} does not divide head_dim={head_dim}"
     if layer.value.group_size not in GROUP_SIZES or head_dim % layer.value.group_size:
         return f"v_group_size={layer.value.group_size} is not one of {GROUP_SIZES} that divides head_dim={head_dim}"
     if layer.key.wide > MAX_WIDE:
