@@ -355,7 +355,9 @@ def work(archs: tuple[int, ...], quick: bool) -> list[functools.partial[Compiled
         ]
         if not quick:
             calls += [functools.partial(packing, what, 8, "lsq", 256, 128, arch) for what in ("keys", "values")]
-            calls += [functools.partial(packing, what, 4, "lsq", 256, 32, arch, small=True) for what in ("keys", "values")]
+            calls += [
+                functools.partial(packing, what, 4, "lsq", 256, 32, arch, small=True) for what in ("keys", "values")
+            ]
             calls += [functools.partial(appending, k, v, d, arch) for k, v, d in ((4, 16, 96), (16, 8, 64))]
     return calls
 
