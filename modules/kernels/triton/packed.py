@@ -26,25 +26,32 @@ from modules.kernels.triton.softmax import EMPTY, merge_warps, store_softmax
 
 
 @triton.jit
-def _key_metadata(pointer, group, first_channel, TILE: tl.constexpr, PER_WORD: tl.constexpr = 1):
-    """Scales or minima of the groups `[BATCH]` for one product, as they lie: `[BATCH, K_USED_PAD / PER_WORD]`."""
+def _key_metadata(pointer, group, first_channel, TILE: tl.constexpr):
+    """Scales or minima of the groups `[BATCH]` for one product, as they lie: `[BATCH, K_USED_PAD]`."""
     D: tl.constexpr = TILE.D
     K_USED: tl.constexpr = TILE.K_USED
     K_USED_PAD: tl.constexpr = TILE.K_USED_PAD
-    number = tl.arange(0, K_USED_PAD // PER_WORD)
-    at = group[:, None] * (D // PER_WORD) + number[None, :]
+    number = tl.arange(0, K_USED_PAD)
+    at = group[:, None] * D + number[None, :]
     if K_USED == K_USED_PAD:
-        return tl.load(pointer + at + first_channel // PER_WORD)
+        return tl.load(pointer + at + first_channel)
     else:
-        return tl.load(pointer + at + first_channel // PER_WORD, mask=number[None, :] < K_USED // PER_WORD, other=0)
+        return tl.load(pointer + at + first_channel, mask=number[None, :] < K_USED, other=0)
 
 
 @triton.jit
 def _small_key_scales(pointer, group, first_channel, TILE: tl.constexpr):
     """Scales of 8 bits, read as words of four, for one product: float16 `[BATCH, K_USED_PAD]`."""
+    D: tl.constexpr = TILE.D
     BATCH: tl.constexpr = TILE.BATCH
+    K_USED: tl.constexpr = TILE.K_USED
     K_USED_PAD: tl.constexpr = TILE.K_USED_PAD
-    words = _key_metadata(pointer, group, first_channel, TILE, 4)
+    number = tl.arange(0, K_USED_PAD // 4)
+    at = pointer + group[:, None] * (D // 4) + number[None, :] + first_channel // 4
+    if K_USED == K_USED_PAD:  # noqa: SIM108 - a load takes no mask of None beside what is there instead
+        words = tl.load(at)
+    else:
+        words = tl.load(at, mask=number[None, :] < K_USED // 4, other=0)
     words = tl.broadcast_to(words[:, :, None], [BATCH, K_USED_PAD // 4, 4])
     byte = tl.broadcast_to(tl.arange(0, 4)[None, None, :], words.shape)
     words, byte = tl.reshape(words, [BATCH, K_USED_PAD]), tl.reshape(byte, [BATCH, K_USED_PAD])
