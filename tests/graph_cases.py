@@ -15,7 +15,7 @@ pytest.importorskip("triton")
 
 from conftest import FAMILIES, SIZES, SMALL, relative_error, tokens
 from layers import random_scales
-from triton_cases import kernels  # noqa: F401 - a fixture
+from triton_cases import SMALL_METADATA, kernels  # noqa: F401 - a fixture
 
 from modules.codecs.static import StaticParameters, model_facts
 from modules.kernels.registry import REGISTRY, Entry
@@ -64,11 +64,13 @@ def static_parameters(config):
     return StaticParameters(dict.fromkeys(range(config.num_hidden_layers), scales), model_facts(config), {}, {}, 0)
 
 
-@pytest.mark.parametrize("family, static", [*((family, False) for family in FAMILIES), ("llama", True)])
-def test_logits_of_whole_models(kernels, allowed, family, static):  # noqa: F811
+@pytest.mark.parametrize(
+    "family, how", [*((family, {}) for family in FAMILIES), ("llama", "static"), ("llama", SMALL_METADATA)]
+)
+def test_logits_of_whole_models(kernels, allowed, family, how):  # noqa: F811
     """A padded batch in chunks and single tokens, over a packing: as with the torch backend."""
     model = small_model(family)
-    options = {"static": static_parameters(model.config)} if static else {}
+    options = {"static": static_parameters(model.config)} if how == "static" else how
     ids, mask = left_padded(2, 69, 7)
     logits = {}
     for backend in ("torch", "triton"):
@@ -117,15 +119,15 @@ def graphs_without_a_gpu(monkeypatch):
     return records
 
 
-@pytest.mark.parametrize("reserved, static", [(False, False), (True, False), (True, True)])
-def test_replayed_decoding_is_eager_decoding(kernels, allowed, monkeypatch, reserved, static):  # noqa: F811
+@pytest.mark.parametrize("reserved, how", [(False, {}), (True, {}), (True, "static")])
+def test_replayed_decoding_is_eager_decoding(kernels, allowed, monkeypatch, reserved, how):  # noqa: F811
     """Tokens, lengths and masks over several packings. A cache that knows its length is recorded once; one that grows,
     again each time it moves."""
-    model, steps = small_model("llama"), 12 if static else 36
+    model, steps = small_model("llama"), 12 if how == "static" else 36
     ids, mask = left_padded(2, 42, 7)
     greedy = {"attention_mask": mask, "do_sample": False, "min_new_tokens": steps, "max_new_tokens": steps}
     model.use_cuda_graphs = False
-    options = {"static": static_parameters(model.config)} if static else {"residual_length": 0}
+    options = {"static": static_parameters(model.config)} if how == "static" else {"residual_length": 0, **how}
     eager = model.create_kivi_cache(backend="triton", **options)
     expected = model.generate(ids, past_key_values=eager, **greedy)
     model.use_cuda_graphs = True
