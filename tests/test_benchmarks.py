@@ -222,7 +222,7 @@ def test_the_pages_are_those_of_the_results(tmp_path):
 def test_a_page_says_what_was_not_measured_and_what_was(tmp_path):
     report.write_page(tmp_path, tmp_path / "page.md")
     page = (tmp_path / "page.md").read_text()
-    assert page.count("Not measured yet.") == 5 and "Not compiled yet." in page and "not run on a GPU" in page
+    assert page.count("Not measured yet.") == 6 and "Not compiled yet." in page and "not run on a GPU" in page
     row = gpu_bench.Row("end-to-end", "Llama-3.1-8B", "KIVI graph", 8, 32768, microseconds=12345.6)
     here = Environment("2026-01-02T03:04Z", "a GPU", 1, "", "3.12.0", {"torch": "2"})
     result = BenchmarkResult("gpu", [dataclasses.asdict(row)], here, {"copy_gigabytes_per_second": 2000})
