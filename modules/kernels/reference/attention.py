@@ -125,11 +125,12 @@ def _scores(query: torch.Tensor, side: PackedSide, sequences: slice, start: int,
     for number, plane in enumerate(_planes(stored.codes, side.bits)):
         channels = slice(number * width, (number + 1) * width)
         _add_scores(scores, query[..., channels], plane, scale[..., channels])
-    step = max(4, width // 4 * 4)  # channels: as much as a plane
-    for first in range(0, side.wide, step):
-        channels = slice(first, min(first + step, side.wide))
-        low = low_codes(stored.extra[..., first // 4 : channels.stop // 4])
-        _add_scores(scores, query[..., channels], low, scale[..., channels] / 4)
+    if stored.extra is not None:
+        step = max(4, width // 4 * 4)  # channels: as much as a plane
+        for first in range(0, side.wide, step):
+            channels = slice(first, min(first + step, side.wide))
+            low = low_codes(stored.extra[..., first // 4 : channels.stop // 4])
+            _add_scores(scores, query[..., channels], low, scale[..., channels] / 4)
     return scores
 
 
