@@ -22,7 +22,7 @@ SIZES = {
     "num_attention_heads": 2,
     "num_hidden_layers": 2,
     "intermediate_size": 64,
-    "vocab_size": 128,
+    "vocab_size": 512,
 }
 
 
@@ -67,12 +67,12 @@ def test_models_and_caches_take_it(config, tmp_path):
 
 
 def test_a_flag_stands_for_those_of_a_preset(capsys):
-    assert parse(Benchmark, ["--preset", "quality", "--k-bits", "8"], description="").cache == KIVIOptions(
+    assert parse(Benchmark, ["folder", "--preset", "quality", "--k-bits", "8"], description="").cache == KIVIOptions(
         k_bits=8, v_bits=4
     )
-    assert parse(Benchmark, ["--preset=small"], description="").cache == KIVIOptions(**PRESETS["small"])
+    assert parse(Benchmark, ["folder", "--preset=small"], description="").cache == KIVIOptions(**PRESETS["small"])
     with pytest.raises(SystemExit) as ended:
-        parse(Benchmark, ["--preset", "best"], description="")
+        parse(Benchmark, ["folder", "--preset", "best"], description="")
     assert ended.value.code == 2 and "preset must be one of" in capsys.readouterr().err
 
 
