@@ -186,7 +186,7 @@ def test_layouts_without_a_kernel(head_dim, group, dtype):
 def test_decode_steps_are_those_of_torch(plan):
     """Checks, rotation, attention, sinks, window and packing in one call, past flushes and the ring's end."""
     bits, _, gqa, _, group, dtype, _ = plan
-    layer = layer_of(plan, [1, 3 * group + 1, 2 * group + 3])
+    layer = layer_of(plan, [1, 3 * group + 1, 2 * group + 3], metadata_bits=16)  # with 8 a tie moves a scale by a step
     reference, before = copy.deepcopy(layer), layer.packed
     for step in range(3 * group + 20):
         states = new_states(layer, gqa, 1, seed=step)
@@ -194,7 +194,7 @@ def test_decode_steps_are_those_of_torch(plan):
             out = NUMBA.decode(*states, layer, 0.1)
         layer.ledger.commit(Step.of(None, 3, 1))
         ref = attend_and_store(TORCH, *states, reference, 0.1)
-        bound = TOLERANCE[dtype] if layer.packed == before else max(1.5 * TOLERANCE[dtype], 2e-3)  # ties may differ
+        bound = TOLERANCE[dtype] if layer.packed == before else max(TOLERANCE[dtype], 1e-3)  # codes at a tie may differ
         assert relative_error(out, ref) < bound, step
         assert layer.lengths == reference.lengths and layer.packed == reference.packed
     assert layer.packed[1] > layer.packed[0] > 0
