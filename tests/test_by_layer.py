@@ -186,7 +186,7 @@ def test_layers_command(model, tmp_path, capsys, tokenizer):
     ("length", "options", "message"),
     [
         (133, {}, "133 tokens leave nothing to store; give more than 133"),
-        (300, {"residual_length": 48}, "groups of 32 or 64 do not divide"),
+        (300, {"residual_length": 48}, "groups of 32, 64, 128 do not fit"),
         (300, {"sink_lenght": 4}, "did you mean 'sink_length'"),
     ],
 )

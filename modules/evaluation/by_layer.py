@@ -51,7 +51,10 @@ def choose_by_layer(
     head_dim, rotary = head_dim_of(model.config), int(rotary_share(model.config) * head_dim_of(model.config))
     frames = [frame for group in GROUPS if (frame := _frame(group, head_dim, options or {})) is not None]
     if not frames:
-        raise ValueError(f"groups of {' or '.join(map(str, GROUPS))} do not divide heads of {head_dim} channels.")
+        raise ValueError(
+            f"groups of {', '.join(map(str, GROUPS))} do not fit: none divides residual_length, and heads of {head_dim} channels "
+            "where 64 does not; give another residual_length."
+        )
     states = record_layers(model, input_ids, rotary, skip=input_ids.shape[-1] // 4)
     total = len(frames) * len(states)
 
