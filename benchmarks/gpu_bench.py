@@ -39,12 +39,12 @@ from modules.store.step import Step
 SHAPES = {"Llama-2-7B": (32, 32, 128), "Llama-3.1-8B": (32, 8, 128), "Qwen2.5-7B": (28, 4, 128)}
 TOKENS = (32768, 8192, 131072, 2048)  # what time does not allow for comes last
 BATCHES = (1, 8, 16, 64)
-SMALL_METADATA = {"metadata_bits": 8, "wide_channels": 0.5}
+LARGE_METADATA = {"metadata_bits": 16, "wide_channels": 0.25}  # as many bits as the defaults
 PACKED: dict[str, tuple[int, dict[str, Any]]] = {  # bits of keys and values, and other options
     "packed K2 V2": (2, {}),
     "packed K4 V4": (4, {}),
     "packed K8 V8": (8, {}),
-    "packed K2 V2, metadata of 8 bits": (2, SMALL_METADATA),
+    "packed K2 V2, metadata of 16 bits": (2, LARGE_METADATA),
 }
 PARTS = ("packing", "end-to-end", "attention")
 DTYPE = torch.bfloat16
@@ -334,8 +334,8 @@ def packing(copy: float) -> Iterator[Row]:
         row = Row("packing", f"{what} {bits} bits {method}", "pack_groups", 1, 32768)
         yield measure(row, functools.partial(packing_steps, what, bits, method), copy)
     for what, method in (("keys", "lsq"), ("values", "clipped")):
-        row = Row("packing", f"{what} 2 bits {method}, metadata of 8 bits", "pack_groups", 1, 32768)
-        yield measure(row, functools.partial(packing_steps, what, 2, method, **SMALL_METADATA), copy)
+        row = Row("packing", f"{what} 2 bits {method}, metadata of 16 bits", "pack_groups", 1, 32768)
+        yield measure(row, functools.partial(packing_steps, what, 2, method, **LARGE_METADATA), copy)
     yield measure(Row("packing", "one token", "append_token", 1, 32768), append_steps, copy)
 
 

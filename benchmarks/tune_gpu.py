@@ -60,12 +60,12 @@ class Case(NamedTuple):
     head_dim: int
     bits: int
     new_tokens: int = 1
-    small_metadata: bool = False
+    large_metadata: bool = False
 
     @property
     def chosen(self) -> dict[str, Any]:
         """The options of its layers."""
-        return gpu_bench.SMALL_METADATA if self.small_metadata else {}
+        return gpu_bench.LARGE_METADATA if self.large_metadata else {}
 
     @property
     def many_rows(self) -> bool:
@@ -78,7 +78,7 @@ CASES = {
     "2 bits, heads of 64": Case(14, 2, 64, 2),
     "8 bits": Case(32, 8, 128, 8),
     "2 bits, 16 new tokens": Case(32, 8, 128, 2, 16),
-    "2 bits, metadata of 8 bits": Case(32, 8, 128, 2, small_metadata=True),
+    "2 bits, metadata of 16 bits": Case(32, 8, 128, 2, large_metadata=True),
 }
 
 

@@ -72,8 +72,8 @@ def test_filled_caches_hold_the_same_tokens():
 @pytest.mark.parametrize(
     "chosen, bits",
     [
-        ({"metadata_bits": 16, "wide_channels": 0.25}, 2 + 0.5 + 1 + 2 + 0.5),  # keys, 4 bits for a quarter, and values
-        (gpu_bench.SMALL_METADATA, 2 + 1 + 0.75 + 2 + 0.25),
+        (gpu_bench.LARGE_METADATA, 2 + 0.5 + 1 + 2 + 0.5),  # keys, 4 bits for a quarter, and values
+        ({}, 2 + 1 + 0.75 + 2 + 0.25),
     ],
     ids=["metadata of 16 bits", "of 8 bits"],
 )

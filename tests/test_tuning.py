@@ -221,11 +221,11 @@ def test_a_default_that_does_not_run_is_not_replaced_in_silence():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("small_metadata", [False, True])
-def test_wrong_attention_is_no_candidate(monkeypatch, small_metadata):
+@pytest.mark.parametrize("large_metadata", [False, True])
+def test_wrong_attention_is_no_candidate(monkeypatch, large_metadata):
     """Plain torch stands in for the kernels, right and then wrong."""
-    workload = Workload(tune_gpu.Case(8, 2, 64, 2, small_metadata=small_metadata), 2, 300)
-    assert (workload.layers[0].key.scale.dtype == torch.uint8) == small_metadata
+    workload = Workload(tune_gpu.Case(8, 2, 64, 2, large_metadata=large_metadata), 2, 300)
+    assert (workload.layers[0].key.scale.dtype == torch.float16) == large_metadata
     monkeypatch.setattr(Workload, "attend", lambda self, layer, pipeline: self.expected.bfloat16())
     assert workload.measure(FIRST, timer=len) == len(workload.layers) >= 2
     for wrong in (1.05, float("nan"), 0.0):
