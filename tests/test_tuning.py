@@ -30,7 +30,7 @@ from modules.kernels.triton.tuning import Table, Tuned
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 GPU = "Some GPU (80 GB)"
-SHAPE = launch.Shape(128, 32, 2, 2, 8, 4, 4, 160, 64, 32)
+SHAPE = launch.Shape(128, 32, 2, 2, 8, 4, 4, 160, 64, 64, k_small_metadata=True, v_small_metadata=True)
 LAYOUT = tuning.layout(SHAPE, False, 2)
 TUNED = Tuned(stages=4, tokens=32, warps=8, programs=3, microseconds=10.0, default_microseconds=12.5)
 CUDA = torch.device("cuda")
@@ -125,7 +125,7 @@ def test_a_layout_names_all_that_the_default_depends_on():
         SHAPE._replace(**change)
         for change in (
             {"head_dim": 64}, {"group_size": 64}, {"k_bits": 4}, {"v_bits": 8}, {"value_group_size": 32}, {"wide": 0},
-            {"static": True}, {"at_once": True}, {"k_small_metadata": True}, {"v_small_metadata": True},
+            {"static": True}, {"at_once": True}, {"k_small_metadata": False}, {"v_small_metadata": False},
         )
     ]  # fmt: skip
     layouts = [tuning.layout(shape, False, 2) for shape in (SHAPE, *others)]
@@ -237,7 +237,7 @@ def test_wrong_attention_is_no_candidate(monkeypatch, large_metadata):
 
 def test_what_the_compiler_spills_is_left_out_but_never_the_default():
     """For a GPU that is not here: by the machine code."""
-    shape = SHAPE._replace(k_bits=8, v_bits=8, head_dim=256, value_group_size=32, wide=0)
+    shape = launch.Shape(256, 32, 8, 8, 8, 4, 4, 160, 32)
     spilling, fitting = Pipeline(2, 64, 4, 2), launch.default_pipeline(shape, False)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         compiled = [
