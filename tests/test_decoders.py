@@ -84,7 +84,7 @@ def test_padded_batches(name, side):
     for row, prompt in enumerate(rows):
         alone = KIVICache(model.config, **SMALL)
         expected = run(model, alone, [prompt[None], *later[row : row + 1].split(1, dim=1)])[0, len(prompt) :]
-        assert relative_error(torch.cat(out, dim=1)[row], expected) < 1e-4
+        assert relative_error(torch.cat(out, dim=1)[row], expected) < 1e-3  # a tie may move a scale of 8 bits by a step
 
 
 def test_beams(name):
