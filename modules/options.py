@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -17,11 +18,12 @@ ALLOWED_V_RANGES = ("minmax", "clipped", "lsq", None)
 ALLOWED_METADATA_BITS = (8, 16, None)
 ALLOWED_BACKENDS = ("auto", "torch", "numba", "triton")
 AUTO = "auto"  # left to the code, by sizes it knows
+LEAST_COMMON = 16  # channels of a value group that is not group_size
 MOST_TOKENS = 1 << 24  # no length is larger: beyond any context, and what an allocator would refuse
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "small": {"group_size": 128, "v_group_size": 64, "wide_channels": 0.25},
+    "small": {"group_size": 128, "wide_channels": 0.25},
     "balanced": {},
     "quality": {"k_bits": 4, "v_bits": 4},
 }
@@ -151,8 +153,8 @@ class KIVIOptions:
     )
     v_group_size: int | None = _option(
         None,
-        "channels of a value group; None: twice group_size for rotated values where that divides the head, else "
-        "group_size",
+        "channels of a value group; None: twice group_size for rotated values where that divides the head, else group_size, or "
+        "what it has in common with the head",
     )
     metadata_bits: int | None = _option(
         None,
@@ -269,7 +271,9 @@ class KIVIOptions:
         if self.v_group_size is not None:
             return self.v_group_size
         double = 2 * self.group_size
-        return double if self.rotates_values(v_bits) and head_dim % double == 0 else self.group_size
+        if self.rotates_values(v_bits) and head_dim % double == 0:
+            return double
+        return math.gcd(self.group_size, head_dim)
 
     def metadata_of(self, k_bits: int, v_bits: int) -> tuple[int, int]:
         """Bits of a scale of the keys and of the values in a layer. With None they are 8 where that costs next to nothing: for
@@ -298,12 +302,17 @@ class KIVIOptions:
         quantized = sorted({bits for bits in flat if bits != FULL_PRECISION_BITS})
         if not quantized:
             return
-        name = "group_size" if self.v_group_size is None else "v_group_size"  # which is that of values then
-        size = getattr(self, name)
-        if head_dim % size:
+        size = self.v_group_size
+        if size is not None and head_dim % size:
             fitting = max(divisor for divisor in range(1, size) if head_dim % divisor == 0)
             raise ValueError(
-                f"{name} must divide head_dim; got {name}={size} and head_dim={head_dim}. Try v_group_size={fitting}."
+                f"v_group_size must divide head_dim; got v_group_size={size} and head_dim={head_dim}. Try {fitting}."
+            )
+        common = math.gcd(self.group_size, head_dim)
+        if size is None and common < min(self.group_size, LEAST_COMMON):
+            raise ValueError(
+                f"group_size must divide head_dim, or have {LEAST_COMMON} or more in common with it; got "
+                f"group_size={self.group_size} and head_dim={head_dim}. Try v_group_size={common}."
             )
         codes_per_byte = 8 // quantized[0]
         if head_dim % codes_per_byte:

@@ -201,7 +201,7 @@ def test_wrong_options_change_nothing():
     for options, why in (
         ({"k_bit": 2}, "did you mean 'k_bits'"),
         ({"k_bits": 3}, "k_bits must be one of"),
-        ({"group_size": 64, "residual_length": 128}, "must divide head_dim"),
+        ({"group_size": 24, "residual_length": 48}, "must divide head_dim"),
         ({"k_bits": [2, 2]}, "2 entries for 3 layers"),
         ({"prefill_chunk": 0}, "prefill_chunk must be"),
     ):

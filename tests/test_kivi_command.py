@@ -92,7 +92,7 @@ def test_mistakes(capsys, tmp_path):
         (["memory", tmp_path / "nothing.json"], 1, "there is no file or folder"),
         (["memory", tmp_path / "config.json"], 1, "model_type"),
         (
-            ["memory", "llama-3-8b", "--group-size", "48", "--residual-length", "96"],
+            ["memory", "llama-3-8b", "--group-size", "40", "--residual-length", "80"],
             1,
             "group_size must divide head_dim",
         ),
