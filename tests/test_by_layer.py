@@ -63,11 +63,8 @@ def test_predicted_costs_are_near_those_of_a_cache(model, states, side, without_
         for number, choice in enumerate(costs.choices)
     }
     rows = evaluation.measure_quality(model, tokens(1, LENGTH), caches, chunk=16, skip=SKIP).rows[1:]
-    for row, choice, predicted in zip(rows, costs.choices, costs.kl[2]):
-        if choice[name] == 8:  # as little as float32 can tell
-            assert 0 < predicted < 1e-7 and abs(row.kl) < 1e-7
-        else:
-            assert 0.5 < predicted / row.kl < 2, row.name
+    for row, predicted in zip(rows, costs.kl[2]):
+        assert 0.5 < predicted / row.kl < 2, row.name
 
 
 def test_more_bits_cost_less(states):

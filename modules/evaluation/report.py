@@ -76,7 +76,7 @@ def write_report(folder: str | Path, output: str | Path) -> list[Path]:
     output.parent.mkdir(parents=True, exist_ok=True)
     plot = output.with_suffix(".svg")
     draw(quality, plot)
-    output.write_text(page(quality, others, plot.name, read_ablations(folder), read_by_layer(folder)))
+    output.write_text(page(quality, others, plot.name, read_ablations(folder)))
     return [output, plot]
 
 
@@ -89,15 +89,6 @@ def read_ablations(folder: str | Path) -> list[BenchmarkResult]:
     return [result for result in _read(folder, "ablations*.json") if isinstance(result, BenchmarkResult)]
 
 
-def read_by_layer(folder: str | Path) -> list[QualityResult]:
-    """Every `by-layer*.json` of a folder, by name.
-
-    Raises:
-        ValueError: where a file holds something else.
-    """
-    return [result for result in _read(folder, "by-layer*.json") if isinstance(result, QualityResult)]
-
-
 def _read(folder: str | Path, pattern: str) -> list[Result]:
     return [load_result(path) for path in sorted(Path(folder).glob(pattern))]
 
@@ -107,7 +98,6 @@ def page(
     others: Sequence[Other],
     plot: str,
     ablations: Sequence[BenchmarkResult] = (),
-    by_layer: Sequence[QualityResult] = (),
 ) -> str:
     """The report as Markdown."""
     passkeys = [result for result in others if isinstance(result, PasskeyResult)]
@@ -129,7 +119,6 @@ def page(
         free_table=free_table,
         tasks_table=tasks_table,
         ablations=ablations,
-        by_layer=by_layer,
         ablation_table=ablation_table,
     )
 
