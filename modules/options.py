@@ -10,7 +10,7 @@ from typing import Any
 
 FULL_PRECISION_BITS = 16
 MINIMUM_BITS = 16  # of a group of keys, whatever its scale has
-WIDE_CHANNELS, MOST_WIDE = 0.5, 64  # of a head by default: the share, and channels at most, which is what Triton reads
+WIDE_CHANNELS, MOST_WIDE = 0.5, 64  # of a head by default: the share, and channels at most
 ALLOWED_BITS = (2, 4, 8, FULL_PRECISION_BITS)
 BY_LAYER = ("k_bits", "v_bits", "wide_channels")  # options that may be lists with an entry a layer
 ALLOWED_K_RANGES = ("lsq", "minmax")

@@ -335,7 +335,7 @@ class Layers(ModelFlags):
         (BITS,),
         "stored bits an element may take on average, with its share of scale and minimum; or several such limits",
     )
-    scale_bits: int = argument(8, "metadata_bits of the cache; 16 for a GPU, where Triton reads no others", (8, 16))
+    scale_bits: int = argument(8, "metadata_bits of the cache", (8, 16))
     text: str = argument("prose", TEXT_HELP)
     tokens: int = argument(TOKENS, "of the text")
     output: str | None = argument(
