@@ -9,6 +9,7 @@ from modules.codecs.grouped import (
     pack_codes,
     quantize_keys,
     quantize_values,
+    token_shares,
     unpack_codes,
 )
 
@@ -72,14 +73,38 @@ def test_minmax_error_is_half_a_step(side, bits, bound):
 def test_lsq_is_never_worse_than_minmax_and_better_at_two_bits(bits):
     x = torch.randn(1, 4, 256, 64, generator=torch.Generator().manual_seed(2)) * 3 + 20
 
+    groups = x.unflatten(2, (-1, 32))
+    shares = token_shares(groups)
+
     def errors(method):
-        error = (dequantize_keys(quantize_keys(x, bits, 32, method), bits, 32) - x).square()
-        return error.unflatten(2, (-1, 32)).sum(3)
+        found = dequantize_keys(quantize_keys(x, bits, 32, method), bits, 32)
+        return ((found.unflatten(2, (-1, 32)) - groups).square() * shares).sum(3)
 
     minmax, lsq = errors("minmax"), errors("lsq")
     assert (lsq <= minmax * (1 + 1e-6) + 1e-9).all()
     if bits == 2:
         assert lsq.sum() < 0.8 * minmax.sum()
+
+
+def test_a_token_that_lies_apart_counts_more():
+    groups = torch.randn(1, 2, 3, 32, 64, generator=torch.Generator().manual_seed(4))
+    groups[..., 5, :16] *= 8
+    shares = token_shares(groups)
+    assert torch.allclose(shares.sum(3), torch.ones(1, 2, 3, 1))
+    assert (shares[..., 5, 0] > 0.4).all() and shares.min() > 0.4 / 32
+    alike = token_shares(groups[..., 16:])
+    assert alike.max() < 0.2 < 0.4 < shares.max()
+    assert torch.equal(token_shares(torch.ones(1, 32, 64)), torch.full((1, 32, 1), 1 / 32))
+
+
+def test_keys_that_lie_apart_lose_less_than_the_others():
+    """One of 32, in some channels: with all alike the fit gives it up, for it is one of many."""
+    x = torch.randn(1, 4, 256, 64, generator=torch.Generator().manual_seed(5))
+    x[:, :, ::32, :16] += 6
+    error = (dequantize_keys(quantize_keys(x, 2, 32, "lsq", wide=16), 2, 32) - x).square().unflatten(2, (-1, 32))
+    by_others = (dequantize_keys(quantize_keys(x.flip(-1), 2, 32, "lsq", wide=16), 2, 32).flip(-1) - x).square()
+    apart = error[..., :16].select(3, 0).mean()
+    assert apart < 0.5 * by_others.unflatten(2, (-1, 32))[..., :16].select(3, 0).mean()
 
 
 @pytest.mark.parametrize("side", SIDES)

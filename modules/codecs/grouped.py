@@ -22,6 +22,7 @@ LSQ_ROUNDS = 4
 LSQ_START = 0.8
 CLIPPED = 0.85
 WIDE_BITS = 4
+SMALLEST = 1e-30  # a mean to divide by
 _SLICE_ELEMENTS = 1 << 21  # quantized at a time: bounds the temporaries of a long prefill
 
 
@@ -46,13 +47,13 @@ def _round_to_codes(x: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor,
 
 
 def _fit(
-    x: torch.Tensor, dim: int, bits: int, method: str, metadata: Metadata
+    x: torch.Tensor, dim: int, bits: int, method: str, metadata: Metadata, shares: torch.Tensor | float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Codes (float32, like `x`), scale and minimum (float32 as they will be read, size 1 along `dim`) of groups.
 
     "minmax" spans each group; "clipped" the range shrunk to `CLIPPED` about its centre. "lsq" alternates rounding with the
     least-squares refit of scale and minimum, from the range shrunk to `LSQ_START` about its centre, and keeps the best of all
-    it saw, min-max included.
+    it saw, min-max included; `shares`, which add up to 1 along `dim`, are what squared errors count.
     """
     levels = (1 << bits) - 1
     low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
@@ -64,20 +65,22 @@ def _fit(
     if method != "lsq":
         return codes, scale, minimum
 
-    best_error = (codes * scale + minimum).sub_(x).square_().sum(dim, keepdim=True)
+    def mean(of: torch.Tensor) -> torch.Tensor:
+        return (of * shares).sum(dim, keepdim=True)
+
+    best_error = mean((codes * scale + minimum).sub_(x).square_())
     best_scale, best_minimum = scale, minimum
-    mean_x = x.mean(dim, keepdim=True)
+    mean_x = mean(x)
     scale, minimum = (high - low) * (LSQ_START / levels), (low + high) / 2 - (high - low) * (LSQ_START / 2)
     scale, minimum = metadata.stored(scale, minimum, bits)
     for _ in range(LSQ_ROUNDS):
         codes = _round_to_codes(x, scale, minimum, levels)
-        mean_c = codes.mean(dim, keepdim=True)
+        mean_c = mean(codes)
         centred = codes - mean_c
-        variance = centred.square().sum(dim, keepdim=True)
-        refit = (centred * (x - mean_x)).sum(dim, keepdim=True) / variance.clamp_min(1e-12)
+        refit = mean(centred * (x - mean_x)) / mean(centred.square()).clamp_min(1e-12)
         scale, minimum = _refit(refit, mean_x, mean_c, bits, metadata)
         codes = _round_to_codes(x, scale, minimum, levels)
-        error = (codes * scale + minimum).sub_(x).square_().sum(dim, keepdim=True)
+        error = mean((codes * scale + minimum).sub_(x).square_())
         better = error < best_error
         best_error = torch.where(better, error, best_error)
         best_scale = torch.where(better, scale, best_scale)
@@ -120,8 +123,20 @@ def _check(x: torch.Tensor, size: int, what: str, bits: int, group_size: int, me
     refuse_unrepresentable(x, what)
 
 
+def token_shares(groups: torch.Tensor) -> torch.Tensor:
+    """What the error of each token of groups of keys `[..., G, D]` counts in their fit, `[..., G, 1]`, 1 together.
+
+    A token that lies apart from its group is one that attention picks out, or rests on when it has nothing to pick, and weighs more
+    in what is attended. With its squared distance `d` from the group's mean it counts in proportion to `1 + d³ / mean(d³)`.
+    """
+    apart = (groups - groups.mean(-2, keepdim=True)).square_().sum(-1, keepdim=True)
+    cubed = (apart / apart.mean(-2, keepdim=True).clamp_min(SMALLEST)).pow(3)
+    weights = 1 + cubed / cubed.mean(-2, keepdim=True).clamp_min(SMALLEST)
+    return weights / weights.sum(-2, keepdim=True)
+
+
 def quantize_keys(
-    keys: torch.Tensor, bits: int, group_size: int, method: str = "lsq", metadata: Metadata = FLOAT16
+    keys: torch.Tensor, bits: int, group_size: int, method: str = "lsq", metadata: Metadata = FLOAT16, wide: int = 0
 ) -> Packed:
     """Quantize keys per channel over groups of `group_size` tokens.
 
@@ -131,6 +146,7 @@ def quantize_keys(
         group_size: tokens that share a scale and minimum.
         method: "lsq" or "minmax".
         metadata: how scale and minimum are stored.
+        wide: the first channels, by which "lsq" tells tokens that lie apart (`token_shares`); 0: all.
 
     Returns:
         `Packed`: codes `[..., T, D*bits/8]`, scale and minimum `[..., T/G, D]`.
@@ -143,7 +159,8 @@ def quantize_keys(
     parts = []
     for part in _token_slices(keys, group_size):
         groups = part.float().unflatten(-2, (-1, group_size))
-        codes, scale, minimum = _fit(groups, -2, bits, method, metadata)
+        shares = token_shares(groups[..., : wide or head_dim]) if method == "lsq" else 1 / group_size
+        codes, scale, minimum = _fit(groups, -2, bits, method, metadata, shares)
         numbers = metadata.pack(scale.squeeze(-2), minimum.squeeze(-2), bits)
         parts.append((pack_codes(codes.to(torch.uint8), bits).flatten(-3, -2), *numbers))
     return _join(parts, head_dim * bits // 8, head_dim, keys, metadata)
@@ -172,7 +189,7 @@ def quantize_values(
     parts = []
     for part in _token_slices(values, 1):
         groups = part.float().unflatten(-1, (-1, group_size))
-        codes, scale, minimum = _fit(groups, -1, bits, method, metadata)
+        codes, scale, minimum = _fit(groups, -1, bits, method, metadata, 1 / group_size)
         numbers = metadata.pack(scale.squeeze(-1), minimum.squeeze(-1), bits)
         parts.append((pack_codes(codes.to(torch.uint8).flatten(-2), bits), *numbers))
     return _join(parts, head_dim * bits // 8, head_dim // group_size, values, metadata)

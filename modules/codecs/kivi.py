@@ -58,7 +58,7 @@ class KeyCodec:
             return quantize_keys(states, self.bits, self.group_size, self.method, self.metadata)
         states = place_channels(states, order)
         fine = quantize_keys(states[..., : self.wide], WIDE_BITS, self.group_size, self.method, self.metadata)
-        return widen(quantize_keys(states, self.bits, self.group_size, self.method, self.metadata), fine)
+        return widen(quantize_keys(states, self.bits, self.group_size, self.method, self.metadata, self.wide), fine)
 
     def decode(self, packed: Packed, order: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         """The keys `[b, H, T, D]`, channels as the model has them."""

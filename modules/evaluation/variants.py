@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 
-from modules.codecs.grouped import CLIPPED, LSQ_ROUNDS, LSQ_START
+from modules.codecs.grouped import CLIPPED, LSQ_ROUNDS, LSQ_START, token_shares
 from modules.codecs.metadata import EIGHT_BIT_KEYS, EIGHT_BIT_VALUES, FLOAT16, Metadata, scale_codes, scales_of
 from modules.codecs.rotation import hadamard
 
@@ -53,21 +53,25 @@ class Variant:
 
 
 def _fit(
-    x: torch.Tensor, dim: int, levels: torch.Tensor, clip: float, rounds: int, store: Store
+    x: torch.Tensor, levels: torch.Tensor, shares: torch.Tensor, store: Store
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale and minimum as `modules.codecs.grouped` finds them, with `levels` that may differ by channel."""
-    low, high = x.amin(dim, keepdim=True), x.amax(dim, keepdim=True)
+    """Scale and minimum of keys `[H, n, G, D]` as `modules.codecs.grouped` finds them, with `levels` that may differ by channel."""
+
+    def mean(of: torch.Tensor) -> torch.Tensor:
+        return (of * shares).sum(2, keepdim=True)
+
+    low, high = x.amin(2, keepdim=True), x.amax(2, keepdim=True)
     centre, half = (low + high) / 2, (high - low) / 2
-    best_scale, best_minimum = store(2 * half * clip / levels, centre - half * clip)
-    best_error = (_rounded(x, best_scale, best_minimum, levels) - x).square().sum(dim, keepdim=True)
+    best_scale, best_minimum = store(2 * half / levels, low)
+    best_error = mean((_rounded(x, best_scale, best_minimum, levels) - x).square())
     scale, minimum = store(2 * half * LSQ_START / levels, centre - half * LSQ_START)
-    mean = x.mean(dim, keepdim=True)
-    for _ in range(rounds):
+    middle = mean(x)
+    for _ in range(LSQ_ROUNDS):
         codes = _codes(x, scale, minimum, levels)
-        centred = codes - codes.mean(dim, keepdim=True)
-        scale = (centred * (x - mean)).sum(dim, keepdim=True) / centred.square().sum(dim, keepdim=True).clamp_min(1e-9)
-        scale, minimum = store(scale, mean - scale * codes.mean(dim, keepdim=True))
-        error = (_rounded(x, scale, minimum, levels) - x).square().sum(dim, keepdim=True)
+        centred = codes - mean(codes)
+        scale = mean(centred * (x - middle)) / mean(centred.square()).clamp_min(1e-9)
+        scale, minimum = store(scale, middle - scale * mean(codes))
+        error = mean((_rounded(x, scale, minimum, levels) - x).square())
         best_scale = torch.where(error < best_error, scale, best_scale)
         best_minimum = torch.where(error < best_error, minimum, best_minimum)
         best_error = torch.minimum(error, best_error)
@@ -140,9 +144,10 @@ def keys(
     metadata: Metadata = FLOAT16,
     feedback: bool = False,
     token_scales: bool = False,
+    apart: bool = True,
 ) -> Fake:
     """Keys by channel; with `feedback` a channel's error moves what later ones are rounded to (LDLQ, arXiv 2307.13304), with
-    `token_scales` tokens are brought to one size first (KVarN, arXiv 2606.03458)."""
+    `token_scales` tokens are brought to one size first (KVarN, arXiv 2606.03458), with `apart` the fit goes by `token_shares`."""
 
     def fake(states: States) -> torch.Tensor:
         bits = choose(states, group)
@@ -159,7 +164,10 @@ def keys(
             rounded = scales_of(scale_codes(scale))
             return rounded, (minimum + (scale - rounded) * levels / 2).half().float()
 
-        scale, minimum = _fit(x, 2, levels, 1.0, LSQ_ROUNDS, store)
+        shares = torch.full((group, 1), 1 / group)
+        if apart:
+            shares = token_shares(x * (levels == levels.amax(-1, keepdim=True)))
+        scale, minimum = _fit(x, levels, shares, store)
         if feedback:
             energy = states.first_queries()
             found = _fed_back(x, scale, minimum, levels, energy.transpose(1, 2) @ energy)
@@ -307,10 +315,11 @@ def key_variants(head_dim: int) -> list[Variant]:
     return [
         _keys("by channel, a quarter wide", 2.5, keys(alone)),
         _keys("by range and query, no wide ones", 2, keys(wide(0.0, False))),
-        _keys("wide ones in rotary pairs (the default)", 2.5, keys(pairs)),
+        _keys("wide ones in rotary pairs", 2.5, keys(pairs)),
         _keys("pairs, scales of 8 bits", 2.5, keys(pairs, metadata=small), 24 / 32),
         _keys("pairs, scales of 8 bits, 3/8 wide", 2.75, keys(wide(0.375, True), metadata=small), 24 / 32),
-        _keys("pairs, scales of 8 bits, half wide", 3, keys(half, metadata=small), 24 / 32),
+        _keys("pairs, scales of 8 bits, half wide (the default)", 3, keys(half, metadata=small), 24 / 32),
+        _keys("the default, fitted with all tokens alike", 3, keys(half, metadata=small, apart=False), 24 / 32),
         _keys("pairs, groups of 16", 2.5, keys(pairs, 16), 32 / 16),
         _keys("pairs, groups of 64, scales of 8 bits, a quarter wide", 2.5, keys(pairs, 64, small), 24 / 64),
         _keys("pairs, groups of 64, scales of 8 bits, half wide", 3, keys(half, 64, small), 24 / 64),

@@ -6,12 +6,13 @@ from llvmlite import ir
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from modules.codecs.grouped import SMALLEST
 from modules.codecs.metadata import minimum_unit
 from modules.kernels.numba import small_metadata as small
 from modules.kernels.numba.compiling import emitting, void_signature
 from modules.kernels.numba.emit_fit import Fit
 from modules.kernels.numba.packing_spec import Packing
-from modules.kernels.numba.vectors import I8, I32, I64, Emitter
+from modules.kernels.numba.vectors import F32, I8, I32, I64, Emitter
 
 
 def _emit_fits(e: _UnitEmitter, source, scale, minimum, largest) -> None:
@@ -27,22 +28,26 @@ def _emit_fits(e: _UnitEmitter, source, scale, minimum, largest) -> None:
         def load(i):
             return e.load(e.address(place, 0, i, e.source_stride if spec.keys else lanes * 4))
 
-        fit = Fit(e, spec.group_size if spec.keys else spec.group_size // lanes, load, across=not spec.keys)
+        def share(i):
+            if not spec.weighs:
+                return e.float_splat(1 / spec.group_size)
+            return e.broadcast(e.load_float(e.address(source, e.at_shares, i, 4)))
+
+        vectors = spec.group_size if spec.keys else spec.group_size // lanes
+        fit = Fit(e, vectors, load, share, across=not spec.keys)
         *numbers, magnitude = fit.run()
         e.b.store(e.larger_int(magnitude, e.b.load(most)), most)
         scales, minima = (e.shuffle(number, number, list(range(count))) for number in numbers)
         _store_scale(e, scales, e.address(scale, 0, loop.index, count * spec.scale_bytes))
         _store_minimum(e, scales, minima, e.address(minimum, 0, loop.index, count * spec.minimum_bytes))
-    whole = e.b.load(most)
-    for shift in (1 << i for i in range(lanes.bit_length() - 1)):
-        whole = e.larger_int(whole, e.shuffle(whole, whole, [lane ^ shift for lane in range(lanes)]))
+    whole = e.across_lanes(e.b.load(most), e.larger_int)
     e.b.store(e.b.extract_element(whole, I32(0)), e.b.inttoptr(largest, I32.as_pointer()), align=4)
 
 
 def _emit_codes(e: _UnitEmitter, source, codes, scale, minimum) -> None:
     """The bytes of a unit, from its states and the metadata that is stored."""
     spec, lanes = e.plan, e.plan.lanes
-    fit = Fit(e, 0, None, False)
+    fit = Fit(e, 0, None, None, False)
     with cgutils.for_range(e.b, I64(spec.width // lanes)) as chunks:
         first = e.b.mul(chunks.index, I64(lanes))
         channels = [e.b.add(first, I64(plane * spec.width)) for plane in range(spec.planes)]
@@ -94,15 +99,64 @@ def _load_metadata(e: Emitter[Packing], scale, minimum, channel) -> list:
 
 
 class _UnitEmitter(Emitter[Packing]):
-    """An emitter for the channels of a unit, or the first ones of them: rows lie `source_stride` bytes apart."""
+    """An emitter for the channels of a unit, or the first ones of them: rows lie `source_stride` bytes apart, what their errors
+    count `at_shares` bytes behind the first."""
 
     def __init__(self, e: Emitter[Packing], fine: bool = False) -> None:
         super().__init__(e.b, e.plan.fine if fine else e.plan)
-        self.source_stride = e.plan.head_dim * 4
+        self.source_stride, self.at_shares = e.plan.head_dim * 4, e.plan.at_shares * 4
+
+
+def _emit_shares(e: _UnitEmitter, source, means) -> None:
+    """What the error of each token of a unit counts, see `modules.codecs.grouped.token_shares`; at `means` is room for a row."""
+    b, spec = e.b, e.plan
+    tokens, chunks, row = I64(spec.tokens), I64(spec.head_dim // spec.lanes), spec.lanes * 4
+    with cgutils.for_range(b, chunks) as chunk:
+        mean = e.variable(e.float_splat(0.0))
+        with cgutils.for_range(b, tokens) as token:
+            x = e.load(e.address(e.address(source, 0, chunk.index, row), 0, token.index, e.source_stride))
+            b.store(e.multiply_add(x, e.float_splat(1 / spec.tokens), b.load(mean)), mean)
+        e.store(b.load(mean), e.address(means, 0, chunk.index, row))
+
+    with cgutils.for_range(b, tokens) as token:
+        distance = e.variable(e.float_splat(0.0))
+        with cgutils.for_range(b, chunks) as chunk:
+            x = e.load(e.address(e.address(source, 0, token.index, e.source_stride), 0, chunk.index, row))
+            apart = b.fsub(x, e.load(e.address(means, 0, chunk.index, row)))
+            b.store(e.multiply_add(apart, apart, b.load(distance)), distance)
+        whole = b.extract_element(e.across_lanes(b.load(distance), b.fadd), I32(0))
+        e.store_scalar(whole, e.address(source, e.at_shares, token.index, 4), 4)
+
+    shares, size = e.address(source, e.at_shares), F32(float(spec.tokens))
+
+    def each(change) -> ir.Value:
+        """Change the number of each token; the sum of the new ones."""
+        total = e.variable(F32(0.0))
+        with cgutils.for_range(b, tokens) as token:
+            new = change(e.load_float(e.address(shares, 0, token.index, 4)))
+            e.store_scalar(new, e.address(shares, 0, token.index, 4), 4)
+            b.store(b.fadd(b.load(total), new), total)
+        return b.load(total)
+
+    def divisor(total) -> ir.Value:
+        mean = b.fdiv(total, size)
+        return b.select(b.fcmp_ordered(">", mean, F32(SMALLEST)), mean, F32(SMALLEST))
+
+    mean = divisor(each(lambda distance: distance))
+
+    def cubed(distance) -> ir.Value:
+        ratio = b.fdiv(distance, mean)
+        return b.fmul(b.fmul(ratio, ratio), ratio)
+
+    mean_cube = divisor(each(cubed))
+    weights = each(lambda cube: b.fadd(F32(1.0), b.fdiv(cube, mean_cube)))
+    each(lambda weight: b.fdiv(weight, weights))
 
 
 def _emit_pack_unit(e: Emitter[Packing], source, codes, scale, minimum, largest) -> None:
     unit = _UnitEmitter(e)
+    if e.plan.weighs:
+        _emit_shares(_UnitEmitter(e, fine=bool(e.plan.wide)), source, e.address(source, e.plan.at_row * 4))
     _emit_fits(unit, source, scale, minimum, largest)
     _emit_codes(unit, source, codes, scale, minimum)
 

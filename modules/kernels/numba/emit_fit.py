@@ -16,26 +16,26 @@ from modules.kernels.numba.vectors import I64, Emitter
 
 
 class Fit:
-    """Emits the fit of a vector of channels: each lane is a group (keys), or all lanes of all vectors are one (values)."""
+    """Emits the fit of a vector of channels: each lane is a group (keys), or all lanes of all vectors are one (values).
 
-    def __init__(self, e: Emitter, vectors: int, load, across: bool) -> None:
+    `share(i)` is what errors of vector `i` count, a vector; all of a group add up to 1.
+    """
+
+    def __init__(self, e: Emitter, vectors: int, load, share, across: bool) -> None:
         self.e, self.b, self.spec = e, e.b, e.plan
-        self.vectors, self.load, self.across = vectors, load, across
+        self.vectors, self.load, self.share, self.across = vectors, load, share, across
 
     def _each(self, *starts, body):
-        """Variables that begin as `starts` after `body(x, variables) -> new ones` for every vector `x`."""
+        """Variables that begin as `starts` after `body(x, share, variables) -> new ones` for every vector `x`."""
         slots = [self.e.variable(start) for start in starts]
         with cgutils.for_range(self.b, I64(self.vectors)) as loop:
-            for slot, new in zip(slots, body(self.load(loop.index), [self.b.load(s) for s in slots])):
+            now = [self.b.load(slot) for slot in slots]
+            for slot, new in zip(slots, body(self.load(loop.index), self.share(loop.index), now)):
                 self.b.store(new, slot)
         return [self.b.load(slot) for slot in slots]
 
     def _reduced(self, vector, combine):
-        step = 1
-        while self.across and step < self.spec.lanes:
-            vector = combine(vector, self.e.shuffle(vector, vector, [lane ^ step for lane in range(self.spec.lanes)]))
-            step *= 2
-        return vector
+        return self.e.across_lanes(vector, combine) if self.across else vector
 
     def splat(self, number: float):
         return self.e.float_splat(number)
@@ -72,55 +72,55 @@ class Fit:
         return self.e.minimum(codes, self.splat(float(self.spec.levels)))
 
     def range(self):
-        """Lowest, highest, sum and largest magnitude, the last as int32 bits, so that NaN is large."""
+        """Lowest, highest, mean and largest magnitude, the last as int32 bits, so that NaN is large."""
 
-        def body(x, now):
+        def body(x, share, now):
             magnitude = self.b.and_(self.b.bitcast(x, now[3].type), self.e.int_splat(0x7FFFFFFF))
             return (
                 self.e.minimum(now[0], x),
                 self.e.maximum(now[1], x),
-                self.b.fadd(now[2], x),
+                self.e.multiply_add(x, share, now[2]),
                 self.e.larger_int(magnitude, now[3]),
             )
 
         first = self.load(I64(0))
-        low, high, total, largest = self._each(first, first, self.splat(0.0), self.e.int_splat(0), body=body)
+        low, high, mean, largest = self._each(first, first, self.splat(0.0), self.e.int_splat(0), body=body)
         return (
             self._reduced(low, self.e.minimum),
             self._reduced(high, self.e.maximum),
-            self._reduced(total, self.b.fadd),
+            self._reduced(mean, self.b.fadd),
             largest,
         )
 
     def _measure(self, scale, minimum, mean):
-        """Squared error with a scale and minimum, and the sums of codes, of their squares and of `code * (x - mean)`."""
+        """Squared error with a scale and minimum, and the means of codes, of their squares and of `code * (x - mean)`."""
         inverse = self.inverse(scale)
 
-        def body(x, now):
+        def body(x, share, now):
             codes = self.codes(x, inverse, minimum)
             miss = self.b.fsub(self.e.multiply_add(codes, scale, minimum), x)
+            counted = self.b.fmul(codes, share)
             return (
-                self.e.multiply_add(miss, miss, now[0]),
-                self.b.fadd(now[1], codes),
-                self.e.multiply_add(codes, codes, now[2]),
-                self.e.multiply_add(codes, self.b.fsub(x, mean), now[3]),
+                self.e.multiply_add(self.b.fmul(miss, share), miss, now[0]),
+                self.b.fadd(now[1], counted),
+                self.e.multiply_add(counted, codes, now[2]),
+                self.e.multiply_add(counted, self.b.fsub(x, mean), now[3]),
             )
 
         return [self._reduced(v, self.b.fadd) for v in self._each(*[self.splat(0.0)] * 4, body=body)]
 
     def _refit(self, codes, squares, products, mean):
-        """The least-squares scale and minimum for the codes that gave these sums."""
-        count = self.splat(1.0 / self.spec.group_size)
-        mean_code = self.b.fmul(codes, count)
-        variance = self.b.fsub(squares, self.b.fmul(codes, mean_code))
-        differ = self.b.fcmp_ordered(">", variance, self.splat(0.25))  # whole numbers that differ vary by 1/2 or more
+        """The least-squares scale and minimum for the codes that gave these means."""
+        variance = self.b.fsub(squares, self.b.fmul(codes, codes))
+        least = 1 / (8 * self.spec.group_size)  # below what one code that differs makes of it, and above what rounding does
+        differ = self.b.fcmp_ordered(">", variance, self.splat(least))
         scale = self.b.select(differ, self.b.fdiv(products, variance), self.splat(0.0))
-        scale, _ = self.stored(scale, self.b.fsub(mean, self.b.fmul(scale, mean_code)))
-        return self.stored(scale, self.b.fsub(mean, self.b.fmul(scale, mean_code)))
+        scale, _ = self.stored(scale, self.b.fsub(mean, self.b.fmul(scale, codes)))
+        return self.stored(scale, self.b.fsub(mean, self.b.fmul(scale, codes)))
 
     def run(self):
         """`(scale, minimum, largest)` of the chunk; see `modules.codecs.grouped._fit`."""
-        low, high, total, largest = self.range()
+        low, high, mean, largest = self.range()
         span = self.b.fsub(high, low)
         levels = self.spec.levels
         if self.spec.method == "clipped":
@@ -130,7 +130,6 @@ class Fit:
         best_scale, best_minimum = self.stored(self.b.fdiv(span, self.splat(float(levels))), low)
         if self.spec.method != "lsq":
             return best_scale, best_minimum, largest
-        mean = self.b.fmul(total, self.splat(1.0 / self.spec.group_size))
         best_error = self._measure(best_scale, best_minimum, mean)[0]
         centre = self.b.fmul(self.b.fadd(low, high), self.splat(0.5))
         scale, minimum = self.stored(

@@ -50,6 +50,11 @@ class Packing:
         return self.what == "keys"
 
     @property
+    def weighs(self) -> bool:
+        """Whether errors of some tokens count more than those of others."""
+        return self.keys and self.method == "lsq"
+
+    @property
     def planes(self) -> int:
         """Codes of a byte."""
         return 8 // self.bits
@@ -108,9 +113,14 @@ class Packing:
         return self.at_row + self.head_dim
 
     @property
+    def at_shares(self) -> int:
+        """Where what the errors of the tokens count lies, behind those codes."""
+        return self.at_fine + self.tokens * self.wide // 8 + 1
+
+    @property
     def scratch_floats(self) -> int:
         """Floats a thread works in; whole cache lines."""
-        return -(-(self.at_fine + self.tokens * self.wide // 8 + 1) // 16) * 16
+        return -(-(self.at_shares + self.tokens) // 16) * 16
 
     def value_of(self, name: str) -> int | bool:
         """What compiled code gets for an attribute."""

@@ -125,6 +125,14 @@ class Emitter(Generic[Constants]):
         """To whole numbers, halves to even."""
         return self._call("llvm.nearbyint", x)
 
+    def across_lanes(self, vector, combine):
+        """A vector with each lane combined with all others; the number of lanes is a power of two."""
+        step = 1
+        while step < vector.type.count:
+            vector = combine(vector, self.shuffle(vector, vector, [lane ^ step for lane in range(vector.type.count)]))
+            step *= 2
+        return vector
+
     def across_tokens(self, vector, combine):
         """A block `[padded_rows, tokens]` with each lane combined with the others of its row."""
         step = 1

@@ -23,15 +23,15 @@ def round_to_codes(x, scale, minimum, BITS: tl.constexpr):
 
 
 @triton.jit
-def _error(x, codes, scale, minimum, AXIS: tl.constexpr):
+def _error(x, codes, scale, minimum, shares, AXIS: tl.constexpr):
     difference = codes * scale + minimum - x
-    return tl.sum(difference * difference, AXIS)
+    return tl.sum(difference * difference * shares, AXIS)
 
 
 @triton.jit
-def fit(x, AXIS: tl.constexpr, COUNT: tl.constexpr, BITS: tl.constexpr, METHOD: tl.constexpr, METADATA: tl.constexpr):
-    """Scale and minimum of groups of `COUNT` along `AXIS` of `x`, float32 `[M, N]`, as `modules.codecs.grouped` finds them,
-    and as they will be read."""
+def fit(x, shares, AXIS: tl.constexpr, BITS: tl.constexpr, METHOD: tl.constexpr, METADATA: tl.constexpr):
+    """Scale and minimum of groups along `AXIS` of `x`, float32 `[M, N]`, as `modules.codecs.grouped` finds them, and as they will
+    be read; errors count their `shares`, which add up to 1 along `AXIS`."""
     LEVELS: tl.constexpr = (1 << BITS) - 1
     low, high = tl.min(x, AXIS), tl.max(x, AXIS)
     if METHOD == "clipped":
@@ -41,23 +41,24 @@ def fit(x, AXIS: tl.constexpr, COUNT: tl.constexpr, BITS: tl.constexpr, METHOD: 
     best_scale, best_minimum = stored(quotient(high - low, levels, reciprocal(levels)), low, BITS, METADATA)
     if METHOD == "lsq":
         scale, minimum = tl.expand_dims(best_scale, AXIS), tl.expand_dims(best_minimum, AXIS)
-        best_error = _error(x, round_to_codes(x, scale, minimum, BITS), scale, minimum, AXIS)
-        mean_x = tl.sum(x, AXIS) * (1.0 / COUNT)
+        best_error = _error(x, round_to_codes(x, scale, minimum, BITS), scale, minimum, shares, AXIS)
+        mean_x = tl.sum(x * shares, AXIS)
         next_scale = (high - low) * (_START / LEVELS)
         next_minimum = (low + high) * 0.5 - (high - low) * (_START / 2)
         next_scale, next_minimum = stored(next_scale, next_minimum, BITS, METADATA)
         for _ in range(_ROUNDS):
             codes = round_to_codes(x, tl.expand_dims(next_scale, AXIS), tl.expand_dims(next_minimum, AXIS), BITS)
-            mean_c = tl.sum(codes, AXIS) * (1.0 / COUNT)
+            mean_c = tl.sum(codes * shares, AXIS)
             centred = codes - tl.expand_dims(mean_c, AXIS)
-            variance = tl.sum(centred * centred, AXIS)
-            covariance = tl.sum(centred * (x - tl.expand_dims(mean_x, AXIS)), AXIS)
+            variance = tl.sum(centred * centred * shares, AXIS)
+            covariance = tl.sum(centred * (x - tl.expand_dims(mean_x, AXIS)) * shares, AXIS)
             variance = tl.maximum(variance, 1e-12)
             refit = quotient(covariance, variance, reciprocal(variance))
             next_scale, _ = stored(refit, mean_x - refit * mean_c, BITS, METADATA)
             next_scale, next_minimum = stored(next_scale, mean_x - next_scale * mean_c, BITS, METADATA)
             wide_scale, wide_minimum = tl.expand_dims(next_scale, AXIS), tl.expand_dims(next_minimum, AXIS)
-            error = _error(x, round_to_codes(x, wide_scale, wide_minimum, BITS), wide_scale, wide_minimum, AXIS)
+            codes = round_to_codes(x, wide_scale, wide_minimum, BITS)
+            error = _error(x, codes, wide_scale, wide_minimum, shares, AXIS)
             better = error < best_error
             best_error = tl.where(better, error, best_error)
             best_scale = tl.where(better, next_scale, best_scale)

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from modules.codecs.grouped import FLOAT16_MAX
+from modules.codecs.grouped import FLOAT16_MAX, SMALLEST
 from modules.kernels.triton import launch
 from modules.kernels.triton.arguments import Rows, Side
 from modules.kernels.triton.fit import fit, round_to_codes
@@ -14,6 +14,7 @@ from modules.kernels.triton.metadata import load_numbers, store_numbers
 from modules.store.side import PackedSide
 
 _LARGEST = tl.constexpr(FLOAT16_MAX)
+_SMALLEST = tl.constexpr(SMALLEST)
 
 
 @triton.jit
@@ -40,12 +41,38 @@ def mark_unrepresentable(x, mark):
 
 
 @triton.jit
-def _fit_wide(x, TILE: tl.constexpr):
+def token_shares(states, stride_t, order, TILE: tl.constexpr):
+    """What the error of each token of a group of keys counts, `[G, 1]`, see `modules.codecs.grouped.token_shares`."""
+    G: tl.constexpr = TILE.G
+    WIDE: tl.constexpr = TILE.WIDE
+    CHANNELS: tl.constexpr = WIDE if WIDE > 0 else TILE.D
+    COLUMNS: tl.constexpr = TILE.COLUMNS
+    token = tl.arange(0, G)
+    weights = tl.full([G], 1.0, tl.float32)
+    if TILE.METHOD == "lsq":
+        distance = tl.zeros([G], tl.float32)
+        for first in range(0, CHANNELS, COLUMNS):
+            channel = first + tl.arange(0, COLUMNS)
+            inside = channel < CHANNELS
+            if WIDE > 0:
+                channel = tl.load(order + channel, mask=inside, other=0).to(tl.int32)
+            x = tl.load(states + token[:, None] * stride_t + channel[None, :], mask=inside[None, :], other=0.0)
+            x = x.to(tl.float32)
+            apart = x - (tl.sum(x, 0) * (1.0 / G))[None, :]
+            distance += tl.sum(apart * apart, 1)
+        distance /= tl.maximum(tl.sum(distance, 0) * (1.0 / G), _SMALLEST)
+        cubed = distance * distance * distance
+        weights += cubed / tl.maximum(tl.sum(cubed, 0) * (1.0 / G), _SMALLEST)
+    return (weights / tl.sum(weights, 0))[:, None]
+
+
+@triton.jit
+def _fit_wide(x, shares, TILE: tl.constexpr):
     """Codes of wide channels `[G, N]`, int32, with their scale and minimum."""
     BITS: tl.constexpr = TILE.WIDE_BITS
     METHOD: tl.constexpr = TILE.METHOD
     METADATA: tl.constexpr = TILE.METADATA
-    s, m = fit(x, 0, TILE.G, BITS, METHOD, METADATA)
+    s, m = fit(x, shares, 0, BITS, METHOD, METADATA)
     return round_to_codes(x, s[None, :], m[None, :], BITS).to(tl.int32), s, m
 
 
@@ -66,6 +93,7 @@ def pack_keys(states, stride_t, group, mark, first_column, TILE: tl.constexpr):
     column = first_column + tl.arange(0, COLUMNS)
     inside = column < WIDTH
     packed = tl.zeros([G, COLUMNS], tl.int32)
+    shares = token_shares(states, stride_t, group.order, TILE)
     for plane in tl.static_range(8 // BITS):
         at = plane * WIDTH + column
         channel = at
@@ -75,14 +103,14 @@ def pack_keys(states, stride_t, group, mark, first_column, TILE: tl.constexpr):
         x = x.to(tl.float32)  # [G, COLUMNS]
         mark_unrepresentable(x, mark)
         if (plane + 1) * WIDTH <= WIDE:
-            fine, s, m = _fit_wide(x, TILE)
+            fine, s, m = _fit_wide(x, shares, TILE)
             s, plane_codes = s * 4.0, fine >> 2
         else:
-            s, m = fit(x, 0, G, BITS, METHOD, METADATA)
+            s, m = fit(x, shares, 0, BITS, METHOD, METADATA)
             plane_codes = round_to_codes(x, s[None, :], m[None, :], BITS).to(tl.int32)
             if plane * WIDTH < WIDE:
                 is_wide = at < WIDE
-                fine, fine_s, fine_m = _fit_wide(x, TILE)
+                fine, fine_s, fine_m = _fit_wide(x, shares, TILE)
                 plane_codes = tl.where(is_wide[None, :], fine >> 2, plane_codes)
                 s, m = tl.where(is_wide, fine_s * 4.0, s), tl.where(is_wide, fine_m, m)
         store_numbers(group, at, s, m, inside, BITS, METADATA)
@@ -100,10 +128,11 @@ def pack_low_bits(states, stride_t, group, TILE: tl.constexpr):
     column = tl.arange(0, BYTES_PAD)
     inside = column < BYTES
     packed = tl.zeros([G, BYTES_PAD], tl.int32)
+    shares = token_shares(states, stride_t, group.order, TILE)
     for neighbour in tl.static_range(4):
         at = tl.load(group.order + 4 * column + neighbour, mask=inside, other=0)
         x = tl.load(states + token[:, None] * stride_t + at[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
-        codes, _, _ = _fit_wide(x, TILE)
+        codes, _, _ = _fit_wide(x, shares, TILE)
         packed |= (codes & 3) << (2 * neighbour)
     tl.store(group.extra + token[:, None] * BYTES + column[None, :], packed.to(tl.uint8), mask=inside[None, :])
 
@@ -125,7 +154,7 @@ def pack_values(states, stride_t, tokens, mark, TILE: tl.constexpr):
     for group in tl.static_range(GROUPS):
         x = tl.load(states + token[:, None] * stride_t + group * G + channel[None, :]).to(tl.float32)  # [TOKENS, G]
         mark_unrepresentable(x, mark)
-        s, m = fit(x, 1, G, BITS, METHOD, METADATA)
+        s, m = fit(x, 1.0 / G, 1, BITS, METHOD, METADATA)
         store_numbers(tokens, token * GROUPS + group, s, m, None, BITS, METADATA)
     tl.debug_barrier()  # a plane may hold channels of several groups: their metadata is read back
     column = tl.arange(0, WIDTH_PAD)
