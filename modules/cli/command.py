@@ -96,7 +96,7 @@ def _with_preset(arguments: Sequence[str] | None) -> list[str]:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
     known = {argument.split("=")[0] for argument in given}
-    pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in chosen.items()]
+    pairs = [(flag_of(name), str(value)) for name, value in chosen.items()]
     given[at : at + (1 if "=" in flags[-1] else 2)] = [part for pair in pairs if pair[0] not in known for part in pair]
     return given
 
@@ -115,6 +115,11 @@ def plain_help(command: type, description: str) -> str:
     return "\n".join(lines)
 
 
+def flag_of(name: str) -> str:
+    """What sets the field `name` on a command line."""
+    return f"--{name.replace('_', '-')}"
+
+
 def flags(command: type) -> Iterator[tuple[str, dataclasses.Field]]:
     """Every flag of a command, those of its groups included, with the field it sets; a positional one by its name."""
     for field in dataclasses.fields(command):
@@ -123,9 +128,9 @@ def flags(command: type) -> Iterator[tuple[str, dataclasses.Field]]:
         elif field.metadata.get("positional"):
             yield field.name.upper(), field
         elif field.default is True:
-            yield f"--{field.name.replace('_', '-')}, --no-{field.name.replace('_', '-')}", field
+            yield f"{flag_of(field.name)}, {flag_of(f'no-{field.name}')}", field
         else:
-            yield f"--{field.name.replace('_', '-')}", field
+            yield flag_of(field.name), field
 
 
 def shown(default: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from modules.evaluation.layers import LayerCosts, SideCosts
 
 BITS = 3.0
-BUDGETS = (BITS, 2.4)  # of the report
+BUDGETS = (BITS, 2.4, 4.5)  # of the report
 _ROUNDING = 1e-9
 
 

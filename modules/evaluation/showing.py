@@ -5,6 +5,7 @@ from __future__ import annotations
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from modules.cli.command import flag_of
 from modules.evaluation.candidates import written
 from modules.evaluation.results import (
     BenchmarkResult,
@@ -59,7 +60,7 @@ def show_layers(result: BenchmarkResult, output: str | None) -> None:
     print_table(layer_table(result), title, console)
     options = settings["options"]
     flags = [
-        f"--{name.replace('_', '-')} {' '.join(map(str, value if isinstance(value, list) else [value]))}"
+        f"{flag_of(name)} {' '.join(map(str, value if isinstance(value, list) else [value]))}"
         for name, value in options.items()
     ]
     passed = ", ".join(f"{name}={value!r}" for name, value in options.items())

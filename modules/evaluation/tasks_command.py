@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from modules.cli.command import argument, check_least
+from modules.cli.command import argument, check_least, flag_of
 from modules.evaluation.candidates import Candidate, short_candidates
 from modules.evaluation.flags import CacheFlags
 from modules.evaluation.loading import load_model
@@ -92,7 +92,7 @@ class Tasks(CacheFlags):
         if unknown or not self.tasks:
             raise ValueError(f"--tasks must be some of {', '.join(TASKS)}; got {', '.join(unknown) or 'none'}.")
         for name in ("haystacks", "shot_tokens", "questions"):
-            check_least(getattr(self, name), 1, "--" + name.replace("_", "-"))
+            check_least(getattr(self, name), 1, flag_of(name))
         for length in self.lengths:
             check_least(length, 1, "--lengths")
         check_least(self.largest, 2, "--largest")

@@ -16,7 +16,7 @@ import dataclasses
 import ipaddress
 import os
 
-from modules.cli.command import argument, check_least
+from modules.cli.command import argument, check_least, flag_of
 from modules.cli.generate.flags import RunFlags
 from modules.cli.sizes import parse_bytes
 from modules.cli.source import MODEL_HELP
@@ -47,7 +47,7 @@ class Serve(RunFlags):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("max_batch", "max_waiting"):
-            check_least(getattr(self, name), 1, f"--{name.replace('_', '-')}")
+            check_least(getattr(self, name), 1, flag_of(name))
         if self.max_context is not None:
             check_least(self.max_context, 2, "--max-context")
         if not 0 <= self.port <= 65535:
