@@ -154,8 +154,7 @@ def headline(folder: Path) -> str:
 - *KL* from full precision, and the largest rise of *perplexity*: over {len(quality)} texts of {models}.
 - *Memory*: {CACHE_TOKENS:,} tokens of {SHAPE} in float16.
 - *Attention*: one layer of {SHAPE} at {ATTENTION_TOKENS:,} tokens; *decode step*: {decode.settings["model"]} at {STEP_TOKENS:,}. Both on a
-  CPU with {layer.environment.threads} threads, in {" / ".join(DTYPES)}, against {attention[0]["contender"]} and {steps[0]["cache"]} of transformers; measured with
-  `metadata_bits=16, wide_channels=0.25`, the defaults until then, to be measured anew."""
+  CPU with {layer.environment.threads} threads, in {" / ".join(DTYPES)}, against {attention[0]["contender"]} and {steps[0]["cache"]} of transformers."""
 
 
 def needs(folder: Path) -> str:
