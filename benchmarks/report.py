@@ -174,6 +174,7 @@ def write_page(results: Path, output: Path) -> None:
         "decode": "decode_cpu",
         "pieces": "pieces_cpu",
         "prefill": "prefill_cpu",
+        "long_prefill": "prefill_32k_cpu",
         "drafts": "drafts_cpu",
         "ragged": "ragged_cpu",
         "peers": "peers_cpu",
