@@ -14,7 +14,14 @@ import triton.language as tl
 from modules.kernels.triton import launch
 from modules.kernels.triton.arguments import Rows, Side
 from modules.kernels.triton.checks import check_new_tokens, check_room
-from modules.kernels.triton.pack import group_of_side, mark_unrepresentable, pack_keys, pack_low_bits, pack_values
+from modules.kernels.triton.pack import (
+    group_of_side,
+    mark_unrepresentable,
+    pack_keys,
+    pack_low_bits,
+    pack_values,
+    token_shares,
+)
 from modules.store.layer import PackedLayer
 from modules.store.ledger import LENGTH, MARK, PACKED
 from modules.store.step import Step
@@ -97,9 +104,11 @@ def _pack_group(states, group, energy, mark, packed, TOKENS: tl.constexpr, TILE:
             if packed == 0:
                 _choose_order(states, energy, group.order, TILE)
                 tl.debug_barrier()  # packing reads the order
-            pack_low_bits(states, D, group, TILE)
+        shares = token_shares(states, D, group.order, TILE)
+        if TILE.WIDE > 0:
+            pack_low_bits(states, D, group, shares, TILE)
         for column in range(0, TILE.WIDTH, TILE.COLUMNS):
-            pack_keys(states, D, group, mark, column, TILE)
+            pack_keys(states, D, group, shares, mark, column, TILE)
     else:
         for start in range(0, TOKENS, TILE.TOKENS):
             pack_values(states + start * D, D, group_of_side(group, start, 0, TILE), mark, TILE)

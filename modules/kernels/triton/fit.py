@@ -50,8 +50,9 @@ def fit(x, shares, AXIS: tl.constexpr, BITS: tl.constexpr, METHOD: tl.constexpr,
             codes = round_to_codes(x, tl.expand_dims(next_scale, AXIS), tl.expand_dims(next_minimum, AXIS), BITS)
             mean_c = tl.sum(codes * shares, AXIS)
             centred = codes - tl.expand_dims(mean_c, AXIS)
-            variance = tl.sum(centred * centred * shares, AXIS)
-            covariance = tl.sum(centred * (x - tl.expand_dims(mean_x, AXIS)) * shares, AXIS)
+            counted = centred * shares
+            variance = tl.sum(counted * centred, AXIS)
+            covariance = tl.sum(counted * x, AXIS) - mean_x * tl.sum(counted, AXIS)  # x - mean_x would spill
             variance = tl.maximum(variance, 1e-12)
             refit = quotient(covariance, variance, reciprocal(variance))
             next_scale, _ = stored(refit, mean_x - refit * mean_c, BITS, METADATA)

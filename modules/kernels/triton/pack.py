@@ -77,8 +77,8 @@ def _fit_wide(x, shares, TILE: tl.constexpr):
 
 
 @triton.jit
-def pack_keys(states, stride_t, group, mark, first_column, TILE: tl.constexpr):
-    """One group of keys, bytes `first_column…` of each token.
+def pack_keys(states, stride_t, group, shares, mark, first_column, TILE: tl.constexpr):
+    """One group of keys with its `token_shares`, bytes `first_column…` of each token.
 
     Wide channels are fitted with 4 bits, of which the high two go here, and come first in the order of the group's head.
     """
@@ -93,7 +93,6 @@ def pack_keys(states, stride_t, group, mark, first_column, TILE: tl.constexpr):
     column = first_column + tl.arange(0, COLUMNS)
     inside = column < WIDTH
     packed = tl.zeros([G, COLUMNS], tl.int32)
-    shares = token_shares(states, stride_t, group.order, TILE)
     for plane in tl.static_range(8 // BITS):
         at = plane * WIDTH + column
         channel = at
@@ -119,7 +118,7 @@ def pack_keys(states, stride_t, group, mark, first_column, TILE: tl.constexpr):
 
 
 @triton.jit
-def pack_low_bits(states, stride_t, group, TILE: tl.constexpr):
+def pack_low_bits(states, stride_t, group, shares, TILE: tl.constexpr):
     """The low two bits of the wide channels of one group of keys; a byte holds four neighbours."""
     G: tl.constexpr = TILE.G
     BYTES: tl.constexpr = TILE.WIDE // 4
@@ -128,7 +127,6 @@ def pack_low_bits(states, stride_t, group, TILE: tl.constexpr):
     column = tl.arange(0, BYTES_PAD)
     inside = column < BYTES
     packed = tl.zeros([G, BYTES_PAD], tl.int32)
-    shares = token_shares(states, stride_t, group.order, TILE)
     for neighbour in tl.static_range(4):
         at = tl.load(group.order + 4 * column + neighbour, mask=inside, other=0)
         x = tl.load(states + token[:, None] * stride_t + at[None, :], mask=inside[None, :], other=0.0).to(tl.float32)
@@ -184,10 +182,11 @@ def pack_states(new, side, mark, heads, capacity, first_token, blocks, TILE: tl.
     states += block.to(tl.int64) * BLOCK * new.stride_t
     group = group_of_side(side, head.to(tl.int64) * capacity + first_token + block * BLOCK, head, TILE)
     if TILE.KEYS:
+        shares = token_shares(states, new.stride_t, group.order, TILE)
         if part * TILE.COLUMNS < TILE.WIDTH:
-            pack_keys(states, new.stride_t, group, mark, part * TILE.COLUMNS, TILE)
+            pack_keys(states, new.stride_t, group, shares, mark, part * TILE.COLUMNS, TILE)
         elif TILE.WIDE > 0:
-            pack_low_bits(states, new.stride_t, group, TILE)
+            pack_low_bits(states, new.stride_t, group, shares, TILE)
     else:
         pack_values(states, new.stride_t, group, mark, TILE)
 
