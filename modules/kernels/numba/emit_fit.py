@@ -112,7 +112,7 @@ class Fit:
     def _refit(self, codes, squares, products, mean):
         """The least-squares scale and minimum for the codes that gave these means."""
         variance = self.b.fsub(squares, self.b.fmul(codes, codes))
-        least = 1 / (8 * self.spec.group_size)  # below what one code that differs makes of it, and above what rounding does
+        least = 1 / (8 * self.spec.group_size)  # below what one code that differs makes of it, above what rounding does
         differ = self.b.fcmp_ordered(">", variance, self.splat(least))
         scale = self.b.select(differ, self.b.fdiv(products, variance), self.splat(0.0))
         scale, _ = self.stored(scale, self.b.fsub(mean, self.b.fmul(scale, codes)))

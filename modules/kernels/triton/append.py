@@ -100,7 +100,7 @@ def _pack_group(states, group, energy, mark, packed, TOKENS: tl.constexpr, TILE:
             mark_unrepresentable(x.to(tl.float32), mark)
         tl.store(group.codes + at, x.to(group.codes.dtype.element_ty), mask=(d < D)[None, :])
     elif TILE.KEYS:
-        if TILE.WIDE > 0:
+        if TILE.WIDE > 0:  # noqa: SIM102 - a constant: without wide channels the rest is not compiled
             if packed == 0:
                 _choose_order(states, energy, group.order, TILE)
                 tl.debug_barrier()  # packing reads the order
