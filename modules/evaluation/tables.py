@@ -69,14 +69,19 @@ def quality_table(result: QualityResult) -> pandas.DataFrame:
 
 
 def passkey_table(results: Sequence[PasskeyResult]) -> pandas.DataFrame:
-    """Cache, and keys found of those hidden at each length."""
-    lengths = sorted({length for result in results for length in result.lengths})
+    """Cache, and keys found of those hidden at each length, with the day of the newest measurement."""
+    days = {
+        length: result.environment.date[:10]
+        for result in sorted(results, key=lambda result: result.environment.date)
+        for length in result.lengths
+    }
+    lengths = sorted(days)
     names = list(dict.fromkeys(name for result in results for name in result.names))
     rows = []
     for name in names:
         counts = [_sum(result.found(name, length) for result in results) for length in lengths]
         rows.append([name, *(f"{found} of {asked}" if asked else MISSING for found, asked in counts)])
-    return pandas.DataFrame(rows, columns=["cache", *(f"{length:,} tokens" for length in lengths)])
+    return pandas.DataFrame(rows, columns=["cache", *(f"{length:,} tokens, {days[length]}" for length in lengths)])
 
 
 def free_table(result: FreeResult) -> pandas.DataFrame:
