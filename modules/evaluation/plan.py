@@ -45,9 +45,9 @@ PLAN = [
     Step("qwen-prose", QWEN, calibration="code"),
     Step("qwen-code", QWEN, text="code", calibration="prose"),
     Step("smollm2-code", SMOLLM2, text="code", calibration="prose"),
-    Step("smollm2-free", SMOLLM2, kind="free", tokens=1024, new_tokens=400),
+    Step("smollm2-free", SMOLLM2, kind="free", tokens=1024, new_tokens=1000),
     Step("smollm2-tasks", SMOLLM2, kind="tasks", lengths=(4000,), peers=False),
-    Step("qwen-free", QWEN, kind="free", tokens=1024, new_tokens=400, peers=False),
+    Step("qwen-free", QWEN, kind="free", tokens=1024, new_tokens=1000, peers=False),
     Step("qwen-tasks", QWEN, kind="tasks", lengths=(4000, 8000), peers=False),
     *(Step(f"qwen-passkey-{length}", QWEN, kind="passkey", lengths=(length,)) for length in (2000, 4000, 8000)),
 ]
