@@ -64,16 +64,16 @@ class Context:
         self.library.llama_synchronize(self.pointer)
 
     def fill(self, tokens: int) -> None:
-        """Put `tokens` tokens into the cache, all of them of sequence 0: copies of the same `PIECE`, and what is left of it."""
+        """Put `tokens` tokens into the cache, all of them of sequence 0: copies of the same `PIECE`, the last one cut.
+
+        The piece is run in an empty cache: the library aborts where it meets a block of cells none of which a token attends to.
+        """
         random_ids = random.Random(0)
-        ids = [random_ids.randrange(1000, 20000) for _ in range(PIECE)]
-        whole, rest = divmod(tokens, PIECE)
-        if rest:
-            self.decode(ids[:rest], tokens - rest, 0)
-        if whole:
-            self.decode(ids, 0, 1)
-            self.copy(1, range(2, whole + 1))
-        for sequence in range(1, whole + 1):
+        self.decode([random_ids.randrange(1000, 20000) for _ in range(PIECE)], 0, 1)
+        pieces = -(-tokens // PIECE)
+        self.copy(1, range(2, pieces + 1))
+        self.library.llama_kv_cache_seq_rm(self.pointer, pieces, tokens - (pieces - 1) * PIECE, -1)
+        for sequence in range(1, pieces + 1):
             self.library.llama_kv_cache_seq_cp(self.pointer, sequence, 0, -1, -1)
 
     def copy(self, sequence: int, others: Iterable[int]) -> None:
@@ -99,6 +99,8 @@ def library() -> ctypes.CDLL:
     loaded, integer = load_shared_library(), ctypes.c_int32
     loaded.llama_kv_cache_seq_cp.argtypes = [ctypes.c_void_p, integer, integer, integer, integer]
     loaded.llama_kv_cache_seq_cp.restype = None
+    loaded.llama_kv_cache_seq_rm.argtypes = [ctypes.c_void_p, integer, integer, integer]
+    loaded.llama_kv_cache_seq_rm.restype = ctypes.c_bool
     for name, arguments in (
         ("get_size", [integer, ctypes.c_uint32]),
         ("get_data", [ctypes.c_char_p, ctypes.c_size_t, integer, ctypes.c_uint32]),
