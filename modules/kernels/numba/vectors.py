@@ -125,21 +125,17 @@ class Emitter(Generic[Constants]):
         """To whole numbers, halves to even."""
         return self._call("llvm.nearbyint", x)
 
-    def across_lanes(self, vector, combine):
-        """A vector with each lane combined with all others; the number of lanes is a power of two."""
-        step = 1
-        while step < vector.type.count:
-            vector = combine(vector, self.shuffle(vector, vector, [lane ^ step for lane in range(vector.type.count)]))
+    def across_lanes(self, vector, combine, together: int | None = None):
+        """A vector with each lane combined with the others of its run of `together` lanes, a power of two; None: with all."""
+        lanes, step = vector.type.count, 1
+        while step < (together or lanes):
+            vector = combine(vector, self.shuffle(vector, vector, [lane ^ step for lane in range(lanes)]))
             step *= 2
         return vector
 
     def across_tokens(self, vector, combine):
         """A block `[padded_rows, tokens]` with each lane combined with the others of its row."""
-        step = 1
-        while step < self.plan.tokens:
-            vector = combine(vector, self.shuffle(vector, vector, [lane ^ step for lane in range(self.plan.block)]))
-            step *= 2
-        return vector
+        return self.across_lanes(vector, combine, self.plan.tokens)
 
     def exp2(self, x):
         """2**x to 2 units in the last place; 0 below -127, NaN for NaN."""
