@@ -275,7 +275,7 @@ def appending(k_bits: int, v_bits: int, head_dim: int, arch: int, wide: int = 0,
     types |= {"energy": "*fp32", "counts": "*i32", "new_lengths": "*i32"}
     constants = {"SINK": 4, "RING": 160, "TOKENS": 32, "ALL_NEW": True}
     constants |= {"K_TILE": launch.pack_tile_of(True, head_dim, 32, k_bits, "lsq", wide, small_metadata=small)}
-    value_g = 64 if wide else 32
+    value_g = 64 if wide and v_bits == 2 else 32
     constants |= {"V_TILE": launch.pack_tile_of(False, head_dim, value_g, v_bits, "clipped", small_metadata=small)}
     compiled = compile_kernel(append.append_step, types, constants, arch, ("sequences", "heads"))
     return describe("append_step", f"K{k_bits} V{v_bits} D{head_dim}{_metadata(wide, small)}", arch, compiled)[0]
@@ -310,7 +310,7 @@ def variants(quick: bool) -> list[tuple[launch.Shape, int, str]]:
     chosen = [
         REFERENCE,
         (shape_of(128, 32, 2, 2, 64, 32), 4, "bfloat16"),
-        (shape_of(128, 32, 4, 4), 4, "bfloat16"),
+        (shape_of(128, 32, 4, 4, wide=32, small=True), 4, "bfloat16"),
         (shape_of(64, 32, 2, 2, 64, 16), 4, "bfloat16"),
         (shape_of(128, 32, 2, 2, 64, 32), 64, "bfloat16"),
         (static_shape(128), 4, "bfloat16"),
@@ -331,6 +331,13 @@ def variants(quick: bool) -> list[tuple[launch.Shape, int, str]]:
         for rows in (4, 64)
     ]
     chosen += [(shape_of(128, 32, k, v, small=True), 4, "bfloat16") for k, v in ((2, 2), (4, 4), (8, 2), (4, 16))]
+    chosen += [
+        (shape_of(d, 32, 4, 4, wide=min(d // 4, 32), small=True), rows, "bfloat16")
+        for d in checks.HEAD_DIMS
+        for rows in (4, 64)
+    ]
+    chosen += [(shape_of(128, 32, 4, 2, 64, 32, small=True), 4, "bfloat16")]
+    chosen += [(shape_of(128, 64, 4, 4, wide=32, small=True), 4, "bfloat16")]
     chosen += [(shape_of(128, 32, 2, 2, 64, 64, small=True), 4, "float32")]
     chosen += [(static_shape(d), rows, "bfloat16") for d in checks.HEAD_DIMS for rows in (4, 64)]
     chosen += [(static_shape(128), 4, dtype) for dtype in ("float16", "float32")]
@@ -352,6 +359,8 @@ def work(archs: tuple[int, ...], quick: bool) -> list[functools.partial[Compiled
             functools.partial(packing, "keys", 2, "lsq", 128, 32, arch, wide=64, small=True),
             functools.partial(packing, "values", 2, "clipped", 128, 64, arch, small=True),
             functools.partial(appending, 2, 2, 128, arch, wide=64, small=True),
+            functools.partial(packing, "keys", 4, "lsq", 128, 32, arch, wide=32, small=True),
+            functools.partial(appending, 4, 4, 128, arch, wide=32, small=True),
         ]
         if not quick:
             calls += [functools.partial(packing, what, 8, "lsq", 256, 128, arch) for what in ("keys", "values")]

@@ -10,7 +10,10 @@ from typing import Any
 
 FULL_PRECISION_BITS = 16
 MINIMUM_BITS = 16  # of a group of keys, whatever its scale has
-WIDE_CHANNELS, MOST_WIDE = 0.5, 64  # of a head by default: the share, and channels at most
+WIDE_CHANNELS = {
+    2: (0.5, 64),
+    4: (0.25, 32),
+}  # of a head by default, by the bits of the others: share, and channels at most
 ALLOWED_BITS = (2, 4, 8, FULL_PRECISION_BITS)
 BY_LAYER = ("k_bits", "v_bits", "wide_channels")  # options that may be lists with an entry a layer
 ALLOWED_K_RANGES = ("lsq", "minmax")
@@ -144,8 +147,8 @@ class KIVIOptions:
     )
     wide_channels: float | list[float] | None = _option(
         None,
-        "share of each head's key channels, those that matter most, with 4 bits in a 2-bit cache; None: a half, at "
-        "most 64 channels, with k_range=lsq; a list gives one entry a layer",
+        "share of each head's key channels, those that matter most, with two bits more where keys have 2 or 4; None: a half, "
+        "at most 64 channels, or a quarter, at most 32, with k_range=lsq; a list gives one entry a layer",
     )
     v_rotation: bool | None = _option(
         None,
@@ -158,8 +161,8 @@ class KIVIOptions:
     )
     metadata_bits: int | None = _option(
         None,
-        "bits of the scale of 2- and 4-bit codes, and of the minimum of values; that of keys has 16; None: 8 for keys with "
-        "k_range=lsq and for rotated values, else 16",
+        "bits of the scale of 2- and 4-bit codes, and of the minimum of values; that of keys has 16; None: 8 with k_range=lsq "
+        "and for rotated values, else 16",
         ALLOWED_METADATA_BITS,
     )
     backend: str = _option(
@@ -244,17 +247,20 @@ class KIVIOptions:
         return self._entry("k_bits", layer_idx, num_layers), self._entry("v_bits", layer_idx, num_layers)
 
     def wide_count(self, k_bits: int, head_dim: int) -> int:
-        """Key channels of a head that get 4 bits in a layer of `k_bits`: a multiple of 4, so that they fill bytes.
+        """Key channels of a head that get two bits more in a layer of `k_bits`: a multiple of 4, so that they fill bytes.
 
         Raises:
             ValueError: where the share differs by layer; `of_layer` gives the options of one.
         """
         share = self.wide_channels
+        if k_bits not in WIDE_CHANNELS:
+            return 0
         if share is None:
-            share = min(WIDE_CHANNELS, MOST_WIDE / head_dim) if self.k_range == "lsq" else 0.0
+            usual, most = WIDE_CHANNELS[k_bits]
+            share = min(usual, most / head_dim) if self.k_range == "lsq" else 0.0
         if isinstance(share, (list, tuple)):
             raise ValueError("wide_channels has an entry a layer; take the options of one layer by of_layer() first.")
-        return int(share * head_dim) // 4 * 4 if k_bits == 2 else 0
+        return int(share * head_dim) // 4 * 4
 
     def rotates_values(self, v_bits: int) -> bool:
         """Whether the values of a layer of `v_bits` are rotated."""
@@ -276,10 +282,10 @@ class KIVIOptions:
         return math.gcd(self.group_size, head_dim)
 
     def metadata_of(self, k_bits: int, v_bits: int) -> tuple[int, int]:
-        """Bits of a scale of the keys and of the values in a layer. With None they are 8 where that costs next to nothing: for
-        fitted keys, and for values that are rotated, which lie about zero. Codes of 8 bits, which a coarse scale would cut
-        short, always have 16."""
-        small = self.k_range == "lsq", self.rotates_values(v_bits)
+        """Bits of a scale of the keys and of the values in a layer. With None they are 8, which costs next to nothing, but where
+        the paper's algorithm is asked for. Codes of 8 bits, which a coarse scale would cut short, always have 16."""
+        fitted = self.k_range == "lsq"
+        small = fitted, fitted or self.rotates_values(v_bits)
         keys, values = (self.metadata_bits or (8 if fits else 16) for fits in small)
         return keys if k_bits < 8 else 16, values if v_bits < 8 else 16
 

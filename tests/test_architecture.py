@@ -27,8 +27,8 @@ from pages import DOCS, ROOT
 from transformers import DynamicCache
 
 from modules import options
-from modules.codecs.codec import Codec, Packed
-from modules.codecs.grouped import pack_codes, widen
+from modules.codecs.codec import Codec
+from modules.codecs.grouped import pack_codes, pack_low_codes
 from modules.codecs.kivi import codecs_of
 from modules.kernels import registry
 from modules.kernels.backend import Backend
@@ -278,9 +278,7 @@ def test_the_bytes_of_the_drawings():
         assert packed.nonzero().item() == channel % 32
         assert packed.max() == 1 << 2 * (channel // 32)
     for place in (0, 1, 6, 31):
-        fine = Packed(pack_codes(torch.eye(32, dtype=torch.uint8)[place], 4), torch.ones(32), torch.zeros(32))
-        coarse = Packed(torch.zeros(32, dtype=torch.uint8), torch.ones(128), torch.zeros(128))
-        extra = widen(coarse, fine).extra
+        extra = pack_low_codes(torch.eye(32, dtype=torch.uint8)[place])
         assert extra.nonzero().item() == place // 4
         assert extra.max() == 1 << 2 * (place % 4)
 

@@ -32,6 +32,7 @@ PLANS = [
     ((2, 2), 2, 4, 128, 32, torch.float32, 1 / 4),  # 8 bytes of low bits a token
     ((2, 4), 1, 8, 80, 16, torch.float16, 1 / 4),  # 5 bytes, vectors of 4 for values
     ((4, 4), 1, 1, 256, 128, torch.bfloat16, 0.0),
+    ((4, 4), 2, 4, 128, 32, torch.float32, 1 / 4),  # wide ones of 6 bits
     ((8, 2), 1, 3, 64, 64, torch.float32, 0.0),  # codes of 8 bits meet exact queries
 ]
 EXTREME = PLANS[0]
@@ -81,11 +82,11 @@ def test_exact_products_are_exact():
 
 
 def test_several_new_tokens_and_decode_steps():
-    layer = layer_of(PLANS[3], [400, 77])
-    out, ref = both(layer, new_states(layer, PLANS[3][2], new=9))
+    layer = layer_of(PLANS[-1], [400, 77])
+    out, ref = both(layer, new_states(layer, PLANS[-1][2], new=9))
     assert relative_error(out, ref) < BOUND
     for seed in range(3):
-        states = new_states(layer, PLANS[3][2], seed=seed)
+        states = new_states(layer, PLANS[-1][2], seed=seed)
         ref = TORCH.attend(states[0], *layer.enter(*states[1:]), layer, 0.1, Step.of(None, 2, 1))
         assert relative_error(NUMBA.decode(*states, layer, 0.1), layer.leave(ref)) < BOUND
         layer.ledger.commit(Step.of(None, 2, 1))

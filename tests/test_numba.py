@@ -31,6 +31,8 @@ PLANS = [
     ((2, 2), 3, 3, 64, 32, torch.bfloat16, 3 / 16),  # 3 bytes
     ((2, 2), 2, 4, 96, 32, torch.float32, 5 / 24),  # 5 bytes, and vectors of 8 as on CPUs without AVX-512
     ((2, 4), 1, 2, 80, 16, torch.float32, 1 / 4),  # vectors of 4
+    ((4, 4), 2, 4, 128, 32, torch.float32, 1 / 4),  # wide ones of 6 bits
+    ((4, 2), 3, 3, 64, 32, torch.bfloat16, 5 / 16),  # and vectors some lanes of which are wide
     ((8, 4), 1, 7, 64, 16, torch.float16, 0.0),
     ((4, 16), 2, 1, 96, 48, torch.float32, 0.0),
     ((16, 8), 1, 2, 64, 64, torch.float32, 0.0),
@@ -365,6 +367,8 @@ def stored_by(name, side, states, order=None):
         ("keys", "lsq", 2, torch.float16, 64, 32, 0.25),
         ("keys", "lsq", 2, torch.bfloat16, 64, 16, 3 / 16),
         ("keys", "lsq", 2, torch.float32, 80, 16, 0.25),
+        ("keys", "lsq", 4, torch.float32, 128, 32, 0.25),
+        ("keys", "lsq", 4, torch.float16, 80, 16, 0.25),
         ("keys", "lsq", 8, torch.bfloat16, 64, 16, 0.0),
         ("keys", "minmax", 4, torch.float32, 32, 32, 0.0),
         ("values", "minmax", 2, torch.float32, 128, 64, 0.0),
@@ -401,7 +405,8 @@ def test_packing_is_that_of_torch(what, method, bits, dtype, head_dim, group, sh
     errors = [
         (one.read(slice(None), 0, stop, torch.float32) - x.float()).double().norm().item() for one in (ours, theirs)
     ]
-    slack = 1e-5 if method == "lsq" else 1e-6  # from a tie that rounds otherwise, the rounds reach another optimum
+    # from a tie that rounds otherwise the rounds reach another optimum, the farther away the coarser scales are
+    slack = (1e-4 if ours.scale.dtype == torch.uint8 else 1e-5) if method == "lsq" else 1e-6
     assert errors[0] <= errors[1] * (1 + slack)
 
 

@@ -6,14 +6,17 @@ import torch
 from modules.codecs.grouped import (
     dequantize_keys,
     dequantize_values,
+    dequantize_wide_keys,
     pack_codes,
     quantize_keys,
     quantize_values,
     token_shares,
     unpack_codes,
 )
+from modules.codecs.metadata import EIGHT_BIT_KEYS, FLOAT16
 
 SIDES = {"keys": (quantize_keys, dequantize_keys), "values": (quantize_values, dequantize_values)}
+AS_THEY_ARE = torch.arange(64)  # the order of channels
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -101,10 +104,31 @@ def test_keys_that_lie_apart_lose_less_than_the_others():
     """One of 32, in some channels: with all alike the fit gives it up, for it is one of many."""
     x = torch.randn(1, 4, 256, 64, generator=torch.Generator().manual_seed(5))
     x[:, :, ::32, :16] += 6
-    error = (dequantize_keys(quantize_keys(x, 2, 32, "lsq", wide=16), 2, 32) - x).square().unflatten(2, (-1, 32))
-    by_others = (dequantize_keys(quantize_keys(x.flip(-1), 2, 32, "lsq", wide=16), 2, 32).flip(-1) - x).square()
-    apart = error[..., :16].select(3, 0).mean()
-    assert apart < 0.5 * by_others.unflatten(2, (-1, 32))[..., :16].select(3, 0).mean()
+    packed = quantize_keys(x, 2, 32, "lsq", wide=16)
+    error = (dequantize_wide_keys(packed, 2, AS_THEY_ARE.expand(1, 4, -1), 32) - x).square().unflatten(2, (-1, 32))
+    alike = dequantize_keys(quantize_keys(x[..., :16], 4, 32, "lsq"), 4, 32)
+    apart, all_tokens = error[..., :16].select(3, 0).mean(), error[..., :16].mean()
+    assert apart < all_tokens < 1.5 * (alike - x[..., :16]).square().mean()
+
+
+@pytest.mark.parametrize("metadata", [FLOAT16, EIGHT_BIT_KEYS], ids=["16", "8"])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_wide_channels_are_those_of_two_bits_more(bits, metadata):
+    """The others are as without wide ones, and errors are as many times smaller as there are steps in a range."""
+    x = torch.randn(2, 3, 128, 64, generator=torch.Generator().manual_seed(bits))
+    plain = (dequantize_keys(quantize_keys(x, bits, 32, "minmax", metadata), bits, 32) - x).square()
+    packed = quantize_keys(x, bits, 32, "minmax", metadata, wide=24)
+    assert packed.extra.shape == (2, 3, 128, 6) and packed.codes.shape == (2, 3, 128, 64 * bits // 8)
+    stored = dequantize_wide_keys(packed, bits, AS_THEY_ARE.expand(2, 3, -1), 32)
+    error = (stored - x).square()
+    assert torch.equal(error[..., 24:], plain[..., 24:])
+    steps = ((1 << bits + 2) - 1) / ((1 << bits) - 1)
+    least = 0.8 if metadata.exact else 0.7  # many steps of a scale that is rounded miss the ends of a range
+    assert least < plain[..., :24].mean() / error[..., :24].mean() / steps**2 < 1.2
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(0)).expand(2, 3, -1)
+    assert torch.equal(
+        dequantize_wide_keys(packed, bits, order, 32), torch.empty_like(x).index_copy_(3, order[0, 0], stored)
+    )
 
 
 @pytest.mark.parametrize("side", SIDES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import random
@@ -24,6 +25,7 @@ from safetensors.torch import save_file
 import modules.models.attention  # noqa: F401 - registers "kivi"
 from modules import files
 from modules.cache import cache as cache_module
+from modules.cache import saved
 from modules.codecs.static import ChannelScales, StaticParameters, model_facts
 from modules.kivi_cache_general import KIVICache, StaticInt8Cache
 from modules.models.families import load_any
@@ -89,6 +91,7 @@ def through_file(cache, path, model, **kwargs) -> KIVICache:
         {"k_bits": 16, "v_bits": 2},
         {"k_bits": 2, "v_bits": 16, "wide_channels": 0.5},
         {"k_bits": [2, 4, 8], "v_bits": [8, 2, 4], "v_rotation": True},
+        {"k_bits": 4, "v_bits": 4},
         {"metadata_bits": 8, "wide_channels": 0.5},
         {"k_bits": [2, 4, 2], "wide_channels": [1.0, 0.5, 0], "metadata_bits": 8},
         {"use_kivi": False},
@@ -314,9 +317,21 @@ def test_truncated_and_foreign_files_are_refused(model, path, tmp_path):
     assert "is not a saved KIVI cache, or its header was altered: its kind is None" in refusal(path, model)
     files.write_checked(path, "something-else", {}, {})
     assert "its kind is 'something-else'" in refusal(path, model)
-    files.write_checked(path, "kivi-cache", {}, {"version": "3"})
-    assert "version 3 of the format and this code reads version 2" in refusal(path, model)
+    files.write_checked(path, "kivi-cache", {}, {"version": "4"})
+    assert "version 4 of the format and this code reads version 3" in refusal(path, model)
     assert "there is no file" in refusal(tmp_path / "nothing", model) and "no file" in refusal(tmp_path, model)
+
+
+@pytest.mark.parametrize("options", [{"k_bits": 4}, {"v_bits": [2, 4, 2]}, {}, {"k_bits": 8, "v_bits": 16}], ids=str)
+def test_files_of_an_older_version_are_read_where_their_codes_lie_as_ever(model, path, monkeypatch, options):
+    cache = filled(model, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(saved, "VERSION", 2)
+        cache.save(path)
+    if 4 in itertools.chain(*(bits if isinstance(bits, list) else [bits] for bits in options.values())):
+        assert "has 4-bit codes of version 2 of the format, which version 3 stores in another way" in refusal(path, model)
+    else:
+        assert_same(KIVICache.load(path, model), cache)
 
 
 @pytest.mark.parametrize("where", ["save_file", "os.fsync", "os.replace"])

@@ -24,7 +24,7 @@ from layers import random_scales
 from transformers import LlamaConfig
 
 from modules.cache.cache import DRAFT_ROOM
-from modules.codecs.grouped import CLIPPED, WIDE_BITS
+from modules.codecs.grouped import CLIPPED, LOW_BITS
 from modules.codecs.rotation import rotate
 from modules.codecs.static import StaticParameters, model_facts
 from modules.kivi_cache_general import KIVICache
@@ -198,7 +198,7 @@ def check_groups(given: torch.Tensor, stored: torch.Tensor, codec, side: int) ->
     errors = (stored - given).square().mean(-1).sqrt()
     assert (errors <= quantization_bounds(given, codec.bits, codec.method)).all()
     if codec.wide:
-        fine = (errors <= quantization_bounds(given, WIDE_BITS, codec.method)).sum(1)  # [KV_HEADS, groups]
+        fine = (errors <= quantization_bounds(given, codec.bits + LOW_BITS, codec.method)).sum(1)  # [KV_HEADS, groups]
         assert (fine >= codec.wide).all()
 
 

@@ -170,11 +170,15 @@ def test_ragged_batches_and_types(kernels, dtype, more):
 
 
 @pytest.mark.parametrize(
-    "head_dim, share, metadata_bits",
-    [(64, 0.25, 16), (96, 0.25, 16), (128, 0.25, 16), (128, 0.1, 16), (64, 0.5, 8), (96, 0.5, 8), (128, 0.25, 8)],
+    "head_dim, share, metadata_bits, k_bits",
+    [
+        *((64, 0.25, 16, 2), (96, 0.25, 16, 2), (128, 0.25, 16, 2), (128, 0.1, 16, 2)),
+        *((64, 0.5, 8, 2), (96, 0.5, 8, 2), (128, 0.25, 8, 2)),
+        *((64, 0.25, 8, 4), (96, 0.25, 16, 4), (128, 0.25, 8, 4), (128, 0.1, 16, 4), (256, 0.25, 8, 4)),
+    ],
 )
-def test_wide_channels_and_wider_groups_of_values(kernels, head_dim, share, metadata_bits):
-    more = {"wide_channels": share, "metadata_bits": metadata_bits}
+def test_wide_channels_and_wider_groups_of_values(kernels, head_dim, share, metadata_bits, k_bits):
+    more = {"wide_channels": share, "metadata_bits": metadata_bits, "bits": (k_bits, 2)}
     layer = stored([150, 120], head_dim=head_dim, kv_heads=2, v_group_size=16, **more)
     assert layer.key.wide
     check_attention(layer, group=2)
@@ -365,6 +369,8 @@ def test_append_in_a_window_with_room_for_drafts(kernels):
         (128, 0, 16, False, {"wide_channels": 0.25}),
         (64, 64, 16, True, SMALL_METADATA),
         (96, 24, 0, True, SMALL_METADATA),
+        (64, 64, 16, True, {"bits": (4, 4), "wide_channels": 0.25}),
+        (96, 24, 0, True, {"bits": (4, 4), **SMALL_METADATA}),
     ],
 )
 def test_append_chooses_wide_channels_on_the_device(kernels, head_dim, rotary, residual, observed, options):

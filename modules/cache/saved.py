@@ -29,8 +29,10 @@ from modules.options import KIVIOptions, reject_unknown
 from modules.store.ledger import Ledger, Saved
 from modules.store.live import fill, live_tensors
 
-KIND, VERSION = "kivi-cache", 2
+KIND, VERSION = "kivi-cache", 3
 _FIRST_DEFAULTS = {"metadata_bits": 16, "wide_channels": 0.25}  # those of version 1 that have changed
+_BITS = ("k_bits", "v_bits")
+_CHANGED_BITS = 4  # of codes whose defaults have changed in version 3
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # those that states can be loaded in
 _STATIC = "static."  # before the names of its tensors
 _FREE = frozenset({"backend", "exact_products"})  # options that do not say what is stored
@@ -192,13 +194,20 @@ def _described(layer: CacheLayerMixin) -> tuple[dict[str, Any], dict[str, torch.
 
 def _state_of(file: CheckedFile, path: Path) -> State:
     version = file.metadata.get("version")
-    if version not in ("1", str(VERSION)):
+    if version not in ("1", "2", str(VERSION)):
         raise ValueError(
             f"{path} has version {version} of the format and this code reads version {VERSION}; use the code that wrote it, or "
             "prefill again."
         )
     state = State(**json.loads(file.metadata["state"]))
-    return state if version == str(VERSION) else dataclasses.replace(state, options=_as_meant(state.options))
+    if version == str(VERSION):
+        return state
+    if any(_CHANGED_BITS in (bits if isinstance(bits, list) else [bits]) for bits in map(state.options.get, _BITS)):
+        raise ValueError(
+            f"{path} has {_CHANGED_BITS}-bit codes of version {version} of the format, which version {VERSION} stores in another "
+            "way; use the code that wrote it, or prefill again."
+        )
+    return dataclasses.replace(state, options=_as_meant(state.options)) if version == "1" else state
 
 
 def _as_meant(options: dict[str, Any]) -> dict[str, Any]:
@@ -283,7 +292,8 @@ def _fill_layer(
         layouts = [side.codec.layout for side in store.sides]
         if layouts != entry["layouts"]:
             raise ValueError(
-                f"layer {layer.layer_idx} is stored as {entry['layouts']} in the file; here it would be {layouts}."
+                f"layer {layer.layer_idx} is stored as {entry['layouts']} in the file; here it would be {layouts}. Use the "
+                "code that wrote it, or prefill again."
             )
         fill(store, set(entry["tensors"]), tensor)
         return

@@ -19,8 +19,8 @@ class Packed(NamedTuple):
     """Packed tokens, part by part: `codes` `[..., T, width]` and what belongs to them, None where a codec has no such part.
 
     At 2, 4 and 8 bits codes are uint8 `[..., T, D*bits/8]`; `scale` and `minimum` `[..., T/G, D]` for keys and
-    `[..., T, D/G]` for values, in the dtypes of `modules.codecs.metadata.Metadata`; `extra` uint8 `[..., T, W/4]`, the low two bits of the first `W` channels of 2-bit keys,
-    four neighbours a byte.
+    `[..., T, D/G]` for values, in the dtypes of `modules.codecs.metadata.Metadata`; `extra` uint8 `[..., T, W/4]`, the low two bits of keys' first
+    `W` channels, four neighbours a byte.
     """
 
     codes: torch.Tensor

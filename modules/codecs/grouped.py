@@ -15,13 +15,13 @@ import functools
 import torch
 
 from modules.codecs.codec import Packed
-from modules.codecs.metadata import FLOAT16, Metadata, numbers_of, scale_codes
+from modules.codecs.metadata import FLOAT16, Metadata, numbers_of
 
 FLOAT16_MAX = 65504.0
 LSQ_ROUNDS = 4
 LSQ_START = 0.8
 CLIPPED = 0.85
-WIDE_BITS = 4
+LOW_BITS = 2  # that a wide channel has more than the others
 SMALLEST = 1e-30  # a mean to divide by
 _SLICE_ELEMENTS = 1 << 21  # quantized at a time: bounds the temporaries of a long prefill
 
@@ -146,10 +146,11 @@ def quantize_keys(
         group_size: tokens that share a scale and minimum.
         method: "lsq" or "minmax".
         metadata: how scale and minimum are stored.
-        wide: the first channels, by which "lsq" tells tokens that lie apart (`token_shares`); 0: all.
+        wide: the first channels, `W` of them, a multiple of 4, which get `LOW_BITS` more, and by which "lsq" tells tokens that
+            lie apart (`token_shares`); 0: none, and by all.
 
     Returns:
-        `Packed`: codes `[..., T, D*bits/8]`, scale and minimum `[..., T/G, D]`.
+        `Packed`: codes `[..., T, D*bits/8]`, scale and minimum `[..., T/G, D]`, and with wide channels `extra` `[..., T, W/4]`.
 
     Raises:
         ValueError: for bits, method or shapes that do not fit, and for keys that are NaN, infinite or beyond float16.
@@ -161,9 +162,36 @@ def quantize_keys(
         groups = part.float().unflatten(-2, (-1, group_size))
         shares = token_shares(groups[..., : wide or head_dim]) if method == "lsq" else 1 / group_size
         codes, scale, minimum = _fit(groups, -2, bits, method, metadata, shares)
+        low = []
+        if wide:
+            fine, *of_fine = _fit(groups[..., :wide], -2, bits + LOW_BITS, method, metadata, shares)
+            low = [pack_low_codes(_widen(codes, scale, minimum, fine, *of_fine)).flatten(-3, -2)]
         numbers = metadata.pack(scale.squeeze(-2), minimum.squeeze(-2), bits)
-        parts.append((pack_codes(codes.to(torch.uint8), bits).flatten(-3, -2), *numbers))
-    return _join(parts, head_dim * bits // 8, head_dim, keys, metadata)
+        parts.append((pack_codes(codes.to(torch.uint8), bits).flatten(-3, -2), *numbers, *low))
+    widths = head_dim * bits // 8, head_dim, *((wide // 4,) if wide else ())
+    return _join(parts, widths, keys, metadata)
+
+
+def _widen(
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    minimum: torch.Tensor,
+    fine: torch.Tensor,
+    fine_scale: torch.Tensor,
+    fine_minimum: torch.Tensor,
+) -> torch.Tensor:
+    """Put the high bits of the first channels' `fine` codes, with their scale and minimum, in place of those channels' codes; the
+    low `LOW_BITS`, uint8.
+
+    `scale * code + minimum` is `(4*scale) * high + scale * low + minimum`: the high bits are codes like those of other channels,
+    with a scale four times as large.
+    """
+    wide, steps = fine.shape[-1], 1 << LOW_BITS
+    high = (fine / steps).floor_()
+    codes[..., :wide] = high
+    scale[..., :wide] = fine_scale * steps
+    minimum[..., :wide] = fine_minimum
+    return fine.sub_(high, alpha=steps).to(torch.uint8)
 
 
 def quantize_values(
@@ -192,7 +220,7 @@ def quantize_values(
         codes, scale, minimum = _fit(groups, -1, bits, method, metadata, 1 / group_size)
         numbers = metadata.pack(scale.squeeze(-1), minimum.squeeze(-1), bits)
         parts.append((pack_codes(codes.to(torch.uint8).flatten(-2), bits), *numbers))
-    return _join(parts, head_dim * bits // 8, head_dim // group_size, values, metadata)
+    return _join(parts, (head_dim * bits // 8, head_dim // group_size), values, metadata)
 
 
 def _token_slices(x: torch.Tensor, multiple: int) -> list[torch.Tensor]:
@@ -203,10 +231,13 @@ def _token_slices(x: torch.Tensor, multiple: int) -> list[torch.Tensor]:
 
 
 def _join(
-    parts: list[tuple[torch.Tensor, ...]], code_bytes: int, numbers: int, like: torch.Tensor, metadata: Metadata
+    parts: list[tuple[torch.Tensor, ...]], widths: tuple[int, ...], like: torch.Tensor, metadata: Metadata
 ) -> Packed:
+    """The parts of slices of tokens, one behind another; `widths` are those of codes, of scale and minimum, and of `extra`."""
     if not parts:
-        shapes = (code_bytes, torch.uint8), (numbers, metadata.scale), (numbers, metadata.minimum)
+        codes, numbers, *extra = widths
+        shapes = [(codes, torch.uint8), (numbers, metadata.scale), (numbers, metadata.minimum)]
+        shapes += [(width, torch.uint8) for width in extra]
         return Packed(*(torch.empty(*like.shape[:-2], 0, n, dtype=kind, device=like.device) for n, kind in shapes))
     return Packed(*(torch.cat(column, dim=-2) if len(parts) > 1 else column[0] for column in zip(*parts)))
 
@@ -262,39 +293,22 @@ def place_channels(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     return x.gather(3, order.unsqueeze(2).expand_as(x))
 
 
-def widen(packed: Packed, fine: Packed) -> Packed:
-    """2-bit keys whose first channels are replaced by the 4-bit ones of `fine`.
-
-    `scale * code + minimum` at 4 bits is `(4*scale) * high + scale * low + minimum`, so the high bits take the place of the
-    2-bit codes, with a scale four times as large, and the low bits go into `extra`.
-
-    Args:
-        packed: all channels at 2 bits, `[b, H, T, D/4]`.
-        fine: the first `W` of them at 4 bits, `[b, H, T, W/2]`.
-    """
-    codes, fine_codes = unpack_codes(packed.codes, 2), unpack_codes(fine.codes, WIDE_BITS)
-    wide = fine_codes.shape[-1]
-    codes[..., :wide] = fine_codes >> 2
-    (_, fine_minimum), (scale, minimum) = fine.metadata, packed.metadata
-    coarse, _ = numbers_of(fine, WIDE_BITS)
-    coarse = scale_codes(coarse * 4) if scale.dtype == torch.uint8 else coarse * 4
-    scale = torch.cat([coarse.to(scale.dtype), scale[..., wide:]], dim=-1)
-    minimum = torch.cat([fine_minimum, minimum[..., wide:]], dim=-1)
-    neighbours = (fine_codes & 3).unflatten(-1, (-1, 4)).transpose(-1, -2).flatten(-2)
-    return Packed(pack_codes(codes, 2), scale, minimum, pack_codes(neighbours, 2))
-
-
-def dequantize_wide_keys(packed: Packed, order: torch.Tensor, group_size: int) -> torch.Tensor:
-    """Float32 keys `[b, H, T, D]` from 2-bit ones with wide channels, stored in `order` `[b, H, D]`."""
-    stored = dequantize_keys(packed, 2, group_size)
+def dequantize_wide_keys(packed: Packed, bits: int, order: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Float32 keys `[b, H, T, D]` from those with wide channels, stored in `order` `[b, H, D]`."""
+    stored = dequantize_keys(packed, bits, group_size)
     low = low_codes(packed.extra)
-    scale = numbers_of(packed, 2)[0][..., : low.shape[-1]] / 4
+    scale = numbers_of(packed, bits)[0][..., : low.shape[-1]] / (1 << LOW_BITS)
     stored[..., : low.shape[-1]] += (low.unflatten(2, (-1, group_size)) * scale.unsqueeze(3)).flatten(2, 3)
     return torch.empty_like(stored).scatter_(3, order.unsqueeze(2).expand_as(stored), stored)
 
 
+def pack_low_codes(codes: torch.Tensor) -> torch.Tensor:
+    """The low two bits of the wide channels, uint8 `[..., T, W]`, into bytes `[..., T, W/4]`, four neighbours in each."""
+    return pack_codes(codes.unflatten(-1, (-1, 4)).transpose(-1, -2).flatten(-2), LOW_BITS)
+
+
 def low_codes(extra: torch.Tensor) -> torch.Tensor:
-    """The low two bits of the wide channels as float32 `[..., T, W]`, from bytes `[..., T, W/4]`."""
+    """The inverse of `pack_low_codes`, float32."""
     return torch.nn.functional.embedding(extra.int(), _codes_of_bytes(extra.device)).flatten(-2)
 
 

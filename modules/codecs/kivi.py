@@ -1,4 +1,4 @@
-"""KIVI's codec: grouped codes, keys per channel and values per token (arXiv 2402.02750), with wide channels at 2 bits."""
+"""KIVI's codec: grouped codes, keys per channel and values per token (arXiv 2402.02750), some channels of which are wide."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ from modules.codecs.codec import Codec, Packed, Part
 from modules.codecs.full_precision import FullPrecisionCodec
 from modules.codecs.grouped import (
     FLOAT16_MAX,
-    WIDE_BITS,
     dequantize_keys,
     dequantize_values,
     dequantize_wide_keys,
     place_channels,
     quantize_keys,
     quantize_values,
-    widen,
 )
 from modules.codecs.metadata import EIGHT_BIT_KEYS, EIGHT_BIT_VALUES, FLOAT16, Metadata
 from modules.options import FULL_PRECISION_BITS, KIVIOptions
@@ -28,7 +26,7 @@ EIGHT_BIT_METADATA = "grouped, metadata of 8 bits"
 
 @dataclasses.dataclass(frozen=True)
 class KeyCodec:
-    """Keys: a scale and a minimum a channel and group of tokens; `wide` channels of a 2-bit key have 4 bits.
+    """Keys: a scale and a minimum a channel and group of tokens; `wide` channels have two bits more than the others.
 
     The first `rotary` channels of a head are rotated by position, in pairs: wide are both of a pair or neither.
     """
@@ -56,15 +54,14 @@ class KeyCodec:
         """Codes of whole groups `[b, H, T, D]`, channels in `order`."""
         if order is None:
             return quantize_keys(states, self.bits, self.group_size, self.method, self.metadata)
-        states = place_channels(states, order)
-        fine = quantize_keys(states[..., : self.wide], WIDE_BITS, self.group_size, self.method, self.metadata)
-        return widen(quantize_keys(states, self.bits, self.group_size, self.method, self.metadata, self.wide), fine)
+        placed = place_channels(states, order)
+        return quantize_keys(placed, self.bits, self.group_size, self.method, self.metadata, self.wide)
 
     def decode(self, packed: Packed, order: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         """The keys `[b, H, T, D]`, channels as the model has them."""
         if order is None:
             return dequantize_keys(packed, self.bits, self.group_size, dtype)
-        return dequantize_wide_keys(packed, order, self.group_size).to(dtype)
+        return dequantize_wide_keys(packed, self.bits, order, self.group_size).to(dtype)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -180,6 +180,7 @@ def grid_candidates() -> list[Candidate]:
         *main_candidates(),
         *(_pair(*pair) for pair in pairs),
         *(kivi(f"{FOUR_BITS}, groups of {size}", {**four, "group_size": size}) for size in (16, 64)),
+        kivi(f"{FOUR_BITS}, no wide keys", {**four, "wide_channels": 0.0}),
     ]
 
 

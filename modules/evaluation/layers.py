@@ -24,6 +24,7 @@ KEYS: tuple[dict[str, Any], ...] = (
     {"k_bits": 2, "wide_channels": 0.25},
     {"k_bits": 2, "wide_channels": 0.5},
     {"k_bits": 4, "wide_channels": 0.0},
+    {"k_bits": 4, "wide_channels": 0.25},
     {"k_bits": 8, "wide_channels": 0.0},
 )
 VALUES: tuple[dict[str, Any], ...] = ({"v_bits": 2}, {"v_bits": 4}, {"v_bits": 8})

@@ -312,6 +312,7 @@ def _keys(name: str, mean_bits: float, fake: Fake, numbers: float = 32 / 32, cor
 def key_variants(head_dim: int) -> list[Variant]:
     """What was tried for keys; the first is what the others are compared with."""
     small, alone, pairs, half = EIGHT_BIT_KEYS, wide(0.25, False), wide(0.25, True), wide(0.5, True)
+    quarter = wide(0.25, True, (4, 6))
     return [
         _keys("by channel, a quarter wide", 2.5, keys(alone)),
         _keys("by range and query, no wide ones", 2, keys(wide(0.0, False))),
@@ -330,6 +331,12 @@ def key_variants(head_dim: int) -> list[Variant]:
         _keys("errors fed back by the queries", 2.5, keys(alone, feedback=True)),
         _keys("softmax corrected for the noise", 2.5, keys(alone), correction=1.0),
         _keys("4 bits", 4, keys(wide(0.0, False, (4, 4)))),
+        _keys(
+            "4 bits, a quarter with 6, scales of 8 bits (the default at 4 bits)",
+            4.5,
+            keys(quarter, metadata=small),
+            24 / 32,
+        ),
         _keys("2 to 8 bits, by cost, 4 on average", 4, keys(filled(4, (2, 3, 4, 5, 6, 7, 8)))),
     ]
 

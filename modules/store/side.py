@@ -81,7 +81,7 @@ class PackedSide:
 
     @property
     def wide(self) -> int:
-        """Channels of 4 bits among those of 2."""
+        """Channels that have two bits more than the others."""
         return self.codec.wide
 
     @property

@@ -19,13 +19,15 @@ _LEVELS = 127  # of an int8 query on either side of zero
 
 
 def _position(plan: Plan) -> int:
-    """The bit from which on codes meet queries: below codes of 2 bits is room for the low two of wide channels."""
-    return 2 if plan.k_bits == 2 else 0
+    """The bit from which on codes meet queries: below codes of 2 bits, and where there are wide channels, is room for the low two of
+    those."""
+    return 2 if plan.k_bits == 2 or plan.wide else 0
 
 
 def _most(plan: Plan, channel: int) -> int:
     """The largest code of a channel, as it meets queries."""
-    return 15 if channel < plan.wide else (1 << plan.k_bits) - 1 << _position(plan)
+    most = (1 << plan.k_bits) - 1 << _position(plan)
+    return most | 3 if channel < plan.wide else most
 
 
 def _middles(e: ByteEmitter, first: int):

@@ -170,7 +170,7 @@ def _emit_pack_fine(e: Emitter[Packing], source, codes, scale, minimum, largest)
 
 
 def _emit_widen_scales(e: Emitter[Packing], scale) -> None:
-    """The scales of the wide channels as they are stored: times four, see `modules.codecs.grouped.widen`."""
+    """The scales of the wide channels as they are stored: times four, see `modules.codecs.grouped.quantize_keys`."""
     if not e.plan.wide:
         return
     fine = _UnitEmitter(e, fine=True)
@@ -187,7 +187,7 @@ def pack_unit(typingctx, spec, source, codes, scale, minimum, largest):
 
 @intrinsic
 def pack_fine(typingctx, spec, source, codes, scale, minimum, largest):
-    """Likewise its first channels, the wide ones, to 4 bits."""
+    """Likewise its first channels, the wide ones, to two bits more."""
     return void_signature(spec, source, codes, scale, minimum, largest), emitting(_emit_pack_fine)
 
 

@@ -53,7 +53,7 @@ def _emit_key_codes(e: Emitter[Plan], form: int | str, raw: list, extra: list, p
         return [e.plane(r, form, plane) for r in raw]
     first = e.plan.channel(form, plane, chunk) // 4
     lows = [e.word(e.address(place, first), wide // 4) for place in extra]  # no low bits: no wide channel
-    return [e.wide_plane(r, plane, low) for r, low in zip(raw, lows)]
+    return [e.wide_plane(r, form, plane, low) for r, low in zip(raw, lows)]
 
 
 def _key_unit(e: Emitter[Plan], form: int | str, plane: int, chunk: int) -> float:

@@ -160,9 +160,9 @@ class ByteEmitter(Emitter[Plan]):
         return self.b.and_(moved, self.int_splat(0x01010101 * (((1 << form) - 1) << position), lanes))
 
     def wide_codes(self, words, plane: int, low, byte: int):
-        """The 4-bit codes whose high bits are a plane of 2-bit ones, and whose low ones are in a byte of each lane of `low`."""
+        """The whole codes whose high bits are a plane of keys, and whose low two are in a byte of each lane of `low`."""
         lanes = words.type.count
-        high = self.b.and_(self._shifted(words, 2 * plane - 2), self.int_splat(0x0C0C0C0C, lanes))
+        high = self.codes(words, self.plan.k_bits, plane, 2)
         low = self.b.and_(self._spread_pairs(low, byte), self.int_splat(0x03030303, lanes))
         return self.b.or_(high, low)
 

@@ -27,14 +27,14 @@ def _load_unit(spec, source, stride, order, scratch, base):
 
 @njit(inline="always")
 def _place_fine_codes(spec, fine, codes, extra):
-    """4-bit codes `fine` `[tokens, W/2]`: the high bits into 2-bit `codes` `[tokens, D/4]`, in place of those of the first `W`
-    channels, the low ones into `extra` `[tokens, W/4]`, four neighbours a byte."""
-    width, half = spec.width, spec.wide // 2
+    """Whole codes `fine` `[tokens, fine_width]` of the first `W` channels: the high bits into `codes` `[tokens, width]`, in place of
+    those channels' codes, the low two into `extra` `[tokens, W/4]`, four neighbours a byte."""
+    width, fine_width, fine_bits = spec.width, spec.fine_width, spec.fine_bits
     for token in range(spec.tokens):
         for number in range(spec.wide):
-            code = fine[token, number % half] >> 4 * (number // half) & 15
-            shift = 2 * (number // width)
-            codes[token, number % width] = codes[token, number % width] & ~(3 << shift) | code >> 2 << shift
+            code = fine[token, number % fine_width] >> fine_bits * (number // fine_width) & (4 * spec.levels + 3)
+            shift = spec.bits * (number // width)
+            codes[token, number % width] = codes[token, number % width] & ~(spec.levels << shift) | code >> 2 << shift
             low = (code & 3) << 2 * (number % 4)
             extra[token, number // 4] = low if number % 4 == 0 else extra[token, number // 4] | low
 
@@ -66,7 +66,7 @@ def packing(spec, address, stages, first, stop, thread):
             widen_scales(spec, scale)
             _place_fine_codes(
                 spec,
-                carray(as_pointer(fine), (spec.tokens, spec.wide // 2), np.uint8),
+                carray(as_pointer(fine), (spec.tokens, spec.fine_width), np.uint8),
                 carray(as_pointer(codes), (spec.tokens, spec.width), np.uint8),
                 carray(as_pointer(call.extra + token * spec.extra_bytes), (spec.tokens, spec.extra_bytes), np.uint8),
             )

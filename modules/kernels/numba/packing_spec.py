@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from modules.codecs.grouped import WIDE_BITS
+from modules.codecs.grouped import LOW_BITS
 from modules.kernels.numba.host import FLOAT_NAMES, host, host_is_supported
 
 
@@ -20,12 +20,12 @@ class Packing:
 
     Attributes:
         what: "keys" or "values".
-        bits: 2, 4 or 8.
+        bits: 2, 4 or 8; 6 where only wide channels are packed, a byte each.
         group_size: tokens of a key's group, channels of a value's.
         method: "minmax", "clipped" or "lsq".
         dense: dtype of the states.
         head_dim: channels.
-        wide: channels of 2-bit keys that get 4 bits.
+        wide: channels of keys that get two bits more.
         lanes: float32 lanes of a vector.
         small_metadata: it has 8 bits, see `modules.codecs.metadata`.
     """
@@ -92,8 +92,18 @@ class Packing:
     @property
     def fine(self) -> Packing:
         """The packing of the wide channels alone."""
-        lanes = math.gcd(host()[0], self.wide * WIDE_BITS // 8)
-        return dataclasses.replace(self, bits=WIDE_BITS, head_dim=self.wide, wide=0, lanes=lanes)
+        whole = dataclasses.replace(self, bits=self.fine_bits, head_dim=self.wide, wide=0)
+        return dataclasses.replace(whole, lanes=math.gcd(host()[0], whole.width))
+
+    @property
+    def fine_width(self) -> int:
+        """Bytes of the whole codes of one key's wide channels."""
+        return self.fine.width if self.wide else 0
+
+    @property
+    def fine_bits(self) -> int:
+        """Bits of one of those codes."""
+        return self.bits + LOW_BITS
 
     @property
     def extra_bytes(self) -> int:
@@ -109,13 +119,13 @@ class Packing:
 
     @property
     def at_fine(self) -> int:
-        """Where the 4-bit codes of the wide channels lie, `[tokens, wide / 2]` bytes, behind that row."""
+        """Where the whole codes of the wide channels lie, `[tokens, fine_width]` bytes, behind that row."""
         return self.at_row + self.head_dim
 
     @property
     def at_shares(self) -> int:
         """Where what the errors of the tokens count lies, behind those codes."""
-        return self.at_fine + self.tokens * self.wide // 8 + 1
+        return self.at_fine + self.tokens * self.fine_width // 4 + 1
 
     @property
     def scratch_floats(self) -> int:

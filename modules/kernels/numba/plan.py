@@ -26,7 +26,7 @@ class Plan:
         rows: query rows that share each load, 1 to 8.
         head_dim: channels.
         group_size, v_group: tokens that share the scale of a key channel; channels that share one of a value.
-        wide: wide channels of 2-bit keys, a multiple of 4.
+        wide: channels of keys that have two bits more, a multiple of 4.
         lanes: float32 lanes of a vector.
         block: scores of one register block, `padded_rows * tokens`.
         k_small_metadata, v_small_metadata: scales and minima are those of 8 bits.
@@ -165,8 +165,8 @@ class Plan:
         return plane * (self.head_dim // planes) + chunk * self.lanes
 
     def wide_lanes(self, plane: int, chunk: int) -> int:
-        """Lanes of a column of 2-bit keys that are wide channels, which come first."""
-        return max(0, min(self.lanes, self.wide - self.channel(2, plane, chunk)))
+        """Lanes of a column of packed keys that are wide channels, which come first."""
+        return max(0, min(self.lanes, self.wide - self.channel(self.k_format, plane, chunk)))
 
     # Sections of a thread's scratch, float32, in multiples of a cache line.
 

@@ -184,11 +184,11 @@ class Emitter(Generic[Constants]):
         """What `plane` is to be multiplied with to give codes; a power of two."""
         return 2.0 ** -(form * plane) if isinstance(form, int) and not self.looks_up else 1.0
 
-    def wide_plane(self, raw, plane: int, low):
-        """The 4-bit codes whose high bits are a plane of a 2-bit chunk, and whose low ones start at bit `2 * lane` of `low`."""
-        bit = 2 * plane
-        if not self.looks_up:
-            high = self.b.and_(self._shifted(raw, bit - 2), self.int_splat(12))
+    def wide_plane(self, raw, form: int, plane: int, low):
+        """The whole codes whose high bits are a plane of a chunk, and whose low two start at bit `2 * lane` of `low`."""
+        bit = form * plane
+        if not self.looks_up or form != 2:
+            high = self.b.and_(self._shifted(raw, bit - 2), self.int_splat(((1 << form) - 1) << 2))
             low = self.b.and_(self.b.lshr(self.broadcast(low), self._lanes_times_two()), self.int_splat(3))
             return self._converted(self.b.or_(high, low))
         place = 2 - bit % 4  # of the low bits in the index, beside the high ones

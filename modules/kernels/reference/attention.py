@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import torch
 
-from modules.codecs.grouped import low_codes, place_channels
+from modules.codecs.grouped import LOW_BITS, low_codes, place_channels
 from modules.codecs.metadata import numbers_of
 from modules.store.layer import PackedLayer
 from modules.store.side import PackedSide
@@ -130,7 +130,7 @@ def _scores(query: torch.Tensor, side: PackedSide, sequences: slice, start: int,
         for first in range(0, side.wide, step):
             channels = slice(first, min(first + step, side.wide))
             low = low_codes(stored.extra[..., first // 4 : channels.stop // 4])
-            _add_scores(scores, query[..., channels], low, scale[..., channels] / 4)
+            _add_scores(scores, query[..., channels], low, scale[..., channels] / (1 << LOW_BITS))
     return scores
 
 

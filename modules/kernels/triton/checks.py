@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from modules.options import MOST_WIDE
+from modules.options import WIDE_CHANNELS
 from modules.store.layer import PackedLayer
 from modules.store.step import Step
 
 HEAD_DIMS = (64, 96, 128, 256)
 GROUP_SIZES = (16, 32, 64, 128)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MAX_WIDE = MOST_WIDE  # more spill registers, so the defaults have no more
+MAX_WIDE = max(most for _, most in WIDE_CHANNELS.values())  # more spill registers, so the defaults have no more
 MOST_ELEMENTS = 1 << 31  # from the first to the last state of a sequence: kernels count in int32 within one
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from modules.codecs.grouped import WIDE_BITS
+from modules.codecs.grouped import LOW_BITS
 from modules.codecs.kivi import EIGHT_BIT_METADATA
 from modules.options import FULL_PRECISION_BITS
 from modules.store.layer import PackedLayer
@@ -58,7 +58,7 @@ class Shape(NamedTuple):
     sink_length: int
     ring: int
     value_group_size: int
-    wide: int = 0  # key channels with 4 bits
+    wide: int = 0  # key channels with two bits more
     static: bool = False  # the numbers of the rows are int8
     at_once: bool = False  # tokens are packed one by one, so that the last block may be cut
     k_small_metadata: bool = False  # scales have 8 bits
@@ -129,7 +129,7 @@ class AttentionTile(NamedTuple):
     K_USED_PAD: int
     K_SEGS: int
     K_PLANES: int  # products of a segment
-    WIDE: int  # channels with 4 bits
+    WIDE: int  # channels with two bits more
     WIDE_PAD: int
     V_BITS: int
     VALUE_G: int  # channels of a group of values
@@ -145,7 +145,7 @@ class AttentionTile(NamedTuple):
     META_PER_WORD: int  # scales of values read as one integer, and minima of 8 bits
     K_SMALL_METADATA: bool
     V_SMALL_METADATA: bool
-    EARLY_MINIMA: bool  # of values, loaded before the codes: at 16 query rows that spills fewer registers, else more
+    EARLY_MINIMA: bool  # of values, loaded before the codes, where that spills fewer registers
     AT_ONCE: bool  # the last block may be cut
     FULL_SEG: int  # channels of a full-precision tile
     FULL_T: int  # tokens of one
@@ -279,7 +279,7 @@ def attention_tile(shape: Shape, many_rows: bool, pipeline: Pipeline, item: int 
         META_PER_WORD=math.gcd(8 if shape.v_small_metadata else 4, d // value_g),
         K_SMALL_METADATA=shape.k_small_metadata,
         V_SMALL_METADATA=shape.v_small_metadata,
-        EARLY_MINIMA=n > FEW_ROWS,
+        EARLY_MINIMA=n > FEW_ROWS or (d == 256 and k_bits == 4 and shape.wide > 0),
         AT_ONCE=shape.at_once,
         FULL_SEG=_full_segment(d, k_bits, item),
         FULL_T=LEAST_TOKENS,
@@ -333,7 +333,7 @@ def pack_tile_of(
         METADATA=small if small_metadata else "float16",
         WIDE=wide,
         WIDE_PAD=max(4, triton.next_power_of_2(wide)),
-        WIDE_BITS=WIDE_BITS,
+        WIDE_BITS=bits + LOW_BITS,
         ROTARY=rotary,
         COLUMNS=columns,
         COLUMN_BLOCKS=-(-width // columns) + (wide > 0),

@@ -80,7 +80,7 @@ def _fit_wide(x, shares, TILE: tl.constexpr):
 def pack_keys(states, stride_t, group, shares, mark, first_column, TILE: tl.constexpr):
     """One group of keys with its `token_shares`, bytes `first_column…` of each token.
 
-    Wide channels are fitted with 4 bits, of which the high two go here, and come first in the order of the group's head.
+    Wide channels are fitted with two bits more, the low ones of which do not go here, and come first in the order of the group's head.
     """
     G: tl.constexpr = TILE.G
     BITS: tl.constexpr = TILE.BITS
