@@ -25,6 +25,7 @@ from transformers import LlamaConfig
 
 from modules.cache.cache import DRAFT_ROOM
 from modules.codecs.grouped import CLIPPED, LOW_BITS
+from modules.codecs.metadata import LARGEST_MINIMUM, minimum_unit
 from modules.codecs.rotation import rotate
 from modules.codecs.static import StaticParameters, model_facts
 from modules.kivi_cache_general import KIVICache
@@ -176,15 +177,24 @@ class Plain:
         return out
 
 
-def quantization_bounds(groups: torch.Tensor, bits: int, method: str) -> torch.Tensor:
+def quantization_bounds(groups: torch.Tensor, bits: int, codec) -> torch.Tensor:
     """The largest root of a group's mean squared error that a codec may make of states whose last dimension is the group.
 
-    That of the range cut into equal steps: a least-squares fit starts there. float16 rounds scale and minimum.
+    That of the range cut into equal steps: a least-squares fit starts there, and no token counts less than half in it. float16
+    rounds scale and minimum; scales of 8 bits are a sixteenth off, and minima of 8 bits count them.
     """
     low, high = groups.amin(-1), groups.amax(-1)
     spread, largest = high - low, groups.abs().amax(-1)
-    cut = spread * (1 - CLIPPED) / 2 if method == "clipped" else 0
-    return cut + spread / (2 * (2**bits - 1)) + (spread + largest) * 2**-9
+    step = spread / (2**bits - 1)
+    bound = step / 2 + (spread + largest) * 2**-9
+    if codec.method == "clipped":
+        bound += spread * (1 - CLIPPED) / 2
+    if not codec.metadata.exact:
+        bound += (spread + step) / 32
+        if codec.metadata.minimum == torch.int8:
+            unit = minimum_unit(bits)
+            bound += unit * step + largest / (LARGEST_MINIMUM * unit)
+    return bound * (2**0.5 if codec.method == "lsq" else 1)
 
 
 def check_groups(given: torch.Tensor, stored: torch.Tensor, codec, side: int) -> None:
@@ -196,9 +206,9 @@ def check_groups(given: torch.Tensor, stored: torch.Tensor, codec, side: int) ->
         given, stored = (t.transpose(1, 2) for t in (given, stored))
     given, stored = (t.unflatten(-1, (-1, codec.group_size)) for t in (given, stored))
     errors = (stored - given).square().mean(-1).sqrt()
-    assert (errors <= quantization_bounds(given, codec.bits, codec.method)).all()
+    assert (errors <= quantization_bounds(given, codec.bits, codec)).all()
     if codec.wide:
-        fine = (errors <= quantization_bounds(given, codec.bits + LOW_BITS, codec.method)).sum(1)  # [KV_HEADS, groups]
+        fine = (errors <= quantization_bounds(given, codec.bits + LOW_BITS, codec)).sum(1)  # [KV_HEADS, groups]
         assert (fine >= codec.wide).all()
 
 
