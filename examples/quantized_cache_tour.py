@@ -504,7 +504,7 @@ nano_stored = book.table([nano_with_codes(bits) for bits in BITS], NANO_FORMATS)
 # For the Llama it is `KIVICache`, which transformers takes as `past_key_values`. Attention runs over the codes. Three
 # settings: the *bare* scheme from above; the *paper's*, with the newest 128 tokens in full precision; and the
 # project's *defaults*, which also keep the first 4 tokens (they draw much of the attention), fit each key group by
-# least squares, and at 2 bits rotate values and give a quarter of the key channels 4 bits.
+# least squares, give some key channels two bits more, and at 2 bits rotate values.
 
 # %%
 kivi, _ = load(small_model("smollm2"), dtype=torch.float32, backend="torch")

@@ -10,10 +10,8 @@ from typing import Any
 
 FULL_PRECISION_BITS = 16
 MINIMUM_BITS = 16  # of a group of keys, whatever its scale has
-WIDE_CHANNELS = {
-    2: (0.5, 64),
-    4: (0.25, 32),
-}  # of a head by default, by the bits of the others: share, and channels at most
+# Of a head by default, by the bits of its other channels: the share, and channels at most.
+WIDE_CHANNELS = {2: (0.5, 64), 4: (0.25, 32)}
 ALLOWED_BITS = (2, 4, 8, FULL_PRECISION_BITS)
 BY_LAYER = ("k_bits", "v_bits", "wide_channels")  # options that may be lists with an entry a layer
 ALLOWED_K_RANGES = ("lsq", "minmax")

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 import modules.models.attention  # noqa: F401 - registers "kivi"
 from modules import files
 from modules.cache import cache as cache_module
-from modules.cache import saved
+from modules.cache import saved as saved_module
 from modules.codecs.static import ChannelScales, StaticParameters, model_facts
 from modules.kivi_cache_general import KIVICache, StaticInt8Cache
 from modules.models.families import load_any
@@ -326,10 +326,12 @@ def test_truncated_and_foreign_files_are_refused(model, path, tmp_path):
 def test_files_of_an_older_version_are_read_where_their_codes_lie_as_ever(model, path, monkeypatch, options):
     cache = filled(model, **options)
     with monkeypatch.context() as patch:
-        patch.setattr(saved, "VERSION", 2)
+        patch.setattr(saved_module, "VERSION", 2)
         cache.save(path)
     if 4 in itertools.chain(*(bits if isinstance(bits, list) else [bits] for bits in options.values())):
-        assert "has 4-bit codes of version 2 of the format, which version 3 stores in another way" in refusal(path, model)
+        assert "has 4-bit codes of version 2 of the format, which version 3 stores in another way" in refusal(
+            path, model
+        )
     else:
         assert_same(KIVICache.load(path, model), cache)
 

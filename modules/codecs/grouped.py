@@ -24,6 +24,7 @@ CLIPPED = 0.85
 LOW_BITS = 2  # that a wide channel has more than the others
 SMALLEST = 1e-30  # a mean to divide by
 _SLICE_ELEMENTS = 1 << 21  # quantized at a time: bounds the temporaries of a long prefill
+Fitted = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # codes, scale and minimum
 
 
 def pack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -46,9 +47,7 @@ def _round_to_codes(x: torch.Tensor, scale: torch.Tensor, minimum: torch.Tensor,
     return ((x - minimum) / safe).round_().clamp_(0, levels)
 
 
-def _fit(
-    x: torch.Tensor, dim: int, bits: int, method: str, metadata: Metadata, shares: torch.Tensor | float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _fit(x: torch.Tensor, dim: int, bits: int, method: str, metadata: Metadata, shares: torch.Tensor | float) -> Fitted:
     """Codes (float32, like `x`), scale and minimum (float32 as they will be read, size 1 along `dim`) of groups.
 
     "minmax" spans each group; "clipped" the range shrunk to `CLIPPED` about its centre. "lsq" alternates rounding with the
@@ -161,37 +160,29 @@ def quantize_keys(
     for part in _token_slices(keys, group_size):
         groups = part.float().unflatten(-2, (-1, group_size))
         shares = token_shares(groups[..., : wide or head_dim]) if method == "lsq" else 1 / group_size
-        codes, scale, minimum = _fit(groups, -2, bits, method, metadata, shares)
+        codes, scale, minimum = coarse = _fit(groups, -2, bits, method, metadata, shares)
         low = []
         if wide:
-            fine, *of_fine = _fit(groups[..., :wide], -2, bits + LOW_BITS, method, metadata, shares)
-            low = [pack_low_codes(_widen(codes, scale, minimum, fine, *of_fine)).flatten(-3, -2)]
+            fine = _fit(groups[..., :wide], -2, bits + LOW_BITS, method, metadata, shares)
+            low = [pack_low_codes(_widen(coarse, fine)).flatten(-3, -2)]
         numbers = metadata.pack(scale.squeeze(-2), minimum.squeeze(-2), bits)
         parts.append((pack_codes(codes.to(torch.uint8), bits).flatten(-3, -2), *numbers, *low))
     widths = head_dim * bits // 8, head_dim, *((wide // 4,) if wide else ())
     return _join(parts, widths, keys, metadata)
 
 
-def _widen(
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    minimum: torch.Tensor,
-    fine: torch.Tensor,
-    fine_scale: torch.Tensor,
-    fine_minimum: torch.Tensor,
-) -> torch.Tensor:
-    """Put the high bits of the first channels' `fine` codes, with their scale and minimum, in place of those channels' codes; the
-    low `LOW_BITS`, uint8.
+def _widen(coarse: Fitted, fine: Fitted) -> torch.Tensor:
+    """Put the high bits of `fine` codes, with their scale and minimum, in place of the first channels of `coarse` ones; the low
+    `LOW_BITS`, uint8.
 
     `scale * code + minimum` is `(4*scale) * high + scale * low + minimum`: the high bits are codes like those of other channels,
     with a scale four times as large.
     """
-    wide, steps = fine.shape[-1], 1 << LOW_BITS
-    high = (fine / steps).floor_()
-    codes[..., :wide] = high
-    scale[..., :wide] = fine_scale * steps
-    minimum[..., :wide] = fine_minimum
-    return fine.sub_(high, alpha=steps).to(torch.uint8)
+    steps = 1 << LOW_BITS
+    high = (fine[0] / steps).floor_()
+    for all_channels, wide in zip(coarse, (high, fine[1] * steps, fine[2])):
+        all_channels[..., : wide.shape[-1]] = wide
+    return fine[0].sub_(high, alpha=steps).to(torch.uint8)
 
 
 def quantize_values(
