@@ -12,6 +12,7 @@ from torch._dynamo.utils import counters
 from modeling_llama_kivi import LlamaForCausalLM_KIVI
 from modules.models.attach import attach_kivi, detach_kivi
 from modules.models.program import DecodeProgram
+from modules.models.rows import FewRows
 
 GREEDY = {"max_new_tokens": 30, "do_sample": False}
 
@@ -215,6 +216,27 @@ def test_int8_weights_are_read_as_they_are(traced):
                 logits.append(torch.cat(steps))
         assert relative_error(logits[1], logits[0]) < 1e-5
     assert model._decode_program.refused is None and len(model._decode_program._programs) == 3
+
+
+class _Quantized(torch.Tensor):
+    """Weights that stand for other ones, as those of torchao do."""
+
+    def dequantize(self):
+        return 2 * self.as_subclass(torch.Tensor)
+
+
+class _Opaque(torch.Tensor):
+    """Weights that only their own product can read."""
+
+
+@pytest.mark.parametrize("kind, factor", [(torch.Tensor, 1), (_Quantized, 2), (_Opaque, 1)])
+def test_few_rows_meet_weights_by_what_they_say_they_are(kind, factor):
+    generator = torch.Generator().manual_seed(0)
+    rows, weight, bias = (torch.randn(size, generator=generator) for size in ((1, 2, 64), (32, 64), (32,)))
+    expected = torch.nn.functional.linear(rows, factor * weight, bias)
+    with FewRows():
+        out = torch.nn.functional.linear(rows, weight.as_subclass(kind), bias)
+    assert relative_error(out.as_subclass(torch.Tensor), expected) < 1e-6
 
 
 @pytest.mark.real_model

@@ -18,12 +18,13 @@ MOST_ROWS = 4  # above which a library's product of matrices is as fast
 class FewRows(TorchFunctionMode):
     """Within it, while a program is traced, `F.linear` of few rows is sums of products in float32.
 
-    Quantized weights (torchao) say what they are by `dequantize()`, which becomes part of the same loop.
+    Quantized weights (torchao) say what they are by a `dequantize()` of their own, which becomes part of the same loop; those that
+    have none are multiplied by their own product.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.linear and args[0].numel() <= MOST_ROWS * args[0].shape[-1]:
+        if func is F.linear and args[0].numel() <= MOST_ROWS * args[0].shape[-1] and _says_what_it_is(args[1]):
             return _linear(*args, **kwargs)
         return func(*args, **kwargs)
 
@@ -39,5 +40,13 @@ def _linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     return out.to(input.dtype).view(*input.shape[:-1], -1)
 
 
+def _is_plain(weight: torch.Tensor) -> bool:
+    return type(weight) in (torch.Tensor, torch.nn.Parameter)
+
+
+def _says_what_it_is(weight: torch.Tensor) -> bool:
+    return _is_plain(weight) or type(weight).dequantize is not torch.Tensor.dequantize
+
+
 def _dequantized(weight: torch.Tensor) -> torch.Tensor:
-    return weight if type(weight) in (torch.Tensor, torch.nn.Parameter) else weight.dequantize()
+    return weight if _is_plain(weight) else weight.dequantize()
