@@ -47,8 +47,8 @@ def test_an_8b_model_at_32k_tokens_is_five_times_smaller():
 def test_two_bits_store_three():
     assert sum(KIVIOptions().stored_bits(2, 2, 128)) / 2 == 3.0
     assert sum(KIVIOptions().stored_bits(2, 2, 64)) / 2 == 3.0
-    assert KIVIOptions().stored_bits(4, 4, 128) == (4.75, 5.0)
-    assert KIVIOptions(metadata_bits=16).stored_bits(4, 4, 128) == (5.0, 5.0)
+    assert KIVIOptions().stored_bits(4, 4, 128) == (5.25, 4.5)
+    assert KIVIOptions(metadata_bits=16).stored_bits(4, 4, 128) == (5.5, 5.0)
     assert KIVIOptions(k_range="minmax", sink_length=0).stored_bits(2, 2, 128) == (3.0, 3.0)
     bits = filled(1, 4096).get_cache_info()["bits"]
     assert bits["packed"] == pytest.approx(3.0)

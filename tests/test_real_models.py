@@ -25,8 +25,8 @@ def long_text() -> str:
 
 LOAD = {"llama": load_llama_kivi, "qwen2": load_qwen_kivi}
 LOSES = {
-    "llama": (0.03, 8, 0.003),
-    "qwen2": (0.05, 4, 0.003),
+    "llama": (0.03, 8, 0.001),
+    "qwen2": (0.05, 4, 0.001),
 }  # KL at most, of the paper's at most 1 / …, 4 bits at most
 
 
@@ -97,7 +97,7 @@ def test_two_bits_lose_little(real):
     assert default.kl < most and default.kl < paper.kl / ratio and default.top1 > 0.9
     assert default.kl < small.kl < 2 * most and four_two.kl < most and four.kl < most_of_four
     bits = [row.stored_bits for row in (default, small, paper, four_two, four)]
-    assert bits == pytest.approx([3, 2.46875, 3, 3.5, 4.875])
+    assert bits == pytest.approx([3, 2.46875, 3, 3.75, 4.875])
 
 
 def test_a_prompt_shared_by_four_continuations(real):

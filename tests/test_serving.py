@@ -413,7 +413,7 @@ def test_a_cut_conversation_is_as_one_that_was_never_longer(kept_length):
     What stays packed is what would be packed alone, and no token in full precision was ever packed. Where all that is shared
     is kept, the tokens that follow get the logits that they get alone. Up to codes at whose edges floats of larger matrices lie.
     """
-    model = make_pair("llama", backend="torch", k_bits=4, v_bits=2)[1]
+    model = make_pair("llama", backend="torch", k_bits=4, v_bits=2, wide_channels=0)[1]
     ids, new = tokens(1, kept_length), tokens(1, 40, seed=7)
     cache = model.create_kivi_cache()
     model(ids, past_key_values=cache)

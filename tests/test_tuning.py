@@ -239,7 +239,7 @@ def test_what_the_compiler_spills_is_left_out_but_never_the_default():
     """For a GPU that is not here: by the machine code."""
     shape = launch.Shape(256, 32, 8, 8, 8, 4, 4, 160, 32)
     spilling, fitting = Pipeline(2, 64, 4, 2), launch.default_pipeline(shape, False)
-    with concurrent.futures.ThreadPoolExecutor() as pool:
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
         compiled = [
             pool.submit(compile_report.attending, shape, 4, tune_gpu.DTYPE, 90, each) for each in (spilling, fitting)
         ]

@@ -48,8 +48,7 @@ def _emit_place_query(e: Emitter[Plan], query, order, placed) -> None:
 
 def _emit_key_codes(e: Emitter[Plan], form: int | str, raw: list, extra: list, plane: int, chunk: int) -> list:
     """One column of keys as floats, for every token: its chunk `raw` and the place of its low bits `extra`."""
-    wide = e.plan.wide_lanes(plane, chunk) if isinstance(form, int) else 0
-    if not wide:
+    if not isinstance(form, int) or not (wide := e.plan.wide_lanes(plane, chunk)):
         return [e.plane(r, form, plane) for r in raw]
     first = e.plan.channel(form, plane, chunk) // 4
     lows = [e.word(e.address(place, first), wide // 4) for place in extra]  # no low bits: no wide channel
