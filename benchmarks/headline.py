@@ -58,7 +58,7 @@ LINES = (
 NEEDS: tuple[tuple[str, str, dict[str, Any]], ...] = (  # what for, the name in the results of quality, the options
     ('memory first, `preset="small"`', SMALL, PRESETS["small"]),
     ('the defaults, `preset="balanced"`', DEFAULTS, {}),
-    ("keys matter most", "K 4 bits, V 2 bits", {"k_bits": 4, "v_bits": 2}),
+    ("keys in more bits", "K 4 bits, V 2 bits", {"k_bits": 4, "v_bits": 2}),
     ("quality first, less metadata", "K 4 bits, V 4 bits, groups of 64", {"k_bits": 4, "v_bits": 4, "group_size": 64}),
     ('quality first, `preset="quality"`', FOUR_BITS, {"k_bits": 4, "v_bits": 4}),
     ("next to exact", "K 8 bits, V 8 bits", {"k_bits": 8, "v_bits": 8}),

@@ -30,7 +30,7 @@ CROWDED_PIPELINE = (2, 32)  # of heads that leave few registers, and of int8 tha
 MOST_REGISTERS = {8: 255, 16: None}  # by query rows, see `attention_options`
 BLOCK_AT_ONCE = 32  # tokens of a block where they are packed one by one
 FULL_SEGMENT = 32  # channels of a full-precision tile where a whole head would spill
-FULL_SEGMENT_OF_FLOAT32 = 16  # the same where 32 would
+LEAST_SEGMENT = 16  # the same where 32 would
 LEAST_TOKENS = 16  # of a block: the least a product takes
 MOST_TOKENS = 32  # of a block
 PACK_BYTES = 16  # of a token that are packed at a time
@@ -206,10 +206,15 @@ def default_pipeline(shape: Shape, many_rows: bool, item: int = 2, shared: int =
     return Pipeline(stages, tokens, warps, PROGRAMS_PER_PROCESSOR)
 
 
+def _is_widest(shape: Shape) -> bool:
+    """Whether wide channels of the widest heads take their last registers."""
+    return shape.head_dim == 256 and shape.k_bits == 4 and shape.wide > 0
+
+
 def _full_segment(head_dim: int, k_bits: int, item: int) -> int:
     """Channels of a full-precision tile: a power of two, the whole head where that does not spill."""
     if item == 4:
-        return FULL_SEGMENT_OF_FLOAT32 if head_dim in (96, 256) else head_dim
+        return LEAST_SEGMENT if head_dim in (96, 256) else head_dim
     crowded = head_dim == 256 and k_bits in (4, 8)
     return FULL_SEGMENT if crowded or head_dim in (64, 96) else head_dim
 
@@ -279,9 +284,9 @@ def attention_tile(shape: Shape, many_rows: bool, pipeline: Pipeline, item: int 
         META_PER_WORD=math.gcd(8 if shape.v_small_metadata else 4, d // value_g),
         K_SMALL_METADATA=shape.k_small_metadata,
         V_SMALL_METADATA=shape.v_small_metadata,
-        EARLY_MINIMA=n > FEW_ROWS or (d == 256 and k_bits == 4 and shape.wide > 0),
+        EARLY_MINIMA=n > FEW_ROWS or _is_widest(shape),
         AT_ONCE=shape.at_once,
-        FULL_SEG=_full_segment(d, k_bits, item),
+        FULL_SEG=LEAST_SEGMENT if _is_widest(shape) else _full_segment(d, k_bits, item),
         FULL_T=LEAST_TOKENS,
         ASM=asm,
     )
@@ -294,7 +299,7 @@ def attention_options(tile: AttentionTile) -> dict[str, int | bool | None]:
     no room for; at 16 query rows, with heads of 256 at 4 and 8 bits, and in float32 where registers are scarce, it is
     the limit that spills some.
     """
-    crowded = (tile.D == 256 and min(tile.K_BITS, tile.V_BITS) >= 4) or tile.FULL_SEG == FULL_SEGMENT_OF_FLOAT32
+    crowded = (tile.D == 256 and min(tile.K_BITS, tile.V_BITS) >= 4) or tile.FULL_SEG == LEAST_SEGMENT
     return OPTIONS | {"num_warps": tile.WARPS, "maxnreg": None if crowded else MOST_REGISTERS[tile.N]}
 
 
