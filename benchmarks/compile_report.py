@@ -46,6 +46,7 @@ from modules.evaluation.tables import markdown  # noqa: E402
 from modules.kernels.triton import append, attention, checks, combine, launch, pack  # noqa: E402
 from modules.kernels.triton.arguments import Rows, Side  # noqa: E402
 from modules.kernels.triton.softmax import Partial  # noqa: E402
+from modules.options import KIVIOptions  # noqa: E402
 
 ARCHITECTURES = (80, 90, 100)
 SHARED = {80: 167936, 86: 102400, 89: 102400, 90: 233472, 100: 233472, 120: 102400}  # bytes a multiprocessor
@@ -332,7 +333,7 @@ def variants(quick: bool) -> list[tuple[launch.Shape, int, str]]:
     ]
     chosen += [(shape_of(128, 32, k, v, small=True), 4, "bfloat16") for k, v in ((2, 2), (4, 4), (8, 2), (4, 16))]
     chosen += [
-        (shape_of(d, 32, 4, 4, wide=min(d // 4, 32), small=True), rows, "bfloat16")
+        (shape_of(d, 32, 4, 4, wide=KIVIOptions().wide_count(4, d), small=True), rows, "bfloat16")
         for d in checks.HEAD_DIMS
         for rows in (4, 64)
     ]
