@@ -180,8 +180,8 @@ class Plain:
 def quantization_bounds(groups: torch.Tensor, bits: int, codec) -> torch.Tensor:
     """The largest root of a group's mean squared error that a codec may make of states whose last dimension is the group.
 
-    That of the range cut into equal steps: a least-squares fit starts there, and no token counts less than half in it. float16
-    rounds scale and minimum; scales of 8 bits are a sixteenth off, and minima of 8 bits count them.
+    That of the range cut into equal steps: a least-squares fit starts there. float16 rounds scale and minimum; scales of 8 bits
+    are a sixteenth off, and minima of 8 bits count them.
     """
     low, high = groups.amin(-1), groups.amax(-1)
     spread, largest = high - low, groups.abs().amax(-1)
@@ -194,7 +194,7 @@ def quantization_bounds(groups: torch.Tensor, bits: int, codec) -> torch.Tensor:
         if codec.metadata.minimum == torch.int8:
             unit = minimum_unit(bits)
             bound += unit * step + largest / (LARGEST_MINIMUM * unit)
-    return bound * (2**0.5 if codec.method == "lsq" else 1)
+    return bound
 
 
 def check_groups(given: torch.Tensor, stored: torch.Tensor, codec, side: int) -> None:
